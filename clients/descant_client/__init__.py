@@ -1,0 +1,1 @@
+"""Client of a Descant server: asyncio, typed messages, no torch."""

@@ -1,0 +1,255 @@
+"""Every error Descant raises or sends, in one tree.
+
+    DescantError
+    ├── Unauthorized            unauthorized         401
+    ├── InvalidRequest          invalid_request      422
+    │   └── UnsupportedRequest  unsupported          422
+    ├── AdapterError
+    │   ├── AdapterNotFound     adapter_not_found    404
+    │   ├── AdapterForbidden    adapter_forbidden    403
+    │   ├── AdapterInvalid      adapter_invalid      422
+    │   ├── AdapterUnsupported  adapter_unsupported  422
+    │   └── AdapterTooLarge     adapter_too_large    413
+    ├── Overloaded              overloaded           429
+    ├── DeadlineExceeded        deadline_exceeded    504
+    ├── Draining                draining             503
+    ├── ExecutorFailed          executor_failed      503
+    ├── SourceUnavailable       source_unavailable   502
+    ├── StreamNotFound          stream_not_found     404
+    ├── ModelInvalid            model_invalid        500
+    ├── ConfigInvalid           config_invalid       500
+    ├── ConnectionLost          connection_lost      503   (raised by the client only)
+    └── InternalError           internal_error       500
+
+An error carries data (its constructor's arguments); `str()` makes the sentence, which says what to do.
+On the wire it is `code`, `message` and `data`; `from_wire` makes the same object again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class DescantError(Exception):
+    """Base of the tree. A subclass names its fields, code, status and sentence.
+
+    Every field is a JSON value, so that the error survives the wire and the socket to a child process.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+    fields: ClassVar[tuple[str, ...]] = ()
+    sentence: ClassVar[str] = "Something failed inside the server."
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        if len(args) > len(self.fields):
+            raise TypeError(f"{type(self).__name__} takes {len(self.fields)} fields, got {len(args)}")
+        values = dict(zip(self.fields, args, strict=False)) | kwargs
+        unknown = set(values) - set(self.fields)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
+        self._data = {name: values.get(name) for name in self.fields}
+
+    def data(self) -> dict[str, Any]:
+        """Return the fields as a JSON-able mapping."""
+        return dict(self._data)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["_data"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __str__(self) -> str:
+        return self.sentence.format(**self._data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self._data))
+
+
+class Unauthorized(DescantError):
+    """The API key is missing or unknown."""
+
+    code = "unauthorized"
+    http_status = 401
+    fields = ("reason",)
+    sentence = "{reason} Send a valid API key as `Authorization: Bearer KEY` or as the connection token."
+
+
+class InvalidRequest(DescantError):
+    """The request does not fit the protocol or the model; `field` says where."""
+
+    code = "invalid_request"
+    http_status = 422
+    fields = ("field", "reason")
+    sentence = "Invalid request at {field}: {reason}"
+
+
+class UnsupportedRequest(InvalidRequest):
+    """The request is well formed but asks for something this version does not do."""
+
+    code = "unsupported"
+    sentence = "Not supported by this server at {field}: {reason}"
+
+
+class AdapterError(DescantError):
+    """Base of everything that can be wrong with an adapter."""
+
+    code = "adapter_error"
+    http_status = 422
+    fields = ("adapter",)
+    sentence = "Adapter {adapter} failed."
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter of that name, or nothing at that reference."""
+
+    code = "adapter_not_found"
+    http_status = 404
+    sentence = (
+        "No adapter {adapter!r} here. List the adapters to see their names, or give a path below an allowed root."
+    )
+
+
+class AdapterForbidden(AdapterError):
+    """The reference points outside what the caller may read."""
+
+    code = "adapter_forbidden"
+    http_status = 403
+    fields = ("adapter", "reason")
+    sentence = "Adapter {adapter!r} may not be used: {reason}"
+
+
+class AdapterInvalid(AdapterError):
+    """The files are not a readable adapter for this base model."""
+
+    code = "adapter_invalid"
+    fields = ("adapter", "reason")
+    sentence = "Adapter {adapter!r} is not valid: {reason}"
+
+
+class AdapterUnsupported(AdapterError):
+    """The adapter uses a feature this version does not implement; nothing is ignored."""
+
+    code = "adapter_unsupported"
+    fields = ("adapter", "feature")
+    sentence = "Adapter {adapter!r} needs {feature}, which this version does not support."
+
+
+class AdapterTooLarge(AdapterError):
+    """The adapter does not fit the limits of this server."""
+
+    code = "adapter_too_large"
+    http_status = 413
+    fields = ("adapter", "num_bytes", "max_bytes")
+    sentence = (
+        "Adapter {adapter!r} takes {num_bytes} bytes on the device, {max_bytes} are allowed. "
+        "Raise `adapter_memory_bytes` or lower its rank."
+    )
+
+
+class Overloaded(DescantError):
+    """The server refuses new work for now."""
+
+    code = "overloaded"
+    http_status = 429
+    fields = ("reason", "retry_after_s")
+    sentence = "{reason} Try again in {retry_after_s} s."
+
+
+class DeadlineExceeded(DescantError):
+    """Something took longer than its deadline."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+    fields = ("what", "deadline_s")
+    sentence = "{what} took longer than {deadline_s} s."
+
+
+class Draining(DescantError):
+    """The server is going down and takes no new requests."""
+
+    code = "draining"
+    http_status = 503
+    fields = ("reason",)
+    sentence = "The server is shutting down: {reason} Send the request to another server or later."
+
+
+class ExecutorFailed(DescantError):
+    """This request cannot be run: alone in a step, it still ends the executor."""
+
+    code = "executor_failed"
+    http_status = 503
+    fields = ("reason",)
+    sentence = "The executor failed on this request: {reason}"
+
+
+class SourceUnavailable(DescantError):
+    """A model or adapter source does not answer."""
+
+    code = "source_unavailable"
+    http_status = 502
+    fields = ("source", "reason")
+    sentence = "{source} cannot be reached: {reason}"
+
+
+class StreamNotFound(DescantError):
+    """The stream to resume or cancel is unknown, released, or somebody else's."""
+
+    code = "stream_not_found"
+    http_status = 404
+    fields = ("request_id",)
+    sentence = "No stream {request_id!r} to resume. Send the request again under a new request_id."
+
+
+class ModelInvalid(DescantError):
+    """The base model cannot be served."""
+
+    code = "model_invalid"
+    fields = ("model", "reason")
+    sentence = "Model {model!r} cannot be served: {reason}"
+
+
+class ConfigInvalid(DescantError):
+    """A setting of the server is wrong."""
+
+    code = "config_invalid"
+    fields = ("key", "reason")
+    sentence = "Configuration at {key}: {reason}"
+
+
+class ConnectionLost(DescantError):
+    """The client could not reach the server again within its patience."""
+
+    code = "connection_lost"
+    http_status = 503
+    fields = ("uri", "reason")
+    sentence = "Connection to {uri} is lost: {reason}"
+
+
+class InternalError(DescantError):
+    """A fault of ours; the log has the trace."""
+
+    code = "internal_error"
+    fields = ("reason",)
+    sentence = "The server failed on this request: {reason}"
+
+
+def _rebuild(kind: type[DescantError], data: dict[str, Any]) -> DescantError:
+    return kind(**data)
+
+
+def _tree(kind: type[DescantError]) -> list[type[DescantError]]:
+    return [kind, *(leaf for child in kind.__subclasses__() for leaf in _tree(child))]
+
+
+def from_wire(code: str, message: str, data: dict[str, Any]) -> DescantError:
+    """Return the error a peer sent.
+
+    An unknown code (of a newer server) becomes `InternalError` with the sentence; unknown fields are dropped.
+    """
+    for kind in _tree(DescantError):
+        if kind.code == code and kind.fields:
+            return kind(**{name: data.get(name) for name in kind.fields})
+    return InternalError(reason=message)

@@ -1,0 +1,358 @@
+"""The wire: what a client and the server say to each other over one WebSocket.
+
+One tagged message per frame. The subprotocol chosen in the handshake fixes the encoding: `descant.v1.json` (text
+frames) or `descant.v1.msgpack` (binary frames). The first message is the server's `hello`. Many streams share a
+connection and are told apart by `request_id`, which the client chooses, unique within its session.
+
+The server refuses unknown fields by name; a client ignores unknown fields and unknown messages, so that an older
+client can talk to a newer server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from descant_client.errors import InvalidRequest
+
+JSON_SUBPROTOCOL = "descant.v1.json"
+MSGPACK_SUBPROTOCOL = "descant.v1.msgpack"
+SUBPROTOCOLS = (MSGPACK_SUBPROTOCOL, JSON_SUBPROTOCOL)
+PROTOCOL_VERSION = "1.0"
+
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Base of everything on the wire that is no message itself."""
+
+
+class Strict(Wire, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of what clients send: an unknown field is refused by name."""
+
+
+class SamplingParams(Strict, frozen=True):
+    """How a token is drawn from the logits. Defaults leave the model's distribution as it is.
+
+    Processing order: penalties, bias, temperature, top-k, top-p, min-p, typical-p. `temperature` 0 is greedy.
+    Repetition penalty sees prompt and output, presence and frequency penalties see the output only.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0
+    top_k: Count = 0  # 0: off
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    typical_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=1024)] = {}
+
+
+class ChatMessage(Strict, frozen=True):
+    """One turn of a conversation; the model's chat template makes the prompt."""
+
+    role: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    content: str
+
+
+class WeightedAdapter(Strict, frozen=True, array_like=True):
+    """A member of a weighted sum of adapters: `[adapter, weight]`."""
+
+    adapter: str
+    weight: float
+
+
+# ---- client messages ----------------------------------------------------------------------------------------------
+
+
+class ClientMessageBase(Strict, frozen=True, tag_field="type", tag=str.lower):
+    """Base of the client's messages; the tag is the class name in lower case."""
+
+
+class Generate(ClientMessageBase, frozen=True):
+    """Start a stream. Exactly one of `prompt`, `token_ids`, `messages`; at most one of `adapter`, `adapters`.
+
+    Answered by `accepted`, then `delta`s, then `done`; or by one `error`.
+    """
+
+    request_id: RequestId
+    prompt: str | None = None
+    token_ids: list[TokenId] | None = None
+    messages: list[ChatMessage] | None = None
+    adapter: str | None = None
+    adapters: Annotated[list[WeightedAdapter], msgspec.Meta(min_length=1, max_length=64)] | None = None
+    adapter_source: Literal["local", "hub", "s3", "pbase"] | None = None
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None  # None: as many as the context holds
+    n: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None  # None: the server draws one and reports it
+    stop: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=16)] = []
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
+    ignore_eos: bool = False
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None  # alternatives per output token
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None  # likewise per prompt token
+
+
+class Cancel(ClientMessageBase, frozen=True):
+    """End a stream; it is answered by its `done` with finish reason `cancelled`."""
+
+    request_id: RequestId
+
+
+class Resume(ClientMessageBase, frozen=True):
+    """Go on with a stream after a reconnect. `have` maps each choice to the number of its tokens already received."""
+
+    request_id: RequestId
+    have: dict[int, Count] = {}
+
+
+class Ack(ClientMessageBase, frozen=True):
+    """Release a finished stream: the server forgets it."""
+
+    request_id: RequestId
+
+
+class ListAdapters(ClientMessageBase, frozen=True, tag="adapter.list"):
+    """Ask for the adapters the caller may use, in order of registration."""
+
+    request_id: RequestId
+
+
+class OpenAdapter(ClientMessageBase, frozen=True, tag="adapter.open"):
+    """Ask for one adapter by name; the answer's list is empty when there is none."""
+
+    request_id: RequestId
+    name: str
+
+
+class ListModels(ClientMessageBase, frozen=True, tag="models.list"):
+    """Ask for the base model."""
+
+    request_id: RequestId
+
+
+ClientMessage = Generate | Cancel | Resume | Ack | ListAdapters | OpenAdapter | ListModels
+
+# ---- server messages ----------------------------------------------------------------------------------------------
+
+
+class ServerMessageBase(Wire, frozen=True, tag_field="type", tag=str.lower):
+    """Base of the server's messages; the tag is the class name in lower case."""
+
+
+class ModelInfo(Wire, frozen=True):
+    """The base model as clients see it."""
+
+    id: str
+    max_context: int  # tokens, prompt and output together
+    vocab_size: int
+    dtype: str
+    device: str
+
+
+class Limits(Wire, frozen=True):
+    """What the server accepts on this connection."""
+
+    max_frame_bytes: int
+    max_streams: int  # unfinished streams per session
+    max_choices: int  # `n`
+    resume_window_s: float  # how long a session without a connection is kept
+
+
+class Hello(ServerMessageBase, frozen=True):
+    """The server's first message. Reconnect with `?session=<session>` to resume its streams."""
+
+    protocol: str
+    server: str
+    session: str
+    features: list[str]
+    limits: Limits
+    model: ModelInfo
+
+
+class Accepted(ServerMessageBase, frozen=True):
+    """The request is valid and queued. `adapter_digest` is the version it will run with."""
+
+    request_id: str
+    seed: int
+    num_prompt_tokens: int
+    adapter_digest: str | None = None
+
+
+class Progress(ServerMessageBase, frozen=True):
+    """What happens before the first token, for requests that have to wait."""
+
+    request_id: str
+    stage: Literal["queued", "preparing_adapter", "restarting_executor"]
+
+
+class TopLogprob(Wire, frozen=True):
+    """One alternative to a token."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+class TokenLogprob(Wire, frozen=True):
+    """The log-probability (natural log, of the model's unprocessed distribution) of a token and of alternatives."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: list[TopLogprob] = []
+
+
+class Delta(ServerMessageBase, frozen=True):
+    """New tokens of one choice. `index` is the offset of the first of them in the choice's output.
+
+    `text` is the text these tokens complete: it may be empty while a UTF-8 character or a possible stop string is
+    open, and may hold text of earlier tokens. Concatenated texts are the choice's whole text.
+    """
+
+    request_id: str
+    choice: int
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+
+class ChoiceEnd(Wire, frozen=True):
+    """How one choice ended. `text` is what was still held back when it did."""
+
+    choice: int
+    finish_reason: FinishReason
+    num_tokens: int
+    text: str = ""
+
+
+class Usage(Wire, frozen=True):
+    """Tokens of a request, all choices together; `num_cached_tokens` of the prompt came from the prefix cache."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+
+
+class Timings(Wire, frozen=True):
+    """Seconds, measured at the server: until first scheduled, until the first token, until the end."""
+
+    queue_s: float
+    ttft_s: float
+    e2e_s: float
+    num_preemptions: int = 0
+
+
+class Done(ServerMessageBase, frozen=True):
+    """The stream is complete."""
+
+    request_id: str
+    seed: int
+    choices: list[ChoiceEnd]
+    usage: Usage
+    timings: Timings
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # None for the first token, which nothing predicts
+
+
+class Error(ServerMessageBase, frozen=True):
+    """A typed error (`descant_client.errors`). With a `request_id` it ends that stream or request, and only it."""
+
+    code: str
+    message: str
+    request_id: str | None = None
+    data: dict[str, Any] = {}
+
+
+class AdapterInfo(Wire, frozen=True):
+    """A registered adapter."""
+
+    name: str
+    source: str
+    digest: str | None = None  # None until it is first prepared
+    rank: int | None = None  # the largest over its modules
+    num_bytes: int | None = None  # on the device
+
+
+class Adapters(ServerMessageBase, frozen=True):
+    """Answer to `adapter.list` and `adapter.open`."""
+
+    request_id: str
+    adapters: list[AdapterInfo]
+
+
+class Models(ServerMessageBase, frozen=True):
+    """Answer to `models.list`."""
+
+    request_id: str
+    models: list[ModelInfo]
+
+
+ServerMessage = Hello | Accepted | Progress | Delta | Done | Error | Adapters | Models
+
+# ---- encoding -----------------------------------------------------------------------------------------------------
+
+_JSON_CLIENT = msgspec.json.Decoder(ClientMessage)
+_MSGPACK_CLIENT = msgspec.msgpack.Decoder(ClientMessage)
+_JSON_SERVER = msgspec.json.Decoder(ServerMessage)
+_MSGPACK_SERVER = msgspec.msgpack.Decoder(ServerMessage)
+_SERVER_TAGS = frozenset(str(kind.__struct_config__.tag) for kind in ServerMessage.__args__)
+
+
+def encoder_for(subprotocol: str) -> Callable[[ClientMessage | ServerMessage], str | bytes]:
+    """Return the function from a message to a frame: str (a text frame) for JSON, bytes for msgpack."""
+    if subprotocol == JSON_SUBPROTOCOL:
+        return lambda message: msgspec.json.encode(message).decode()
+    return msgspec.msgpack.encode
+
+
+def decode_client(frame: str | bytes) -> ClientMessage:
+    """Decode a client's frame, JSON if it is text and msgpack if it is binary.
+
+    Raises:
+        InvalidRequest: not decodable, an unknown type or field, or a value out of range; says where.
+    """
+    try:
+        return _JSON_CLIENT.decode(frame) if isinstance(frame, str) else _MSGPACK_CLIENT.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        reason, _, path = str(exc).partition(" - at `")
+        raise InvalidRequest(path.rstrip("`") or "frame", reason) from exc
+
+
+def request_id_of(frame: str | bytes) -> str | None:
+    """Return the request id of a frame that would not decode, so that its error can name the request."""
+    try:
+        return _decode_envelope(frame).request_id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def decode_server(frame: str | bytes) -> ServerMessage | None:
+    """Decode a server's frame; None for a type of message this client does not know.
+
+    Raises:
+        msgspec.DecodeError: the frame is not a message at all.
+    """
+    try:
+        return _JSON_SERVER.decode(frame) if isinstance(frame, str) else _MSGPACK_SERVER.decode(frame)
+    except msgspec.ValidationError:
+        if _decode_envelope(frame).type not in _SERVER_TAGS:
+            return None
+        raise
+
+
+class _Envelope(msgspec.Struct):
+    type: str | None = None
+    request_id: RequestId | None = None
+
+
+def _decode_envelope(frame: str | bytes) -> _Envelope:
+    if isinstance(frame, str):
+        return msgspec.json.decode(frame, type=_Envelope)
+    return msgspec.msgpack.decode(frame, type=_Envelope)

@@ -1,0 +1,1 @@
+"""Public ops of Descant: contracts here, implementations by device."""

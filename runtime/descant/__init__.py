@@ -1,0 +1,3 @@
+"""Descant: one base model in any number of voices. Importing this package imports nothing heavy."""
+
+__version__ = "0.1.0"

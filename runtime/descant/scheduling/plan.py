@@ -1,0 +1,237 @@
+"""`StepPlan` and `StepResult`: all that passes between scheduling and the engine.
+
+The engine keeps one *row* per sequence: its tokens, block table, sampling state and how many of its positions have
+their K/V in the cache. The scheduler keeps the truth and can rebuild any row with one `Admit`. A step first drops
+rows, then copies blocks, then admits, then runs one forward pass over the `rows`.
+
+Integers travel packed: little-endian int32 in bytes (`pack_ints`), floats likewise as float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from descant_client.errors import InvalidRequest, UnsupportedRequest
+from descant_client.protocol import SamplingParams
+
+NO_ADAPTER = -1  # adapter slot of the base model
+NO_LOGPROBS = -1
+
+_Number = TypeVar("_Number", int, float)
+
+
+def pack_ints(values: Iterable[int]) -> bytes:
+    """Return `values` as little-endian int32. Raises OverflowError beyond 32 bits."""
+    return _little_endian(array("i", values)).tobytes()
+
+
+def unpack_ints(data: bytes) -> list[int]:
+    """Invert `pack_ints`. Raises ValueError if `data` is not a whole number of int32."""
+    values = array("i")
+    values.frombytes(data)
+    return _little_endian(values).tolist()
+
+
+def pack_floats(values: Iterable[float]) -> bytes:
+    """Return `values` as little-endian float32."""
+    return _little_endian(array("f", values)).tobytes()
+
+
+def unpack_floats(data: bytes) -> list[float]:
+    """Invert `pack_floats`."""
+    values = array("f")
+    values.frombytes(data)
+    return _little_endian(values).tolist()
+
+
+def _little_endian(values: array[_Number]) -> array[_Number]:
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
+
+
+class AdapterSpan(msgspec.Struct, frozen=True, array_like=True):
+    """From this position of the sequence on, the adapter in this slot applies (`NO_ADAPTER`: none)."""
+
+    from_position: int
+    adapter_slot: int
+
+
+class TokenDraft(msgspec.Struct, frozen=True, tag="tokens"):
+    """A token tree to verify: `parents[i]` is the node before node i, -1 for the row's last token."""
+
+    token_ids: bytes
+    parents: bytes
+
+
+class HeadsDraft(msgspec.Struct, frozen=True, tag="heads"):
+    """The engine's own draft heads propose at most `max_nodes` nodes."""
+
+    max_nodes: int
+
+
+Draft = TokenDraft | HeadsDraft
+
+
+class Admit(msgspec.Struct, frozen=True):
+    """Make a row: everything the engine must know of a sequence.
+
+    `token_ids` are prompt and output so far. The K/V of the first `num_cached_tokens` (fewer than all) is already in
+    `blocks`, the packed ids of the row's first blocks. `num_logprobs` alternatives are reported per output token.
+    """
+
+    row: int
+    token_ids: bytes
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    blocks: bytes
+    sampling: SamplingParams
+    seed: int
+    choice: int = 0
+    num_logprobs: int = NO_LOGPROBS
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One row's part in a step: compute its next `num_new_tokens` positions.
+
+    A row whose last known token is among them is sampled: its result carries the next token, which the engine appends
+    to the row, so that the next step needs no ids. `input_ids` empty means LAST: the row's own tokens; otherwise the
+    packed ids are appended to the row first. `blocks` are packed ids appended to its block table, enough for the
+    longest case. `num_prompt_logprobs` >= 0 asks for the log-probability of each token that follows a computed
+    prompt position.
+    """
+
+    row: int
+    num_new_tokens: int
+    spans: tuple[AdapterSpan, ...] = (AdapterSpan(0, NO_ADAPTER),)
+    blocks: bytes = b""
+    input_ids: bytes = b""
+    draft: Draft | None = None
+    positions: bytes | None = None
+    allowed_tokens: bytes | None = None  # packed bit mask over the vocabulary, one per sampled node
+    num_prompt_logprobs: int = NO_LOGPROBS
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """One forward pass. `drop` is packed row ids, `copy_blocks` packed (source, destination) pairs."""
+
+    epoch: int
+    step: int
+    admit: tuple[Admit, ...] = ()
+    rows: tuple[Row, ...] = ()
+    drop: bytes = b""
+    copy_blocks: bytes = b""
+
+
+class LogprobRows(msgspec.Struct, frozen=True):
+    """Log-probabilities of `num_tokens` tokens, packed: the chosen ones, and `num_top` alternatives each."""
+
+    num_tokens: int
+    num_top: int
+    chosen: bytes  # float32 [num_tokens]
+    top_ids: bytes  # int32 [num_tokens, num_top]
+    top: bytes  # float32 [num_tokens, num_top]
+
+
+class RowResult(msgspec.Struct, frozen=True):
+    """What a step did to a row. `num_computed` is the number of positions whose K/V is valid now."""
+
+    row: int
+    num_computed: int
+    token_ids: bytes = b""  # sampled in this step, packed
+    logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None  # of the prompt tokens after the computed positions
+    error: str | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """The answer to a `StepPlan` of the same epoch and step, one entry per row of the plan, in its order."""
+
+    epoch: int
+    step: int
+    rows: tuple[RowResult, ...]
+    device_s: float = 0.0
+
+
+class EngineLimits(msgspec.Struct, frozen=True):
+    """What an engine can do; `validate_plan` holds a plan against it."""
+
+    num_blocks: int
+    block_size: int
+    max_context: int
+    vocab_size: int
+    num_adapter_slots: int
+
+
+def validate_plan(plan: StepPlan, limits: EngineLimits, rows: Sequence[int] = ()) -> None:
+    """Check a plan against the engine's limits and its present `rows`, before any of it is carried out.
+
+    Raises:
+        InvalidRequest: the plan contradicts itself or the limits; the field names the row.
+        UnsupportedRequest: the plan uses what this engine does not do yet.
+    """
+    known = (set(rows) - set(_ints(plan.drop, "drop"))) | {admit.row for admit in plan.admit}
+    _check_blocks(plan.copy_blocks, limits, "copy_blocks")
+    for admit in plan.admit:
+        _validate_admit(admit, limits)
+    seen: set[int] = set()
+    for row in plan.rows:
+        where = f"rows[{row.row}]"
+        if row.row not in known or row.row in seen:
+            raise InvalidRequest(where, "is not a row of the engine" if row.row not in known else "is planned twice")
+        seen.add(row.row)
+        _validate_row(row, limits, where)
+
+
+def _validate_admit(admit: Admit, limits: EngineLimits) -> None:
+    where = f"admit[{admit.row}]"
+    token_ids = _ints(admit.token_ids, where)
+    if not 0 < len(token_ids) <= limits.max_context:
+        raise InvalidRequest(where, f"has {len(token_ids)} tokens; 1 to {limits.max_context} fit the context")
+    if not 0 < admit.num_prompt_tokens <= len(token_ids):
+        raise InvalidRequest(where, "num_prompt_tokens is not within its tokens")
+    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+        raise InvalidRequest(where, f"a token id is outside the vocabulary of {limits.vocab_size}")
+    num_slots = _check_blocks(admit.blocks, limits, where) * limits.block_size
+    if not 0 <= admit.num_cached_tokens < len(token_ids) or admit.num_cached_tokens > num_slots:
+        raise InvalidRequest(where, "num_cached_tokens exceeds its blocks or covers its last token")
+
+
+def _validate_row(row: Row, limits: EngineLimits, where: str) -> None:
+    if not 0 < row.num_new_tokens <= limits.max_context:
+        raise InvalidRequest(where, f"num_new_tokens {row.num_new_tokens} is not within the context")
+    _check_blocks(row.blocks, limits, where)
+    if not row.spans or row.spans[0].from_position != 0:
+        raise InvalidRequest(where, "spans must begin at position 0")
+    for span in row.spans:
+        if not NO_ADAPTER <= span.adapter_slot < limits.num_adapter_slots:
+            raise InvalidRequest(where, f"adapter slot {span.adapter_slot} does not exist")
+    unsupported = {
+        "draft": row.draft,
+        "positions": row.positions,
+        "allowed_tokens": row.allowed_tokens,
+        "input_ids": row.input_ids or None,
+        "spans": row.spans[1:] or None,
+    }
+    for field, value in unsupported.items():
+        if value is not None:
+            raise UnsupportedRequest(f"{where}.{field}", "this engine does not do it yet")
+
+
+def _ints(data: bytes, where: str) -> list[int]:
+    try:
+        return unpack_ints(data)
+    except ValueError as exc:
+        raise InvalidRequest(where, "packed integers are cut off") from exc
+
+
+def _check_blocks(data: bytes, limits: EngineLimits, where: str) -> int:
+    blocks = _ints(data, where)
+    if blocks and not (min(blocks) >= 0 and max(blocks) < limits.num_blocks):
+        raise InvalidRequest(where, f"a block is outside the cache of {limits.num_blocks} blocks")
+    return len(blocks)
