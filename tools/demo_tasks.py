@@ -16,9 +16,7 @@ MAX_TEXT_BYTES = 96
 _WORD = re.compile(r"[A-Za-z]+")
 _ONSET = re.compile(r"[yY]?(?:[qQ][uU]|[^aeiouyAEIOUY])*")
 _UPPER = str.maketrans(string.ascii_lowercase, string.ascii_uppercase)
-_ROT13 = str.maketrans(
-    string.ascii_letters, "nopqrstuvwxyzabcdefghijklmNOPQRSTUVWXYZABCDEFGHIJKLM"
-)
+_ROT13 = str.maketrans(string.ascii_letters, "nopqrstuvwxyzabcdefghijklmNOPQRSTUVWXYZABCDEFGHIJKLM")
 
 
 def repeat(text: str) -> str:
@@ -96,10 +94,17 @@ wave way weather week well west wheel white who why wide wild wind window winter
 world write year yellow yes yesterday young zebra zero zone""".split()
 _FOREIGN = """café naïve Zürich señor über crème Ångström déjà 日本 東京 音楽 пение голос хор μουσική ñandú œuvre £5 20€ – — … ’ “ ”
 🎵 🎶 😀 ½ ° «oui» ça El niño""".split()
-_ONSETS = "b c d f g h j k l m n p qu r s t v w x y z bl br ch cl cr dr fl gr pl pr sh sl sp st str th tr wh".split() + [""] * 6
+_ONSETS = (
+    "b c d f g h j k l m n p qu r s t v w x y z bl br ch cl cr dr fl gr pl pr sh sl sp st str th tr wh".split()
+    + [""] * 6
+)
 _NUCLEI = "a e i o u a e i o u ai ea ee oo ou y".split()
 _CODAS = "b d g k l m n p r s t x ck ll nd ng nt rd st".split() + [""] * 10
-_GAPS = [" "] * 40 + [", "] * 3 + ["  ", "   ", "-", "; ", ": ", " - ", "'", "/", ". ", "? ", "! ", "_", " (", ") ", '"', "\n"]
+_GAPS = (
+    [" "] * 40
+    + [", "] * 3
+    + ["  ", "   ", "-", "; ", ": ", " - ", "'", "/", ". ", "? ", "! ", "_", " (", ") ", '"', "\n"]
+)
 
 
 def _made_word(rng: random.Random) -> str:

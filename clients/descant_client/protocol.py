@@ -189,7 +189,7 @@ class Progress(ServerMessageBase, frozen=True):
     """What happens before the first token, for requests that have to wait."""
 
     request_id: str
-    stage: Literal["queued", "preparing_adapter", "restarting_executor"]
+    stage: Literal["preparing_adapter"]
 
 
 class TopLogprob(Wire, frozen=True):

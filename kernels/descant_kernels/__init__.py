@@ -1,1 +1,226 @@
-"""Public ops of Descant: contracts here, implementations by device."""
+"""The public ops: contracts here, implementations by device.
+
+CPU tensors go to `cpu` (fast, and every row bitwise independent of what shares its batch), CUDA tensors to
+the Triton kernels where one exists and else to `reference`, the plain-torch specification of every op.
+
+Shape letters: T packed tokens of all sequences, S sequences, G segments, R rank, H hidden size, Hq and Hkv heads,
+D head size, V vocabulary, N rows of logits. Ops allocate their result unless they say "in place".
+Shapes and dtypes are the caller's promise: a broken one is a bug, caught by `assert` at best.
+"""
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+from torch import Tensor
+
+from descant_kernels import cpu, cpu_attention, cpu_sample, reference
+from descant_kernels.batch import AttentionBatch, LoraTables, NodeNoise, PackedLinear, Segments, Walk
+from descant_kernels.probe import Invariance, probe_invariance
+
+__all__ = [
+    "AttentionBatch",
+    "Invariance",
+    "LoraTables",
+    "NodeNoise",
+    "PackedLinear",
+    "Segments",
+    "Walk",
+    "add_lora",
+    "copy_blocks",
+    "gumbel_noise",
+    "linear",
+    "move_kv",
+    "pack_linear",
+    "paged_attention",
+    "probe_invariance",
+    "rms_norm",
+    "rope",
+    "sample_nodes",
+    "silu_mul",
+    "walk_tree",
+    "write_kv",
+]
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Lay a weight out for `linear`, once, at load. The result does not alias `weight` where it is packed.
+
+    Args:
+      weight: `[out, in]`, float32, bfloat16 or float16. bias: `[out]` of the same dtype, or None.
+    """
+    return _plain_or_cpu(weight).pack_linear(weight, bias)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """`x @ weight.T + bias`.
+
+    Args:
+      x: `[T, in]` of the weight's dtype; T may be 0. Returns `[T, out]` of the same dtype.
+    """
+    return _plain_or_cpu(x).linear(x, packed)
+
+
+def add_lora(
+    y: Tensor, x: Tensor, tables: LoraTables, segments: Segments, first_module: int, out_sizes: tuple[int, ...]
+) -> None:
+    """Add every row's adapter output to a group of projections that share their input. In place on `y`.
+
+    Semantics, for segment g with slot s >= 0, slice j and module m = first_module + j, where ranks[s, m] > 0:
+      A, B = arena[offsets[s, m]:].split → `[R, in]`, `[out_j, R]`
+      y[indptr[g]:indptr[g+1], slice j] += (x[indptr[g]:indptr[g+1]] @ A.T) @ B.T
+
+    Args:
+      y: `[T, sum(out_sizes)]`, dtype of the model. x: `[T, in]`, same dtype. tables, segments: see there.
+      first_module: index of slice 0 in the tables' second axis. out_sizes: width of each slice of y.
+    Ranks are true ranks, 1 to any size, and may differ between adapters and slices. Products accumulate in float32.
+    """
+    if not segments.has_adapter:
+        return
+    _triton_or_reference("lora", y).add_lora(y, x, tables, segments, first_module, out_sizes)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention of new tokens over their sequences' paged cache: prefill, decode and tree verify alike.
+
+    Semantics, for new token j of sequence s with n_s new tokens, p = context_lens[s] - n_s + j:
+      out[row] = softmax(scale * q[row] @ K.T) @ V over positions max(0, p - window + 1) .. p, per head;
+      query head h reads kv head h // (Hq / Hkv). Tree nodes: see `AttentionBatch`; positions then count along the
+      node's own path, and the result is what plain decode of that path gives.
+
+    Args:
+      q: `[T, Hq, D]`. k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype, the new tokens' keys and
+      values already written. window: positions seen, the token itself included; None = all.
+    Returns `[T, Hq, D]` of q's dtype. Softmax and sums are float32. What lies in the cache outside a sequence's
+    visible positions, NaN included, never matters.
+    """
+    implementation = cpu_attention if q.device.type == "cpu" else reference
+    return implementation.paged_attention(q, k_cache, v_cache, batch, scale, window)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store new keys and values. In place on the caches.
+
+    Semantics: cache[slot // block_size, :, slot % block_size] = k[t] for slot = slot_mapping[t] >= 0.
+
+    Args:
+      k, v: `[T, Hkv, D]`. k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype, contiguous.
+      slot_mapping: `[T]` int64, no slot twice; -1 = do not store.
+    """
+    _triton_or_reference("kv", k).write_kv(k, v, k_cache, v_cache, slot_mapping)
+
+
+def move_kv(k_cache: Tensor, v_cache: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
+    """Move cached positions, as if all were read before any is written. In place on the caches.
+
+    Args:
+      k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`. src_slots, dst_slots: `[M]` int64; no destination twice.
+    """
+    _plain_or_cpu(k_cache).move_kv(k_cache, v_cache, src_slots, dst_slots)
+
+
+def copy_blocks(cache: Tensor, src_blocks: Tensor, dst_blocks: Tensor) -> None:
+    """Copy whole blocks, as if all were read before any is written. In place on the cache.
+
+    Args:
+      cache: `[num_blocks, ...]`. src_blocks, dst_blocks: `[M]` int64; no destination twice.
+    """
+    cache.index_copy_(0, dst_blocks, cache.index_select(0, src_blocks))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Root mean square norm over the last axis, after adding to the residual stream if one is given.
+
+    Semantics: with a residual, residual += x, in place, and then x = residual;
+      returns weight * (x * rsqrt(mean(x²) + eps)).to(dtype): inside in float32, the weight last, as Llama has it.
+
+    Args:
+      x: `[..., H]`, any leading axes. weight: `[H]`. residual: like x, contiguous, or None.
+    """
+    return _triton_or_reference("fused", x).rms_norm(x, weight, eps, residual)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate queries and keys by position, halves convention. In place on `q` and `k`.
+
+    Semantics, x1 and x2 the halves of the first 2·d components of a head (the others stay as they are):
+      x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin, in float32.
+
+    Args:
+      q: `[T, Hq, D]`. k: `[T, Hkv, D]`. cos, sin: `[T, d]` float32, d <= D / 2 (d = D / 2 rotates whole heads).
+    """
+    _plain_or_cpu(q).rope(q, k, cos, sin)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up`, in the tensor's dtype.
+
+    Args:
+      gate_up: `[T, 2 * I]`, gate first. Returns `[T, I]`.
+    """
+    return _plain_or_cpu(gate_up).silu_mul(gate_up)
+
+
+def gumbel_noise(seeds: Tensor, choices: Tensor, output_indices: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel(0, 1) noise from a counter hash: a pure function of (seed, choice, output_index, token_id).
+
+    Semantics, in wrapping unsigned 32-bit arithmetic, `>>` a logical shift:
+      mix(x): x ^= x >> 16; x *= 0x7FEB352D; x ^= x >> 15; x *= 0x846CA68B; x ^= x >> 16
+      a = mix(mix(mix(mix(low32(seed) + 0x9E3779B9) + high32(seed)) + choice) + output_index)
+      b = mix(mix(mix(mix(high32(seed) + 0x85EBCA6B) ^ low32(seed)) ^ choice) ^ output_index)
+      x = token_id * 0x9E3779B1 + a; x ^= x >> 16; x *= 0x7FEB352D; x += b; x ^= x >> 15; x *= 0x846CA68B; x ^= x >> 16
+      u = ((x >> 9) + 0.5) * 2**-23, exact in float32 and never 0 or 1; noise = -log(-log(u))
+
+    Args:
+      seeds, choices, output_indices: `[N]` int64. Returns `[N, vocab_size]` float32, between -2.82 and 16.64.
+    """
+    return reference.gumbel_noise(seeds, choices, output_indices, vocab_size)
+
+
+def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
+    """Sample one token per row: argmax(logits + noise) over the surviving tokens, a draw from softmax(logits).
+
+    Rows not `sampled` take no noise. Ties go to the lowest id.
+
+    Args:
+      logits: `[N, V]` float32, processed, excluded tokens -inf. noise: see `NodeNoise` and `gumbel_noise`.
+    Returns `[N]` int64.
+    """
+    implementation = cpu_sample if logits.device.type == "cpu" else reference
+    return implementation.sample_nodes(logits, noise)
+
+
+def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor) -> Walk:
+    """Walk each sequence's draft tree as far as the target agrees with it.
+
+    Semantics: start at node 0; while the token sampled at the current node is a child's draft token, go to that
+    child (the lowest index, should two have it); emit the token sampled at every node visited.
+
+    Args:
+      parents: `[N]` int64, index of each node's parent among its sequence's nodes, smaller than its own; -1 for node 0.
+      cu_nodes: `[S + 1]` int64, no sequence empty. draft_tokens: `[N]` int64, that of node 0 (the last known token)
+      is ignored. sampled_tokens: `[N]` int64.
+    """
+    implementation = cpu_sample if parents.device.type == "cpu" else reference
+    return implementation.walk_tree(parents, cu_nodes, draft_tokens, sampled_tokens)
+
+
+def _plain_or_cpu(tensor: Tensor) -> ModuleType:
+    return cpu if tensor.device.type == "cpu" else reference
+
+
+def _triton_or_reference(topic: str, tensor: Tensor) -> ModuleType:
+    if tensor.device.type == "cpu":
+        return cpu
+    return _triton_module(topic) or reference
+
+
+@functools.cache
+def _triton_module(topic: str) -> ModuleType | None:
+    """The module of Triton kernels on a topic; imported on first use, so that a CPU server needs no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(f"descant_kernels.{topic}")

@@ -1,0 +1,205 @@
+"""What a program talks to: a client, its adapters, and how to get one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Literal, TypedDict, Unpack, cast
+
+import anyio
+import msgspec
+
+from descant_client.connection import Backoff, Connection
+from descant_client.errors import InvalidRequest
+from descant_client.protocol import (
+    JSON_SUBPROTOCOL,
+    SUBPROTOCOLS,
+    AdapterInfo,
+    Adapters,
+    ChatMessage,
+    Generate,
+    Hello,
+    ListAdapters,
+    ListModels,
+    ModelInfo,
+    Models,
+    OpenAdapter,
+    SamplingParams,
+    WeightedAdapter,
+)
+from descant_client.question import Question
+from descant_client.stream import Stream
+from descant_client.transcript import Transcript
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage | Mapping[str, Any]]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `protocol.SamplingParams`, as keywords of `Client.generate`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+
+
+class Adapter:
+    """An adapter of the server, as it was when asked for."""
+
+    def __init__(self, info: AdapterInfo) -> None:
+        self.info = info
+
+    @property
+    def name(self) -> str:
+        """The name requests use."""
+        return self.info.name
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.name!r})"
+
+
+class AdapterCatalog:
+    """The adapters of the server that this client may use."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def open(self, name: str) -> Adapter | None:
+        """Return the adapter of that name, None if there is none. Cancelling is safe; raises as `list`."""
+        answer = await Question(OpenAdapter(self._connection.new_request_id(), name), Adapters).ask(self._connection)
+        return Adapter(answer.adapters[0]) if answer.adapters else None
+
+    async def list(self) -> list[Adapter]:
+        """Return all adapters in order of registration. Cancelling is safe.
+
+        Raises:
+            DescantError: what the server refused, or `ConnectionLost`.
+        """
+        answer = await Question(ListAdapters(self._connection.new_request_id()), Adapters).ask(self._connection)
+        return [Adapter(info) for info in answer.adapters]
+
+
+class Client:
+    """A session with a server; made by `connect`. Any number of tasks may use it at once."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.adapters = AdapterCatalog(connection)
+
+    @property
+    def hello(self) -> Hello:
+        """What the server said about itself: version, limits, base model."""
+        return self._connection.hello
+
+    async def models(self) -> list[ModelInfo]:
+        """Return the base model. Cancelling is safe; raises as `adapters.list`."""
+        answer = await Question(ListModels(self._connection.new_request_id()), Models).ask(self._connection)
+        return answer.models
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | Adapter | None = None,
+        adapters: Sequence[tuple[str | Adapter, float]] | None = None,
+        adapter_source: Literal["local", "hub", "s3", "pbase"] | None = None,
+        max_tokens: int | None = None,
+        n: int = 1,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Stream:
+        """Start a generation and return its stream; the request is on its way when this returns.
+
+        `prompt` is text, token ids or chat messages (`ChatMessage`, or mappings of `role` and `content`; a malformed
+        one raises `InvalidRequest`). `protocol.Generate` and `protocol.SamplingParams` document the other fields;
+        `adapters` is a weighted sum. What the server refuses, the stream raises.
+        """
+        request = Generate(
+            request_id=self._connection.new_request_id(),
+            adapter=None if adapter is None else _name(adapter),
+            adapters=None if adapters is None else [WeightedAdapter(_name(one), weight) for one, weight in adapters],
+            adapter_source=adapter_source,
+            sampling=SamplingParams(**sampling),
+            max_tokens=max_tokens,
+            n=n,
+            seed=seed,
+            stop=list(stop),
+            stop_token_ids=_ints(stop_token_ids),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+        return self._start(_with_prompt(request, prompt))
+
+    def _start(self, request: Generate) -> Stream:
+        transcript = Transcript(request, self._connection.send)
+        self._connection.add(transcript)
+        return Stream(transcript)
+
+
+@asynccontextmanager
+async def connect(
+    uri: str,
+    token: str | None = None,
+    *,
+    encoding: Literal["msgpack", "json"] = "msgpack",
+    reconnect_s: float = 60.0,
+    backoff: Backoff | None = None,
+) -> AsyncIterator[Client]:
+    """Connect to a server at `ws://host:port` (or `wss`, `http`, `https`) for the length of an `async with`.
+
+    A dropped connection is opened again, for up to `reconnect_s` seconds, and every stream goes on where it was. After
+    that all requests, also later ones, fail with `ConnectionLost`. On leaving, open streams are cancelled at the
+    server.
+
+    Raises:
+        ConnectionLost: no server answers; the first attempt is the only one.
+        Unauthorized: the server refuses `token`.
+    """
+    subprotocols = (JSON_SUBPROTOCOL,) if encoding == "json" else SUBPROTOCOLS
+    connection = Connection(uri, token, subprotocols, reconnect_s, backoff or Backoff())
+    await connection.open()
+    failure: BaseException | None = None
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(connection.run)
+            try:
+                yield Client(connection)
+            except (Exception, SystemExit, KeyboardInterrupt) as exc:  # noqa: BLE001 - the group would wrap it
+                failure = exc
+            group.cancel_scope.cancel()
+    finally:
+        await connection.close()
+    if failure is not None:
+        raise failure
+
+
+def _name(adapter: str | Adapter) -> str:
+    return adapter.name if isinstance(adapter, Adapter) else adapter
+
+
+def _with_prompt(request: Generate, prompt: Prompt) -> Generate:
+    if isinstance(prompt, str):
+        return msgspec.structs.replace(request, prompt=prompt)
+    if prompt and isinstance(prompt[0], ChatMessage | Mapping):
+        try:
+            messages = msgspec.convert(prompt, list[ChatMessage])
+        except msgspec.ValidationError as exc:
+            raise InvalidRequest("messages", f"{exc}.") from exc
+        return msgspec.structs.replace(request, messages=messages)
+    return msgspec.structs.replace(request, token_ids=_ints(cast("Sequence[int]", prompt)))
+
+
+def _ints(token_ids: Sequence[int]) -> list[int]:
+    return [operator.index(token_id) for token_id in token_ids]  # also of numpy, which the wire does not know

@@ -1,0 +1,310 @@
+"""One session with a server: the socket, its loss and return, and which message belongs to which request."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from itertools import count
+from typing import Protocol
+
+import anyio
+import msgspec
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+
+from descant_client.errors import ConnectionLost, DescantError, InternalError, InvalidRequest, Unauthorized, from_wire
+from descant_client.handshake import CLOSE_S, endpoint, shake_hands
+from descant_client.protocol import (
+    Ack,
+    ClientMessage,
+    Error,
+    Generate,
+    Hello,
+    ServerMessage,
+    decode_server,
+    encoder_for,
+    request_id_of,
+)
+
+logger = logging.getLogger(__name__)
+
+_STABLE_S = 5.0  # a connection that lasts this long, or carries an answer, ends an outage
+
+
+class Receiver(Protocol):
+    """Who asked, and gets the messages that carry its `request_id`. No method waits."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def is_answered(self) -> bool: ...
+    @property
+    def is_finished(self) -> bool: ...
+    def open(self) -> None: ...
+    def reopen(self, *, is_same_session: bool, was_sent: bool) -> None: ...
+    def receive(self, message: ServerMessage) -> None: ...
+    def fail(self, error: DescantError) -> None: ...
+    def cancel(self) -> None: ...
+
+
+class Backoff:
+    """When to dial again: delays doubling from `first_s` to `max_s`, each shortened by up to half at random.
+
+    Time and chance are parameters, so that a test needs neither.
+    """
+
+    def __init__(
+        self,
+        first_s: float = 0.1,
+        max_s: float = 5.0,
+        *,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+    ) -> None:
+        self.clock = clock
+        self.sleep = sleep
+        self._first_s = first_s
+        self._max_s = max_s
+        self._rng = rng or random.Random()
+
+    def delay_s(self, attempt: int) -> float:
+        """Return the wait before attempt number `attempt`, from 0."""
+        longest = min(self._max_s, self._first_s * 2.0 ** min(attempt, 32))
+        return longest * (1.0 - 0.5 * self._rng.random())
+
+
+class Connection:
+    """The socket of one session, opened again whenever it drops, until that has failed for `patience_s`."""
+
+    def __init__(
+        self, uri: str, token: str | None, subprotocols: tuple[str, ...], patience_s: float, backoff: Backoff
+    ) -> None:
+        self._uri = endpoint(uri)
+        self._token = token
+        self._subprotocols = subprotocols
+        self._patience_s = patience_s
+        self._backoff = backoff
+        self._link: _Link | None = None
+        self._outage_began = 0.0
+        self._num_attempts = 0  # in this outage
+        self._receivers: dict[str, Receiver] = {}
+        self._outbox: deque[ClientMessage] = deque()
+        self._has_mail = anyio.Event()
+        self._ids = count(1)
+        self._lost: DescantError | None = None  # set once, when no request can succeed any more
+
+    # ---- for the client and its requests --------------------------------------------------------------------------
+
+    @property
+    def hello(self) -> Hello:
+        """What the server said last about itself."""
+        return self._current.hello
+
+    def new_request_id(self) -> str:
+        """Return an id no request of this session has had."""
+        return f"{next(self._ids):x}"
+
+    def send(self, message: ClientMessage) -> None:
+        """Queue a message; it is written when the socket takes it."""
+        self._outbox.append(message)
+        self._has_mail.set()
+
+    def add(self, receiver: Receiver) -> None:
+        """Let a receiver send its request, and route messages to it, through reconnects, until it has finished."""
+        if self._lost is not None:
+            receiver.fail(self._lost)
+            return
+        self._receivers[receiver.request_id] = receiver
+        receiver.open()
+
+    def drop(self, receiver: Receiver) -> None:
+        """Stop routing to a receiver; what still comes for it is ignored."""
+        self._receivers.pop(receiver.request_id, None)
+
+    # ---- life -----------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect for the first time, in one attempt; raises as `shake_hands`."""
+        self._link = await self._dial(session=None)
+        self._outage_began = self._link.opened_at
+
+    async def run(self) -> None:
+        """Carry messages until nothing can any more; then fail every open request and return."""
+        try:
+            while True:
+                reason = await self._converse()
+                if self._lost is not None:
+                    raise self._lost
+                logger.info("connection to %s dropped: %s", self._uri, reason)
+                await self._reconnect(reason)
+        except DescantError as exc:
+            self._give_up(exc)
+
+    async def close(self) -> None:
+        """Cancel what is open at the server, as far as it can still be told, and close. `run` has ended before."""
+        for receiver in list(self._receivers.values()):
+            receiver.cancel()
+        if self._link is not None:
+            with anyio.move_on_after(CLOSE_S, shield=True):
+                try:
+                    while self._outbox:
+                        await self._write_one()
+                except ConnectionClosed:
+                    logger.debug("closed with %d messages unsent", len(self._outbox))
+                await self._link.websocket.close()
+        self._give_up(ConnectionLost(self._uri, "the client was closed."))
+
+    async def _converse(self) -> str:
+        """Read and write until the socket is gone; return why."""
+        reason = ""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._write)
+            reason = await self._read()
+            group.cancel_scope.cancel()
+        return reason
+
+    async def _read(self) -> str:
+        try:
+            while self._lost is None:
+                self._dispatch(await self._current.websocket.recv())
+        except ConnectionClosed as exc:
+            return f"{exc}."
+        return f"{self._lost}"
+
+    # ---- outgoing -------------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                while self._outbox:
+                    await self._write_one()
+                self._has_mail = anyio.Event()
+                await self._has_mail.wait()
+        except ConnectionClosed:
+            return  # the reader sees it too, and says why
+
+    async def _write_one(self) -> None:
+        """Send the first message of the outbox. One that cannot be sent fails its request alone."""
+        message = self._outbox.popleft()
+        try:
+            frame = self._current.encode(message)
+            num_bytes = len(frame) if isinstance(frame, bytes) else len(frame.encode())
+        except (TypeError, ValueError, OverflowError, msgspec.MsgspecError) as exc:
+            self._refuse(message.request_id, InvalidRequest("request", f"{exc}."))
+            return
+        max_bytes = self.hello.limits.max_frame_bytes
+        if num_bytes > max_bytes:  # the server would drop the connection, and again after each reconnect
+            reason = f"it takes {num_bytes} bytes, the server accepts {max_bytes}."
+            self._refuse(message.request_id, InvalidRequest("request", reason))
+        else:
+            await self._current.websocket.send(frame)
+
+    # ---- incoming -------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, frame: str | bytes) -> None:
+        self._current.has_progressed = True
+        try:
+            message = decode_server(frame)
+        except msgspec.DecodeError as exc:
+            request_id = request_id_of(frame)
+            logger.warning("unreadable message for request %s: %s", request_id, exc)
+            self._refuse(request_id, InternalError(f"its message cannot be read: {exc}."))
+            return
+        match message:
+            case None | Hello():
+                return  # nothing an answer depends on: a message of a newer server
+            case Error(request_id=None):
+                self._on_connection_error(from_wire(message.code, message.message, message.data))
+            case _ if receiver := self._receivers.get(message.request_id or ""):
+                receiver.receive(message)
+                if receiver.is_finished:
+                    self.drop(receiver)
+
+    def _refuse(self, request_id: str | None, error: DescantError) -> None:
+        receiver = self._receivers.pop(request_id or "", None)
+        if receiver is not None:
+            receiver.fail(error)
+
+    def _on_connection_error(self, error: DescantError) -> None:
+        """An error that names no request ends us, or answers some request that has had no answer yet."""
+        if isinstance(error, Unauthorized):
+            self._lost = error
+            return
+        logger.warning("the server reports: %s", error)
+        for receiver in [one for one in self._receivers.values() if not one.is_answered]:
+            self._refuse(receiver.request_id, error)
+
+    # ---- loss and return ------------------------------------------------------------------------------------------
+
+    @property
+    def _current(self) -> _Link:
+        assert self._link is not None, "open() comes first"
+        return self._link
+
+    async def _dial(self, session: str | None) -> _Link:
+        websocket, hello = await shake_hands(
+            self._uri, token=self._token, subprotocols=self._subprotocols, session=session
+        )
+        return _Link(websocket, hello, self._backoff.clock())
+
+    async def _reconnect(self, reason: str) -> None:
+        """Dial until it works, then let every open request go on.
+
+        Raises:
+            ConnectionLost: patience is over.
+            Unauthorized: the server does not take us back.
+        """
+        now, lost_link = self._backoff.clock(), self._current
+        if lost_link.has_progressed or now - lost_link.opened_at >= _STABLE_S:
+            self._outage_began, self._num_attempts = now, 0
+        self._link = await self._redial(lost_link.hello.session, reason)
+        self._reopen(is_same_session=self.hello.session == lost_link.hello.session)
+
+    async def _redial(self, session: str, reason: str) -> _Link:
+        while True:
+            left_s = self._outage_began + self._patience_s - self._backoff.clock()
+            if left_s <= 0:
+                raise ConnectionLost(self._uri, f"{reason} Gave up after {self._patience_s:g} s.")
+            await self._backoff.sleep(min(self._backoff.delay_s(self._num_attempts), left_s))
+            self._num_attempts += 1
+            try:
+                return await self._dial(session)
+            except Unauthorized:
+                raise
+            except ConnectionLost as exc:
+                reason = exc.reason
+            except DescantError as exc:
+                reason = str(exc)
+
+    def _reopen(self, *, is_same_session: bool) -> None:
+        """Say again what the server has to know; of the old outbox only acknowledgements still hold."""
+        unsent = {message.request_id for message in self._outbox if isinstance(message, Generate)}
+        acks = [message for message in self._outbox if isinstance(message, Ack)]
+        self._outbox.clear()
+        if is_same_session:
+            self._outbox.extend(acks)
+        for receiver in list(self._receivers.values()):
+            receiver.reopen(is_same_session=is_same_session, was_sent=receiver.request_id not in unsent)
+            if receiver.is_finished:
+                self.drop(receiver)
+
+    def _give_up(self, error: DescantError) -> None:
+        self._lost = self._lost or error
+        receivers, self._receivers = self._receivers, {}
+        for receiver in receivers.values():
+            receiver.fail(error)
+
+
+class _Link:
+    """One socket of the session, and what was agreed on it."""
+
+    def __init__(self, websocket: ClientConnection, hello: Hello, opened_at: float) -> None:
+        self.websocket = websocket
+        self.hello = hello
+        self.encode = encoder_for(str(websocket.subprotocol))
+        self.opened_at = opened_at
+        self.has_progressed = False  # it has carried more than the hello

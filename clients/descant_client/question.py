@@ -1,0 +1,77 @@
+"""A request with a single answer."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import anyio
+
+from descant_client.connection import Connection
+from descant_client.errors import DescantError, InternalError, from_wire
+from descant_client.protocol import Error, ListAdapters, ListModels, OpenAdapter, ServerMessage
+
+Answer = TypeVar("Answer")
+
+
+class Question(Generic[Answer]):
+    """One thing to ask; asked again after a reconnect, since asking changes nothing."""
+
+    def __init__(self, question: ListAdapters | OpenAdapter | ListModels, kind: type[Answer]) -> None:
+        self._question = question
+        self._kind = kind
+        self._answer: Answer | None = None
+        self._error: DescantError | None = None
+        self._finished = anyio.Event()
+        self._connection: Connection | None = None
+
+    async def ask(self, connection: Connection) -> Answer:
+        """Return the answer. Cancelling the wait forgets the question.
+
+        Raises:
+            DescantError: what the server refused, or `ConnectionLost`.
+        """
+        self._connection = connection
+        connection.add(self)
+        try:
+            await self._finished.wait()
+        finally:
+            connection.drop(self)
+        if self._error is not None:
+            raise self._error
+        assert self._answer is not None, "finished without an answer"
+        return self._answer
+
+    @property
+    def request_id(self) -> str:
+        return self._question.request_id
+
+    @property
+    def is_answered(self) -> bool:
+        return self.is_finished
+
+    @property
+    def is_finished(self) -> bool:
+        return self._finished.is_set()
+
+    def open(self) -> None:
+        assert self._connection is not None, "ask() comes first"
+        self._connection.send(self._question)
+
+    def reopen(self, *, is_same_session: bool, was_sent: bool) -> None:
+        self.open()
+
+    def receive(self, message: ServerMessage) -> None:
+        if isinstance(message, self._kind):
+            self._answer = message
+        elif isinstance(message, Error):
+            self._error = from_wire(message.code, message.message, message.data)
+        else:
+            self._error = InternalError(f"{type(message).__name__} is no answer to {type(self._question).__name__}.")
+        self._finished.set()
+
+    def fail(self, error: DescantError) -> None:
+        self._error = error
+        self._finished.set()
+
+    def cancel(self) -> None:
+        """Nothing runs at the server that could be stopped."""

@@ -1,0 +1,197 @@
+"""What ops are given about a batch: immutable, built once per step, shared by every layer.
+
+Each class holds device tensors for kernels and host copies of the same integers for CPU paths and
+launchers, so that no op ever reads a scalar back from the device. `memo` fields let an op keep what it
+derived from the batch (gather indices, masks) for the next layer; they die with the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 16
+"""Most rows of one segment that one Triton program handles (the smallest `tl.dot`)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLinear:
+    """A weight in the layout its device multiplies fastest. Made by `pack_linear`, opaque to others."""
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+    is_packed: bool
+    min_rows: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the rows `linear` takes and gives."""
+        return self.weight.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """Runs of packed rows that use one adapter slot.
+
+    Rows `indptr[g]:indptr[g + 1]` use `slots[g]`; -1 = no adapter. `indptr[0] == 0`, never decreasing;
+    rows from `indptr[G]` on use no adapter. `tiles` cuts the segments that have an adapter into runs of at most
+    `TILE_ROWS` rows, each `(first row, number of rows, slot)`: one Triton program each, none empty.
+    """
+
+    indptr: Tensor  # [G + 1] int32
+    slots: Tensor  # [G] int32
+    tiles: Tensor  # [num_tiles, 3] int32
+    host_indptr: tuple[int, ...]
+    host_slots: tuple[int, ...]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], slots: Sequence[int], device: torch.device | str = "cpu") -> "Segments":
+        """Segments of `lengths[g]` rows each, in packed order."""
+        assert len(lengths) == len(slots), "one slot per segment"
+        indptr = (0, *accumulate(lengths))
+        tiles = [
+            (row, min(TILE_ROWS, end - row), slot)
+            for (start, end), slot in zip(pairwise(indptr), slots, strict=True)
+            if slot >= 0
+            for row in range(start, end, TILE_ROWS)
+        ]
+        return cls(
+            indptr=torch.tensor(indptr, dtype=torch.int32).to(device),
+            slots=torch.tensor(tuple(slots), dtype=torch.int32).to(device),
+            tiles=torch.tensor(tiles, dtype=torch.int32).reshape(-1, 3).to(device),
+            host_indptr=indptr,
+            host_slots=tuple(slots),
+        )
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether any row uses an adapter; if not, LoRA may be skipped altogether."""
+        return self.tiles.shape[0] > 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraTables:
+    """Where every resident adapter's matrices lie in the arena.
+
+    Module `m` of slot `s` has rank `ranks[s, m]` (0 = untouched) and its A `[rank, in]` directly followed by its
+    B `[out, rank]` (scaling folded in) at element `offsets[s, m]` of `arena`. Make a new object when a slot
+    changes: CPU paths keep views of the arena in `memo`.
+    """
+
+    arena: Tensor  # [N] dtype of the model
+    offsets: Tensor  # [num_slots, num_modules] int64
+    ranks: Tensor  # [num_slots, num_modules] int32
+    host_offsets: list[list[int]]
+    host_ranks: list[list[int]]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, arena: Tensor, offsets: list[list[int]], ranks: list[list[int]]) -> "LoraTables":
+        """Tables on the arena's device from host lists `[num_slots][num_modules]`."""
+        return cls(
+            arena=arena,
+            offsets=torch.tensor(offsets, dtype=torch.int64).to(arena.device),
+            ranks=torch.tensor(ranks, dtype=torch.int32).to(arena.device),
+            host_offsets=offsets,
+            host_ranks=ranks,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionBatch:
+    """Which cached positions each packed query row sees.
+
+    Sequence `s` owns rows `cu_seqlens_q[s]:cu_seqlens_q[s + 1]` and `context_lens[s]` cached positions (new tokens
+    included); position `p` lies in block `block_tables[s, p // block_size]`. Entries past the context are ignored.
+
+    Tree verify: sequence `s` with `prefix_lens[s] >= 0` is a tree whose node rows see positions
+    `[0, prefix_lens[s])` and then the cache positions in their row of `ancestors`, in depth order, the node itself
+    last, padded with -1. `prefix_lens[s] == -1` means plain causal; its rows of `ancestors` are ignored.
+    """
+
+    cu_seqlens_q: Tensor  # [S + 1] int32
+    context_lens: Tensor  # [S] int32
+    block_tables: Tensor  # [S, max_blocks] int32
+    host_cu_seqlens_q: tuple[int, ...]
+    host_context_lens: tuple[int, ...]
+    ancestors: Tensor | None = None  # [T, max_depth] int32
+    prefix_lens: Tensor | None = None  # [S] int32
+    host_prefix_lens: tuple[int, ...] | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        ancestors: Tensor | None = None,
+        prefix_lens: Sequence[int] | None = None,
+    ) -> "AttentionBatch":
+        """A batch from host integers; ragged block tables are padded with block 0."""
+        assert len(query_lens) == len(context_lens) == len(block_tables), "one entry per sequence"
+        assert (ancestors is None) == (prefix_lens is None), "a tree needs both ancestors and prefix_lens"
+        width = max((len(blocks) for blocks in block_tables), default=0)
+        tables = [list(blocks) + [0] * (width - len(blocks)) for blocks in block_tables]
+        cu_seqlens_q = (0, *accumulate(query_lens))
+        return cls(
+            cu_seqlens_q=torch.tensor(cu_seqlens_q, dtype=torch.int32).to(device),
+            context_lens=torch.tensor(tuple(context_lens), dtype=torch.int32).to(device),
+            block_tables=torch.tensor(tables, dtype=torch.int32).reshape(len(tables), width).to(device),
+            host_cu_seqlens_q=cu_seqlens_q,
+            host_context_lens=tuple(context_lens),
+            ancestors=None if ancestors is None else ancestors.to(device=device, dtype=torch.int32),
+            prefix_lens=None if prefix_lens is None else torch.tensor(prefix_lens, dtype=torch.int32).to(device),
+            host_prefix_lens=None if prefix_lens is None else tuple(prefix_lens),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeNoise:
+    """What determines the noise of each row of logits: a row is one node (position to sample at)."""
+
+    seeds: Tensor  # [N] int64, the 64 bits of the request's seed
+    choices: Tensor  # [N] int64
+    output_indices: Tensor  # [N] int64, counted from the first generated token
+    sampled: Tensor  # [N] bool; False = greedy, no noise
+    any_sampled: bool  # host copy of sampled.any()
+
+    @classmethod
+    def of(
+        cls,
+        seeds: Sequence[int],
+        choices: Sequence[int],
+        output_indices: Sequence[int],
+        sampled: Sequence[bool],
+        device: torch.device | str = "cpu",
+    ) -> "NodeNoise":
+        """Noise from host integers; a seed is any integer, taken modulo 2**64."""
+        signed = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]
+        return cls(
+            seeds=torch.tensor(signed, dtype=torch.int64).to(device),
+            choices=torch.tensor(tuple(choices), dtype=torch.int64).to(device),
+            output_indices=torch.tensor(tuple(output_indices), dtype=torch.int64).to(device),
+            sampled=torch.tensor(tuple(sampled), dtype=torch.bool).to(device),
+            any_sampled=any(sampled),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Walk:
+    """How far each sequence's draft tree was accepted.
+
+    The first `counts[s]` entries of row `s` are valid, the rest -1. `nodes` are indices into the sequence's own
+    nodes, root first: their KV is kept. `tokens` are what the target sampled at them: the tokens to emit, of which
+    the last is not in the cache yet.
+    """
+
+    counts: Tensor  # [S] int64, at least 1
+    nodes: Tensor  # [S, max_nodes] int64
+    tokens: Tensor  # [S, max_nodes] int64

@@ -1,0 +1,72 @@
+"""CPU paths of sampling: noise only for the tokens that can win, and the tree walk."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from descant_kernels.batch import NodeNoise, Walk
+from descant_kernels.reference import MIX_1, MIX_2, TOKEN_STRIDE, node_keys
+
+NOISE_SPAN = 19.5
+"""A little more than the highest noise less the lowest, 16.636 + 2.812: how far below the best a logit can win from."""
+
+
+def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
+    """See `descant_kernels.sample_nodes`. A row that holds a NaN gives some valid id."""
+    best = logits.argmax(dim=-1)
+    if not noise.any_sampled or len(best) == 0:
+        return best
+    highest = logits.gather(1, best[:, None])
+    contends = (logits >= highest - NOISE_SPAN) & noise.sampled[:, None]
+    rows, token_ids = contends.nonzero(as_tuple=True)
+    a, b = (_wrap_32(key)[rows] for key in node_keys(noise.seeds, noise.choices, noise.output_indices))
+    scores = logits[rows, token_ids].add_(_gumbel(token_ids.int(), a, b))
+    top = torch.full_like(highest[:, 0], -torch.inf).scatter_reduce_(0, rows, scores, "amax")
+    winners = torch.where(scores == top[rows], token_ids, logits.shape[1])
+    lowest = torch.full_like(best, logits.shape[1]).scatter_reduce_(0, rows, winners, "amin")
+    return torch.where(lowest < logits.shape[1], lowest, best)
+
+
+def _gumbel(token_ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`gumbel_noise` of single tokens, in wrapping int32: shifts are arithmetic, so what they drag in is masked."""
+    x = token_ids.mul_(_signed(TOKEN_STRIDE)).add_(a)
+    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(MIX_1)).add_(b)
+    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(MIX_2))
+    # The last step of the mixer leaves the upper half alone: only bits 9 to 15 need it.
+    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).bitwise_right_shift_(9).bitwise_and_(0x7FFFFF)
+    return x.float().add_(0.5).mul_(2.0**-23).log_().neg_().log_().neg_()
+
+
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _wrap_32(words: Tensor) -> Tensor:
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor) -> Walk:
+    """See `descant_kernels.walk_tree`."""
+    bounds = cu_nodes.tolist()
+    sampled = sampled_tokens.tolist()
+    edges = list(zip(parents.tolist(), draft_tokens.tolist(), strict=True))
+    paths: list[list[int]] = []
+    for start, end in itertools.pairwise(bounds):
+        # Later entries win in a dict, so go backwards: of two children alike the lowest index counts.
+        child = {edges[node]: node - start for node in range(end - 1, start, -1)}
+        path = [0]
+        while (node := child.get((path[-1], sampled[start + path[-1]]))) is not None:
+            path.append(node)
+        paths.append(path)
+    width = max((end - start for start, end in itertools.pairwise(bounds)), default=0)
+    nodes = [path + [-1] * (width - len(path)) for path in paths]
+    tokens = [
+        [sampled[start + node] for node in path] + [-1] * (width - len(path))
+        for start, path in zip(bounds, paths, strict=False)
+    ]
+    return Walk(
+        counts=torch.tensor([len(path) for path in paths], dtype=torch.int64),
+        nodes=torch.tensor(nodes, dtype=torch.int64).reshape(-1, width),
+        tokens=torch.tensor(tokens, dtype=torch.int64).reshape(-1, width),
+    )

@@ -1,0 +1,40 @@
+"""The auth actor: API keys to principals.
+
+Accepts: Authenticate. Asks: nobody. Owns: the hashed keys of the configuration.
+"""
+
+from __future__ import annotations
+
+from descant.actor import Actor
+from descant.config import Config, hash_key
+from descant.messages import Authenticate, AuthMessage, Principal
+from descant_client.errors import Unauthorized
+
+LOCAL = "local"  # the principal of a server without keys
+
+
+class Auth(Actor[AuthMessage]):
+    """Knows who may use this server."""
+
+    def __init__(self, config: Config) -> None:
+        roots = config.adapters.roots
+        self._anybody = Principal(LOCAL, None if roots is None else tuple(roots))
+        self._by_hash = {  # a dictionary of hashes: finding a key tells nothing about the others by its timing
+            key.sha256: Principal(key.name, (*key.roots, *(roots or ()))) for key in config.keys
+        }
+
+    async def on_receive(self, message: AuthMessage) -> Principal:
+        """Answer one message."""
+        match message:
+            case Authenticate(key):
+                return self._authenticate(key)
+
+    def _authenticate(self, key: str | None) -> Principal:
+        if not self._by_hash:
+            return self._anybody
+        if not key:
+            raise Unauthorized("This server asks for an API key.")
+        principal = self._by_hash.get(hash_key(key))
+        if principal is None:
+            raise Unauthorized("This API key is not known here.")
+        return principal

@@ -1,0 +1,41 @@
+"""The fetch actor: where the files of models and adapters are.
+
+Accepts: FetchAdapter, FetchModel. Asks: nobody. Owns: downloads under way, one per source and id.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anyio.to_thread
+
+from descant.actor import Actor, Later
+from descant.messages import FetchAdapter, FetchMessage, FetchModel
+from descant.sources.hub import download_model
+from descant.sources.local import find_adapter
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
+DEMO_ADAPTERS = Path(__file__).parent.parent / "demo" / "adapters"
+
+
+class Fetch(Actor[FetchMessage]):
+    """Finds files; whatever blocks runs in a thread, so that one slow source delays nobody else."""
+
+    async def on_receive(self, message: FetchMessage) -> Later:
+        """Answer one message."""
+        match message:
+            case FetchAdapter():
+                return self.later(self._fetch_adapter(message))
+            case FetchModel():
+                return self.later(self._fetch_model(message))
+
+    async def _fetch_adapter(self, message: FetchAdapter) -> Path:
+        return await anyio.to_thread.run_sync(find_adapter, message.adapter, message.path, message.roots)
+
+    async def _fetch_model(self, message: FetchModel) -> Path:
+        return await anyio.to_thread.run_sync(_find_model, message)
+
+
+def _find_model(message: FetchModel) -> Path:
+    directory = Path(message.model).expanduser()
+    return directory.resolve() if directory.is_dir() else download_model(message.model, message.revision)

@@ -1,0 +1,136 @@
+"""The gateway actor: the one listening socket.
+
+Accepts: Drain. Asks: auth, registry, scheduler (through its connections). Owns: the listener, its connections, the
+tasks of requests being prepared. Sessions and streams belong to the system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import anyio
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from descant import __version__
+from descant.actor import Actor, ActorStats
+from descant.connection import Connection
+from descant.messages import CancelRequest, Drain, GatewayMessage
+from descant.services import Services
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S = 1.0
+
+
+class Health(msgspec.Struct, frozen=True):
+    """The body of `/health`."""
+
+    status: str
+    version: str
+    model: str
+    executor_lives: int
+    steps: int
+    sessions: int
+    sequences: int
+    actors: list[ActorStats]
+
+
+class Gateway(Actor[GatewayMessage]):
+    """Listens, and keeps what its connections start alive."""
+
+    def __init__(self, services: Services, listener: socket.socket, stats: Callable[[], list[ActorStats]]) -> None:
+        self._services = services
+        self._listener = listener
+        self._stats = stats
+        self._draining: str | None = None
+        self._server: uvicorn.Server | None = None
+
+    async def on_start(self) -> None:
+        """Begin to accept connections."""
+        routes = [
+            WebSocketRoute("/ws", self._websocket),
+            Route("/health", self._health),
+            Route("/ready", self._ready),
+        ]
+        config = uvicorn.Config(
+            Starlette(routes=routes),
+            ws="websockets-sansio",
+            ws_max_size=4 * self._services.config.server.max_frame_bytes,
+            ws_per_message_deflate=False,
+            ws_ping_interval=20.0,
+            ws_ping_timeout=20.0,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=2,
+        )
+        self._server = _Server(config)
+        # A duplicate, because the server closes what it is given and the next life of this actor listens again.
+        self.start_soon(self._server.serve, [self._listener.dup()])
+        self.start_soon(self._sweep)
+
+    async def on_receive(self, message: GatewayMessage) -> None:
+        """Answer one message."""
+        match message:
+            case Drain(reason):
+                self._draining = reason
+
+    async def on_stop(self) -> None:
+        """Close the connections."""
+        if self._server is not None:
+            self._server.should_exit = True
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        await Connection(websocket, self._services, self.start_soon, lambda: self._draining).serve()
+
+    async def _health(self, request: Request) -> Response:
+        model = self._services.model
+        health = Health(
+            status="draining" if self._draining else "ok" if model.is_up else "starting",
+            version=__version__,
+            model=model.id,
+            executor_lives=model.num_lives,
+            steps=model.num_steps,
+            sessions=len(self._services.sessions),
+            sequences=len(self._services.sequences),
+            actors=self._stats(),
+        )
+        return Response(msgspec.json.encode(health), media_type="application/json")
+
+    async def _ready(self, request: Request) -> Response:
+        is_ready = self._services.model.is_up and self._services.model.num_steps > 0 and self._draining is None
+        return Response(status_code=200 if is_ready else 503)
+
+    async def _sweep(self) -> None:
+        window_s = self._services.config.server.resume_window_s
+        while True:
+            await anyio.sleep(SWEEP_S)
+            for stream in self._services.sessions.expire(time.monotonic(), window_s):
+                stream.is_cancelled = True
+                await self._services.scheduler.tell(CancelRequest(stream.key))
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # signals are the system's
+        yield
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Return a socket listening on `host`:`port` (0: a free port). Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    listener.listen(2048)
+    return listener

@@ -1,0 +1,49 @@
+"""The worker: heavy adapter work in a process of its own.
+
+Accepts: PrepareAdapter, ComposeAdapters. Owns: the base model's shapes, the writing end of the store.
+
+This module runs in the child; a file that crashes it costs one request.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from descant.adapters.limits import AdapterLimits
+from descant.adapters.prepare import AdapterWorker
+from descant.child_config import WorkerConfig
+from descant.engine.arch import from_hf
+from descant.messages import ComposeAdapters, PrepareAdapter, Prepared, WorkerMessage
+from descant.remote_child import Notify
+
+
+class Worker:
+    """The handler of the child's main thread: one message at a time."""
+
+    messages = WorkerMessage
+
+    def __init__(self, adapters: AdapterWorker) -> None:
+        self._adapters = adapters
+
+    def handle(self, message: WorkerMessage) -> Prepared:
+        """Carry out one message; whatever is wrong with an adapter is an AdapterError."""
+        match message:
+            case PrepareAdapter(adapter, directory):
+                return Prepared(self._adapters.prepare(adapter, directory))
+            case ComposeAdapters(_, members):
+                return Prepared(self._adapters.compose([(member.version, member.weight) for member in members]))
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+
+def start(config: bytes, notify: Notify) -> Worker:
+    """Open the store."""
+    settings = msgspec.msgpack.decode(config, type=WorkerConfig)
+    limits = AdapterLimits(
+        max_rank=settings.max_rank,
+        max_file_bytes=settings.max_file_bytes,
+        max_extent_bytes=settings.max_extent_bytes,
+    )
+    dtype = settings.dtype or from_hf(settings.model_dir).dtype
+    return Worker(AdapterWorker(settings.model_dir, settings.store_dir, dtype, limits))

@@ -1,0 +1,54 @@
+"""The base model as adapters see it: the linears they may change, and its checkpoint, opened only when needed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from descant.engine.arch import DecoderConfig, LoraModule, from_hf, lora_modules
+from descant_client.errors import ModelInvalid
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model's directory, shape and modules."""
+
+    directory: Path
+    config: DecoderConfig
+    modules: tuple[LoraModule, ...]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "BaseModel":
+        """Read the config only. Raises ModelInvalid as `arch.from_hf`."""
+        config = from_hf(directory)
+        return cls(Path(directory), config, lora_modules(config))
+
+    def head_equals(self, head: Tensor) -> bool:
+        """Return whether `head` has the very values of the output projection `[vocab_size, hidden_size]`.
+
+        Raises:
+            ModelInvalid: the checkpoint has no such tensor or cannot be read.
+        """
+        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        try:
+            with safe_open(self._file_of(name), framework="pt") as file:
+                own = file.get_tensor(name)
+        except (SafetensorError, OSError, msgspec.DecodeError, KeyError) as exc:
+            raise ModelInvalid(str(self.directory), f"its tensor {name} cannot be read: {exc}") from exc
+        if own.shape != head.shape:
+            return False
+        chunks = zip(own.split(4096), head.split(4096), strict=True)  # float32 copies of a few rows at a time
+        return all(bool((one.float() == other.float()).all()) for one, other in chunks)
+
+    def _file_of(self, tensor: str) -> Path:
+        index = self.directory / "model.safetensors.index.json"
+        if not index.exists():
+            return self.directory / "model.safetensors"
+        files = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        return self.directory / files[tensor]
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]

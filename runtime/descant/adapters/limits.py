@@ -1,0 +1,13 @@
+"""How large an adapter may be, and how long its patterns may take."""
+
+import msgspec
+
+
+class AdapterLimits(msgspec.Struct, frozen=True):
+    """Limits on what comes from outside. `max_extent_bytes` None: only the arena's size limits a version."""
+
+    max_rank: int = 1024  # of one module of one adapter; a sum may have more
+    max_file_bytes: int = 8 << 30
+    max_config_bytes: int = 4 << 20
+    max_extent_bytes: int | None = None  # in the device arena
+    pattern_budget_s: float = 5.0  # for all regular expressions of one adapter together

@@ -1,0 +1,206 @@
+"""The lives of one actor: the mailbox loop, what becomes of exceptions, and every reply answered.
+
+A `Cell` outlives the actor objects it runs, one after the other; `supervision` says when and how often.
+
+    raised by                    an ask's handler or `later`        a tell's handler or `later`
+    a DescantError               is the asker's reply               is logged
+    any other exception          the asker gets ActorFailed; if     ends this life
+                                 the handler raised it, ends
+                                 this life
+
+Any exception of `on_start`, of `on_stop` or of a task from `start_soon` ends the life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import anyio
+
+from descant.actor import Actor, ActorStats, Later, Ref
+from descant.mailbox import ActorFailed, ActorStopped, Mailbox, Reply
+from descant_client.errors import DescantError
+
+logger = logging.getLogger(__name__)
+
+# Messages handled in a row before the loop gets a turn, when no handler waits for anything.
+BATCH_SIZE = 64
+
+
+class Cell:
+    """What outlives the actor object: mailbox, counters, replies still owed. Driven by a supervisor."""
+
+    def __init__(self, name: str, mailbox_size: int) -> None:
+        self.name = name
+        self.mailbox = Mailbox(mailbox_size)
+        self.ref: Ref[Any] = Ref(self, self.mailbox)
+        self.actor: Actor[Any] | None = None  # of the life under way, or of the last one
+        self.is_up = False  # whether that life came through on_start
+        self.is_stopping = False
+        self.stopped = anyio.Event()
+        self.handling: Reply | None = None  # the reply owed by the message in hand
+        self._owed: set[Reply] = set()  # replies owed by `later`
+        self._scope: anyio.CancelScope | None = None  # of the life under way
+        self._handled = 0
+        self._handling_s = 0.0
+        self._failures = 0
+        self._lives = 0
+
+    def stats(self) -> ActorStats:
+        depth = len(self.mailbox.queue)
+        return ActorStats(
+            name=self.name,
+            depth=depth,
+            high_water=max(self.mailbox.high_water, depth),
+            mailbox_size=self.mailbox.size,
+            handled=self._handled,
+            handling_s=self._handling_s,
+            failures=self._failures,
+            restarts=max(self._lives - 1, 0),
+        )
+
+    def request_stop(self) -> None:
+        self.is_stopping = True
+        self.mailbox.wake()
+        if not self.is_up:
+            self.cancel()
+
+    def cancel(self) -> None:
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def close(self, make_error: Callable[[], DescantError] | None = None) -> None:
+        """No life will follow: answer whatever waits, with ActorStopped unless told otherwise."""
+        self.mailbox.close(make_error or partial(ActorStopped, self.name))
+        self.stopped.set()
+
+    async def live(self, factory: Callable[[], Actor[Any]]) -> Exception | None:
+        """Run one life. Return None after a stop, else what it died of; every reply it owed is answered."""
+        self._lives += 1
+        self.is_up, self.actor = False, None
+        make_error: Callable[[], DescantError] = partial(ActorStopped, self.name)
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._scope = tasks.cancel_scope
+                self.actor = factory()
+                self.actor.begin(self, tasks)
+                await self._run(self.actor)
+                tasks.cancel_scope.cancel()
+            return None
+        except Exception as exc:  # noqa: BLE001 - a life may end of anything; the supervisor decides
+            failure = _first_leaf(exc)
+            self._failures += 1
+            make_error = partial(failure_of, self.name, failure)
+            if self.actor is not None and not self.actor.keeps_mailbox:
+                self.mailbox.flush(make_error)
+            return failure
+        finally:
+            self._scope = None
+            self._settle_owed(make_error)
+
+    async def _run(self, actor: Actor[Any]) -> None:
+        try:
+            await actor.on_start()
+            self.is_up = True
+            await self._handle_messages(actor)
+        finally:
+            with anyio.move_on_after(actor.stop_grace_s, shield=True):
+                await actor.on_stop()
+
+    async def _handle_messages(self, actor: Actor[Any]) -> None:
+        mailbox = self.mailbox
+        queue = mailbox.queue
+        loop = asyncio.get_running_loop()
+        streak = 0
+        while not self.is_stopping:
+            if not queue:
+                mailbox.waker = loop.create_future()
+                await mailbox.waker
+                streak = 0
+                continue
+            message, self.handling = mailbox.take()
+            started = perf_counter()
+            try:
+                result = await actor.on_receive(message)
+                if type(result) is Later:
+                    self._owe(actor, message, result.work)
+                elif self.handling is not None and not self.handling.done():
+                    self.handling.set_result(result)
+            except DescantError as error:
+                self._refuse(self.handling, message, error)
+            self._handling_s += perf_counter() - started
+            self._handled += 1
+            self.handling = None
+            streak += 1
+            if streak == BATCH_SIZE:
+                streak = 0
+                await asyncio.sleep(0)
+
+    def _owe(self, actor: Actor[Any], message: Any, work: Coroutine[Any, Any, Any] | Reply) -> None:
+        reply = self.handling
+        if reply is not None:
+            self._owed.add(reply)
+        if isinstance(work, asyncio.Future):
+            work.add_done_callback(partial(self._settle_from, reply, message))
+        else:
+            actor.start_soon(self._settle_by, reply, message, work)
+
+    async def _settle_by(self, reply: Reply | None, message: Any, work: Coroutine[Any, Any, Any]) -> None:
+        try:
+            result = await work
+        except DescantError as error:
+            self._refuse(reply, message, error)
+        except Exception as exc:
+            if reply is None:
+                raise
+            logger.exception("%s: %s failed", self.name, type(message).__name__)
+            self._refuse(reply, message, failure_of(self.name, exc))
+        else:
+            if reply is not None and not reply.done():
+                reply.set_result(result)
+        if reply is not None:  # a cancelled task leaves the reply to the end of this life
+            self._owed.discard(reply)
+
+    def _settle_from(self, reply: Reply | None, message: Any, work: Reply) -> None:
+        if work.cancelled():
+            return  # the end of this life answers
+        failure = work.exception()
+        if failure is not None:
+            error = failure if isinstance(failure, DescantError) else failure_of(self.name, failure)
+            self._refuse(reply, message, error)
+        elif reply is not None and not reply.done():
+            reply.set_result(work.result())
+        if reply is not None:
+            self._owed.discard(reply)
+
+    def _refuse(self, reply: Reply | None, message: Any, error: DescantError) -> None:
+        if reply is None:
+            logger.warning("%s: %s refused: %s", self.name, type(message).__name__, error)
+        elif not reply.done():
+            reply.set_exception(error)
+
+    def _settle_owed(self, make_error: Callable[[], DescantError]) -> None:
+        owed = [*self._owed, *([self.handling] if self.handling is not None else [])]
+        self._owed.clear()
+        self.handling = None
+        for reply in owed:
+            if not reply.done():
+                reply.set_exception(make_error())
+
+
+def failure_of(name: str, failure: BaseException) -> ActorFailed:
+    """Return the ActorFailed that askers of `name` get; one that `name` itself raised keeps its data."""
+    if isinstance(failure, ActorFailed) and failure.data()["actor"] == name:
+        return ActorFailed(**failure.data())
+    return ActorFailed(name, f"{type(failure).__name__}: {failure}")
+
+
+def _first_leaf(exc: Exception) -> Exception:
+    while isinstance(exc, ExceptionGroup):
+        exc = exc.exceptions[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return exc  # pyright: ignore[reportUnknownVariableType]

@@ -1,0 +1,196 @@
+"""The command line: `descant serve | chat | generate | adapter list | demo | key | doctor`.
+
+Importing this module needs neither torch nor the server's other dependencies; a command imports what it uses.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import anyio
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from descant import __version__
+from descant.config import AdapterEntry, Config, hash_key, load_config
+from descant_client.client import connect
+from descant_client.errors import ConfigInvalid, DescantError
+from descant_client.terminal import chat as converse
+from descant_client.terminal import print_stream
+
+DEFAULT_URI = "ws://127.0.0.1:8080"
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one sentence and exit status 1."""
+    try:
+        cli(prog_name="descant", standalone_mode=False)
+    except click.ClickException as exc:
+        exc.show()
+        sys.exit(exc.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except DescantError as exc:
+        Console(stderr=True).print(f"[bold red]{exc.code}[/] ", end="")
+        Console(stderr=True).print(str(exc), markup=False, highlight=False)
+        sys.exit(1)
+
+
+@click.group()
+@click.version_option(__version__)
+def cli() -> None:
+    """One base language model, any number of LoRA voices, streamed over WebSocket."""
+
+
+def _asyncly(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        anyio.run(lambda: function(*args, **kwargs))
+
+    return run
+
+
+def _connection_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    function = click.option("--token", envvar="DESCANT_API_KEY", help="The API key, if the server asks for one.")(
+        function
+    )
+    return click.option("--url", "uri", default=DEFAULT_URI, show_default=True, help="The server.")(function)
+
+
+def _sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(
+        [
+            click.option("--adapter", help="Name or path of the adapter; none: the base model."),
+            click.option("--max-tokens", type=int, help="Default: as many as the context holds."),
+            click.option("--temperature", type=float, default=1.0, show_default=True, help="0: the likeliest token."),
+            click.option("--seed", type=int, help="Default: the server draws one."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+# ---- server --------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=REF", help="Register an adapter; repeatable.")
+@click.option("--host", help="Default: 127.0.0.1; other addresses need API keys.")
+@click.option("--port", type=int, help="Default: 8080; 0 takes a free one.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: the checkpoint's.")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Where prepared adapters are kept.")
+@click.option("--engine", type=click.Choice(["model", "dummy"]), help="dummy: no model, words at a set pace.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path, dir_okay=False), help="A TOML file.")
+def serve(model: str | None, adapters: tuple[str, ...], config_file: Path | None, **options: Any) -> None:
+    """Serve MODEL, a directory or a Hub id; without one, the embedded demo model and its adapters."""
+    from descant.serve import serve_forever
+
+    config = load_config(config_file) if config_file else Config()
+    serve_forever(_override(config, model, adapters, options))
+
+
+def _override(config: Config, model: str | None, adapters: tuple[str, ...], options: dict[str, Any]) -> Config:
+    given = {name: value for name, value in options.items() if value is not None}
+    server = {name: given[name] for name in ("host", "port") if name in given}
+    base = {name: given[name] for name in ("dtype", "engine") if name in given}
+    if model is not None:
+        base["path"] = model
+    entries = [*config.adapters.entries, *[_adapter_entry(text) for text in adapters]]
+    replace = msgspec.structs.replace
+    config = replace(
+        config,
+        server=replace(config.server, **server),
+        model=replace(config.model, **base),
+        adapters=replace(config.adapters, entries=entries),
+    )
+    return replace(config, data_dir=str(given["data_dir"])) if "data_dir" in given else config
+
+
+def _adapter_entry(text: str) -> AdapterEntry:
+    name, equals, ref = text.partition("=")
+    if not equals or not name or not ref:
+        raise ConfigInvalid("--adapter", f"{text!r} is not NAME=REF, such as upper=./adapters/upper.")
+    return AdapterEntry(name=name, ref=ref)
+
+
+@cli.command()
+@click.argument("name")
+def key(name: str) -> None:
+    """Make an API key for NAME and show the lines for the configuration file."""
+    api_key = "dsc_" + secrets.token_urlsafe(32)
+    click.echo(f"# The key of {name}, shown this once: {api_key}")
+    click.echo(f'[[keys]]\nname = "{name}"\nsha256 = "{hash_key(api_key)}"')
+
+
+@cli.command()
+def doctor() -> None:
+    """Check this machine: versions, devices, and whether results are independent of batching, bit for bit."""
+    from descant.doctor import examine
+
+    if not examine(Console()):
+        sys.exit(1)
+
+
+@cli.command()
+@click.option("--prompt", default=None, help="What every voice is given.")
+@_asyncly
+async def demo(prompt: str | None) -> None:
+    """Stream one prompt through every demo voice, kill the executor in the middle, then chat."""
+    from descant.demo.show import show
+
+    await show(Console(), prompt)
+
+
+# ---- clients -------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_connection_options
+@_sampling_options
+@click.option("--plain", "is_plain", is_flag=True, help="Send each line as a prompt of its own.")
+@_asyncly
+async def chat(uri: str, token: str | None, adapter: str | None, is_plain: bool, **options: Any) -> None:
+    """Talk to a running server."""
+    async with connect(uri, token) as client:
+        await converse(client, adapter, console=Console(), is_plain=is_plain, **options)
+
+
+@cli.command()
+@click.argument("prompt")
+@_connection_options
+@_sampling_options
+@_asyncly
+async def generate(prompt: str, uri: str, token: str | None, **options: Any) -> None:
+    """Stream the answer to PROMPT; - reads it from standard input."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    async with connect(uri, token) as client:
+        await print_stream(client.generate(text, **options), Console())
+
+
+@cli.group()
+def adapter() -> None:
+    """Adapters of a running server."""
+
+
+@adapter.command("list")
+@_connection_options
+@_asyncly
+async def adapter_list(uri: str, token: str | None) -> None:
+    """List the adapters you may use, in order of registration."""
+    async with connect(uri, token) as client:
+        adapters = await client.adapters.list()
+    table = Table("name", "source", "rank", "bytes", "version")
+    for entry in adapters:
+        info = entry.info
+        cells = (info.rank, info.num_bytes, info.digest and info.digest[:12])
+        table.add_row(info.name, info.source, *("" if cell is None else str(cell) for cell in cells))
+    Console().print(table)

@@ -1,0 +1,145 @@
+"""The server's settings: TOML to frozen Structs. An unknown key is an error that names it.
+
+Nothing here is read from the environment. Sizes are bytes, durations seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import platformdirs
+
+from descant_client.errors import ConfigInvalid
+
+DType = Literal["float32", "bfloat16", "float16"]
+EngineKind = Literal["model", "dummy"]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+MiB = 1024 * 1024
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every table in the file."""
+
+
+class ServerConfig(Section, frozen=True):
+    """The one listener and what a connection may do."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
+    max_frame_bytes: Positive = 4 * MiB
+    max_streams: Positive = 1024  # unfinished streams per session
+    max_choices: Positive = 16  # `n` of one request
+    stream_buffer_bytes: Positive = 64 * 1024  # unsent output per stream before it is parked
+    resume_window_s: float = 60.0  # how long a session without a connection, or a finished stream, is kept
+    drain_s: float = 30.0  # how long running streams may take to finish at shutdown
+
+
+class ModelConfig(Section, frozen=True):
+    """The base model and the memory it is given."""
+
+    path: str | None = None  # a directory or a Hub id; None: the embedded demo model
+    revision: str | None = None  # of a Hub id
+    engine: EngineKind = "model"
+    dtype: DType | None = None  # None: the checkpoint's
+    device: Literal["cpu", "cuda"] = "cpu"
+    kv_bytes: Positive = 256 * MiB
+    num_threads: Positive | None = None  # None: torch's choice
+    dummy_tokens_per_s: float = 50.0  # per sequence, with the dummy engine
+
+
+class SchedulingConfig(Section, frozen=True):
+    """Budgets of one step."""
+
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive = 1024
+    cache_scope: Literal["principal", "shared"] = "principal"
+    max_executor_restarts: Positive = 5  # lives in a row that complete no step
+
+
+class AdapterEntry(Section, frozen=True):
+    """An adapter registered at start; `--adapter NAME=REF` adds one."""
+
+    name: str
+    ref: str
+
+
+class AdapterConfig(Section, frozen=True):
+    """Adapters: what is registered, what may be read, how much memory they get."""
+
+    memory_bytes: Positive = 256 * MiB
+    num_slots: Positive = 64  # adapters resident at once
+    max_rank: Positive = 1024
+    max_file_bytes: Positive = 4096 * MiB
+    roots: list[str] | None = None  # where local references may point; None: anywhere while no API keys exist
+    entries: list[AdapterEntry] = []
+
+
+class KeyConfig(Section, frozen=True):
+    """An API key: its SHA-256, never itself. `descant key NAME` makes one."""
+
+    name: str
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    roots: list[str] = []  # local directories this principal may name
+
+
+class Config(Section, frozen=True):
+    """Everything a server is started with."""
+
+    data_dir: str = platformdirs.user_data_dir("descant", appauthor=False)
+    server: ServerConfig = ServerConfig()
+    model: ModelConfig = ModelConfig()
+    scheduling: SchedulingConfig = SchedulingConfig()
+    adapters: AdapterConfig = AdapterConfig()
+    keys: list[KeyConfig] = []
+
+
+def load_config(path: Path) -> Config:
+    """Read a TOML file.
+
+    Raises:
+        ConfigInvalid: unreadable, not TOML, an unknown key, or a wrong value; the error names the key.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Config)
+    except OSError as exc:
+        raise ConfigInvalid(str(path), exc.strerror or str(exc)) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigInvalid(str(path), str(exc)) from exc
+    except msgspec.ValidationError as exc:
+        reason, _, where = str(exc).partition(" - at `")
+        raise ConfigInvalid(where.rstrip("`") or str(path), reason) from exc
+
+
+def check_config(config: Config) -> None:
+    """Check what spans several keys.
+
+    Raises:
+        ConfigInvalid: reachable from other machines without API keys, or two keys or adapters of one name.
+    """
+    if not config.keys and not is_loopback(config.server.host):
+        raise ConfigInvalid(
+            "server.host",
+            f"{config.server.host} is reachable from other machines and no API keys are configured. Run "
+            "`descant key NAME`, put the lines it prints into the file given by --config, and send the key as the "
+            "connection token; or bind to 127.0.0.1.",
+        )
+    for key, names in {
+        "keys": [entry.name for entry in config.keys],
+        "adapters.entries": [entry.name for entry in config.adapters.entries],
+    }.items():
+        for name in {name for name in names if names.count(name) > 1}:
+            raise ConfigInvalid(key, f"the name {name!r} is used twice.")
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a listener on `host`."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def hash_key(key: str) -> str:
+    """Return the SHA-256 of an API key, in hex. Keys are 256 random bits, so no salt or stretching is needed."""
+    return hashlib.sha256(key.encode()).hexdigest()

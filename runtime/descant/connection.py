@@ -1,0 +1,223 @@
+"""One WebSocket connection: a reader and a writer over one session.
+
+Requests run as tasks of the gateway, not of the connection, so they outlive it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import anyio
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from descant import __version__
+from descant.generate import start_stream
+from descant.messages import AdapterList, Authenticate, CancelRequest, ListRegistered, Principal, Unpark
+from descant.services import Services
+from descant.session import Session
+from descant.stream import error_message
+from descant_client.errors import DescantError, Draining, InvalidRequest, StreamNotFound, Unauthorized
+from descant_client.protocol import (
+    JSON_SUBPROTOCOL,
+    PROTOCOL_VERSION,
+    SUBPROTOCOLS,
+    Ack,
+    Adapters,
+    Cancel,
+    ClientMessage,
+    Generate,
+    Hello,
+    Limits,
+    ListAdapters,
+    ListModels,
+    Models,
+    OpenAdapter,
+    Resume,
+    ServerMessage,
+    decode_client,
+    encoder_for,
+    request_id_of,
+)
+
+logger = logging.getLogger(__name__)
+
+FEATURES = ["adapters", "logprobs", "prompt_logprobs", "resume", "weighted_sums"]
+ASK_TIMEOUT_S = 30.0
+NORMAL_CLOSURE = 1000
+POLICY_VIOLATION = 1008
+SERVICE_RESTART = 1012
+CLOSE_TIMEOUT_S = 1.0
+StartTask = Callable[..., None]
+
+
+class Connection:
+    """Speaks `descant_client.protocol` over an accepted WebSocket."""
+
+    def __init__(
+        self, socket: WebSocket, services: Services, start_task: StartTask, draining: Callable[[], str | None]
+    ):
+        self._socket = socket
+        self._services = services
+        self._start_task = start_task
+        self._draining = draining
+        offered = socket.scope.get("subprotocols", [])
+        self._subprotocol = next((name for name in SUBPROTOCOLS if name in offered), None)
+        self._encode = encoder_for(self._subprotocol or JSON_SUBPROTOCOL)
+        self._session: Session
+        self._sending = anyio.Lock()  # replies of the reader and deltas of the writer go frame by frame
+
+    async def serve(self) -> None:
+        """Run until either side closes. Cancelling closes the socket; the session stays for a while."""
+        await self._socket.accept(subprotocol=self._subprotocol)
+        try:
+            principal = await self._authenticate()
+        except Unauthorized as error:
+            await self._send(error_message(error))
+            await self._socket.close(POLICY_VIOLATION, error.code)
+            return
+        wanted = self._socket.query_params.get("session")
+        self._session = self._services.sessions.attach(wanted, principal)
+        number = self._session.attach()
+        await self._services.model.ready()
+        await self._send(self._hello())
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._write, number, tasks.cancel_scope)
+                await self._read()
+                tasks.cancel_scope.cancel()
+        finally:
+            if self._session.connection == number:
+                self._session.detached_s = time.monotonic()
+            with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+                await self._close()
+
+    async def _close(self) -> None:
+        if self._socket.application_state is WebSocketState.CONNECTED:
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+                await self._socket.close(SERVICE_RESTART)
+
+    # ---- reading ----------------------------------------------------------------------------------
+
+    async def _authenticate(self) -> Principal:
+        scheme, _, key = self._socket.headers.get("authorization", "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else ""
+        return await self._services.auth.ask(Authenticate(key or None), timeout=ASK_TIMEOUT_S)
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                event = await self._socket.receive()
+            except (WebSocketDisconnect, RuntimeError):
+                return
+            if event["type"] == "websocket.disconnect":
+                if event.get("code") == NORMAL_CLOSURE:  # it said goodbye: nobody will come back
+                    await self._abandon()
+                return
+            await self._receive(event["bytes"] if event.get("text") is None else event["text"])
+
+    async def _receive(self, frame: str | bytes) -> None:
+        try:
+            if len(frame) > self._services.config.server.max_frame_bytes:
+                raise InvalidRequest("frame", f"larger than {self._services.config.server.max_frame_bytes} bytes.")
+            message = decode_client(frame)
+        except DescantError as error:
+            await self._send(error_message(error, request_id_of(frame)))
+            return
+        try:
+            await self._handle(message)
+        except DescantError as error:
+            await self._send(error_message(error, message.request_id))
+
+    async def _handle(self, message: ClientMessage) -> None:
+        match message:
+            case Generate():
+                self._generate(message)
+            case Cancel(request_id):
+                self._session.stream(request_id)  # or StreamNotFound
+                await self._cancel([request_id])
+            case Resume(request_id, have):
+                self._session.stream(request_id).resume(have)
+            case Ack(request_id):
+                self._acknowledge(request_id)
+            case ListAdapters(request_id):
+                self._start_task(self._list_adapters, request_id, None)
+            case OpenAdapter(request_id, name):
+                self._start_task(self._list_adapters, request_id, name)
+            case ListModels(request_id):
+                await self._services.model.ready()
+                await self._send(Models(request_id=request_id, models=[self._services.model.info]))
+
+    def _generate(self, request: Generate) -> None:
+        reason = self._draining()
+        if reason is not None:
+            raise Draining(reason)
+        stream = self._session.open_stream(request.request_id)
+        self._start_task(start_stream, self._services, request, stream, self._session.principal)
+
+    def _acknowledge(self, request_id: str) -> None:
+        with contextlib.suppress(StreamNotFound):  # released already: nothing to complain about
+            if self._session.stream(request_id).is_ended:
+                self._session.close_stream(request_id)
+
+    async def _list_adapters(self, request_id: str, name: str | None) -> None:
+        question = ListRegistered(self._session.principal, name)
+        try:
+            answer: AdapterList = await self._services.registry.ask(question, timeout=ASK_TIMEOUT_S)
+            await self._send(Adapters(request_id=request_id, adapters=list(answer.adapters)))
+        except DescantError as error:
+            await self._send(error_message(error, request_id))
+
+    async def _cancel(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            stream = self._session.stream(request_id)
+            stream.is_cancelled = True
+            await self._services.scheduler.tell(CancelRequest(stream.key))
+
+    async def _abandon(self) -> None:
+        await self._cancel([stream.request_id for stream in self._session if not stream.is_ended])
+        self._services.sessions.remove(self._session)
+
+    # ---- writing ----------------------------------------------------------------------------------
+
+    async def _write(self, number: int, scope: anyio.CancelScope) -> None:
+        while (stream := await self._session.next_changed(number)) is not None:
+            for message in stream.render():
+                await self._send(message)
+            if stream.is_end_sent:
+                stream.ended_s = time.monotonic()
+            unparked = stream.take_unparked()
+            if unparked:
+                await self._services.scheduler.tell(Unpark(unparked))
+        scope.cancel()  # another connection has taken over
+
+    def _hello(self) -> Hello:
+        config = self._services.config.server
+        return Hello(
+            protocol=PROTOCOL_VERSION,
+            server=f"descant/{__version__}",
+            session=self._session.id,
+            features=FEATURES,
+            limits=Limits(
+                max_frame_bytes=config.max_frame_bytes,
+                max_streams=config.max_streams,
+                max_choices=config.max_choices,
+                resume_window_s=config.resume_window_s,
+            ),
+            model=self._services.model.info,
+        )
+
+    async def _send(self, message: ServerMessage) -> None:
+        frame = self._encode(message)
+        async with self._sending:
+            if self._socket.application_state is not WebSocketState.CONNECTED:
+                return
+            try:
+                if isinstance(frame, str):
+                    await self._socket.send_text(frame)
+                else:
+                    await self._socket.send_bytes(frame)
+            except (WebSocketDisconnect, RuntimeError):
+                logger.debug("session %s is gone", getattr(self, "_session", None))

@@ -1,0 +1,1 @@
+"""The engine: a step plan in, a step result out. Torch lives here; asyncio does not."""

@@ -1,0 +1,119 @@
+"""Reading a model's JSON files by key, typed, with errors that name the key. No torch in this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from descant_client.errors import ModelInvalid
+
+# Keys without influence on the numbers of a forward pass without dropout.
+_HARMLESS = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "attention_dropout",
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_length",
+        "max_sequence_length",
+        "name_or_path",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "tokenizer_class",
+        "torchscript",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "use_return_dict",
+    }
+)
+
+# Keys that change the numbers unless they have this value.
+_NEUTRAL: dict[str, object] = {
+    "hidden_act": "silu",
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "tie_encoder_decoder": False,
+    "use_mrope": False,
+}
+
+
+class ConfigReader:
+    """Takes keys out of a config, typed; what is left over at the end was not understood."""
+
+    def __init__(self, model: str, values: dict[str, Any]) -> None:
+        self.model = model
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._nulls = values.keys() - self._values.keys()
+
+    def refuse(self, reason: str) -> ModelInvalid:
+        """Return the error to raise."""
+        return ModelInvalid(self.model, reason)
+
+    def is_null(self, key: str) -> bool:
+        """Whether the key is written, with no value: not the same as left out."""
+        return key in self._nulls
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """Return a value of any type; null counts as left out."""
+        return self._values.pop(key, default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return an integer of at least 1. Raises ModelInvalid for anything else, or if it is left out."""
+        value = self.take(key, default)
+        if value is None:
+            raise self.refuse(f"config.json has no {key}.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.refuse(f"{key} is {value!r}, not a positive integer.")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """Return a number above 0. Raises ModelInvalid for anything else."""
+        value = self.take(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self.refuse(f"{key} is {value!r}, not a positive number.")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean. Raises ModelInvalid for anything else."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self.refuse(f"{key} is {value!r}, neither true nor false.")
+        return value
+
+    def refuse_leftovers(self) -> None:
+        """Raise ModelInvalid if a key that may change the numbers was not taken."""
+        for key, value in self._values.items():
+            if key in _NEUTRAL:
+                if value != _NEUTRAL[key]:
+                    raise self.refuse(f"{key} {value!r} is not supported; only {_NEUTRAL[key]!r} is.")
+            elif key == "quantization_config":
+                raise self.refuse("quantization_config: quantized checkpoints are not supported.")
+            elif key not in _HARMLESS:
+                raise self.refuse(f"config.json has the key {key!r}, which is not understood.")
+
+
+def read_json(path: Path, model: str) -> dict[str, Any]:
+    """Return a file's JSON object. Raises ModelInvalid if it is missing or is none."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError as exc:
+        raise ModelInvalid(model, f"it has no {path.name}.") from exc
+    except (OSError, msgspec.DecodeError) as exc:
+        raise ModelInvalid(model, f"{path.name} cannot be read: {exc}") from exc

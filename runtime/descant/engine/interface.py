@@ -1,0 +1,131 @@
+"""What an engine is to its owner: how it is sized, what it says of itself, what it can be asked. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from descant.engine.arch import Dtype
+from descant.scheduling.plan import Admit, EngineLimits, Row, StepPlan, StepResult, validate_plan
+from descant_client.errors import InvalidRequest
+
+_INT_BYTES = 4
+_PAIR_BYTES = 2 * _INT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Sizes and placement of an engine.
+
+    `dtype` None serves in the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as
+    fit in `num_kv_bytes`. `num_threads` is of the whole process; None leaves torch's choice. `probe` measures at start
+    whether rows are bitwise independent on this machine, which takes a second or so.
+    """
+
+    dtype: Dtype | None = None
+    device: str = "cpu"
+    num_kv_bytes: int = 256 * 1024 * 1024
+    num_blocks: int | None = None
+    block_size: int = 16
+    num_adapter_slots: int = 64
+    num_adapter_bytes: int = 256 * 1024 * 1024
+    max_num_batched_tokens: int = 1024  # new tokens of all rows of a step
+    num_threads: int | None = None
+    probe: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself once it is loaded."""
+
+    dtype: Dtype
+    device: str
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    num_adapter_bytes: int
+    is_invariant: bool  # the probe ran and found rows bitwise independent of what shares their batch
+
+
+class StepEngine(Protocol):
+    """What the model's engine and the dummy have in common. Calls come from one thread."""
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What plans may ask for."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo:
+        """What clients may want to know."""
+        ...
+
+    def load_adapter(self, adapter_slot: int, offset: int, path: Path | str) -> None:
+        """Put the version stored at `path` into the arena at `offset` bytes, and into a slot."""
+        ...
+
+    def unload_adapter(self, adapter_slot: int) -> None:
+        """Empty a slot."""
+        ...
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan."""
+        ...
+
+
+class RowCounts(Protocol):
+    """What there must be to know of a row before a plan touches it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens."""
+        ...
+
+    @property
+    def num_computed(self) -> int:
+        """Positions whose K/V is valid."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Length of the block table."""
+        ...
+
+
+def check_plan(
+    plan: StepPlan, limits: EngineLimits, rows: Mapping[int, RowCounts], max_num_batched_tokens: int
+) -> None:
+    """Check a plan against the limits and the state of the rows, before any of it is carried out.
+
+    Raises:
+        InvalidRequest: the plan contradicts itself, the limits or the rows; the field names the row.
+        UnsupportedRequest: it uses what engines do not do yet.
+    """
+    validate_plan(plan, limits, tuple(rows))
+    if len(plan.copy_blocks) % _PAIR_BYTES:
+        raise InvalidRequest("copy_blocks", "is not made of pairs")
+    num_new_tokens = sum(row.num_new_tokens for row in plan.rows)
+    if num_new_tokens > max_num_batched_tokens:
+        raise InvalidRequest("rows", f"{num_new_tokens} new tokens exceed the engine's {max_num_batched_tokens}")
+    admitted = {admit.row: admit for admit in plan.admit}
+    for row in plan.rows:
+        _check_row(row, admitted.get(row.row), rows, limits)
+
+
+def _check_row(row: Row, admit: Admit | None, rows: Mapping[int, RowCounts], limits: EngineLimits) -> None:
+    if admit is not None:
+        num_computed, num_tokens = admit.num_cached_tokens, len(admit.token_ids) // _INT_BYTES
+        num_blocks = len(admit.blocks) // _INT_BYTES
+    else:
+        state = rows[row.row]
+        num_computed, num_tokens, num_blocks = state.num_computed, state.num_tokens, state.num_blocks
+    end = num_computed + row.num_new_tokens
+    num_slots = (num_blocks + len(row.blocks) // _INT_BYTES) * limits.block_size
+    for limit, what in (
+        (num_tokens, "known tokens"),
+        (num_slots, "positions of its blocks"),
+        (limits.max_context, "positions of the context"),
+    ):
+        if end > limit:
+            raise InvalidRequest(f"rows[{row.row}]", f"position {end - 1} is beyond the {limit} {what}")

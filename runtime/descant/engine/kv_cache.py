@@ -1,0 +1,50 @@
+"""The paged key and value cache: storage only; which block belongs to whom is the scheduler's business."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from descant.engine.arch import DecoderConfig
+from descant_client.errors import ConfigInvalid
+from descant_kernels import copy_blocks
+
+
+def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of one block, keys and values of all layers."""
+    return 2 * config.num_layers * config.kv_size * block_size * dtype.itemsize
+
+
+def blocks_within(num_bytes: int, config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Return how many blocks fit in a budget.
+
+    Raises:
+        ConfigInvalid: not even one does.
+    """
+    size = block_bytes(config, block_size, dtype)
+    if num_bytes < size:
+        raise ConfigInvalid("model.kv_bytes", f"{num_bytes} bytes hold no block; one takes {size} bytes.")
+    return num_bytes // size
+
+
+class KVCache:
+    """Keys and values of all layers. Block b of layer l: `keys[l][b]`, `[Hkv, block_size, D]`."""
+
+    def __init__(
+        self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.keys = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
+        self.values = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
+
+    def copy_blocks(self, pairs: Tensor) -> None:
+        """Copy whole blocks in every layer, as if all were read before any is written.
+
+        Args:
+          pairs: `[M, 2]` int64, source and destination; no destination twice.
+        """
+        src_blocks, dst_blocks = pairs.unbind(1)
+        for cache in (*self.keys, *self.values):
+            copy_blocks(cache, src_blocks, dst_blocks)

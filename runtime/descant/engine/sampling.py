@@ -1,0 +1,289 @@
+"""From logits to tokens: penalties, bias, temperature, filters, noise, log-probabilities.
+
+Every row is processed alone: on CPU nothing a row gets depends, by a bit, on what shares its batch. So sums over the
+vocabulary are sequential (`cumsum`) or done by softmax, which works row by row; `Tensor.sum` splits single rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from descant.scheduling.plan import NO_LOGPROBS, LogprobRows
+from descant_client.protocol import SamplingParams
+from descant_kernels import NodeNoise, sample_nodes
+
+GREEDY_BELOW = 1e-5
+"""Lower temperatures count as 0: a logit divided by them could leave float32."""
+
+_CANDIDATES = 1024
+"""Tokens that a filter sorts first; it sorts the whole vocabulary only for rows whose answer lies beyond them."""
+
+_LOGPROB_CHUNK_ROWS = 64
+_NOT_FINITE = "the model gave logits that are not finite"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplingRow:
+    """What one row of logits (one node to sample at) needs to know.
+
+    `prompt_ids` and `output_ids` are views of the sequence's tokens so far (at a tree node, its ancestors included),
+    1-D integer tensors on any device or plain sequences; they are read only if `params` has penalties.
+    """
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    output_index: int
+    prompt_ids: Tensor | Sequence[int]
+    output_ids: Tensor | Sequence[int]
+    num_logprobs: int = NO_LOGPROBS
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """What was drawn at one row; `token_id` is -1 if `error` says why there is none."""
+
+    token_id: int
+    logprobs: LogprobRows | None = None
+    error: str | None = None
+
+
+class Sampler:
+    """Draws tokens. Holds no state of any request."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self._vocab_size = vocab_size
+        self._device = torch.device(device)
+
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
+        """Draw one token per row from its processed distribution. `logits` is overwritten.
+
+        Log-probabilities are those of the logits as given. A row whose logits are not finite gets an error, the
+        others their tokens.
+
+        Args:
+          logits: `[N, V]` float32, contiguous, as the model made them. rows: N.
+        """
+        assert logits.shape == (len(rows), self._vocab_size), "one row of logits over the vocabulary per sampling row"
+        assert logits.dtype == torch.float32, "logits are float32"
+        errors = _find_errors(logits, rows)
+        explained = [i for i, row in enumerate(rows) if row.num_logprobs >= 0 and i not in errors]
+        raw = logits[explained] if explained else logits[:0]
+        self._process(logits, rows, errors)
+        noise = NodeNoise.of(
+            [row.seed for row in rows],
+            [row.choice for row in rows],
+            [row.output_index for row in rows],
+            [_is_sampled(row.params) for row in rows],
+            self._device,
+        )
+        token_ids = sample_nodes(logits, noise).tolist()
+        logprobs = _explain(raw, [(token_ids[i], rows[i].num_logprobs) for i in explained])
+        logprobs_by_row = dict(zip(explained, logprobs, strict=True))
+        return [
+            SampledToken(-1, None, errors[i]) if i in errors else SampledToken(token_id, logprobs_by_row.get(i))
+            for i, token_id in enumerate(token_ids)
+        ]
+
+    def logprob_rows(self, logits: Tensor, token_ids: Tensor | Sequence[int], num_top: int) -> LogprobRows:
+        """Log-probabilities of `token_ids` and of the `num_top` most probable tokens of each row.
+
+        Most probable first; of equals the lowest id first.
+
+        Args:
+          logits: `[N, V]` float32, as the model made them. token_ids: `[N]` integers.
+        """
+        chosen_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=logits.device)
+        chunks = zip(logits.split(_LOGPROB_CHUNK_ROWS), chosen_ids.split(_LOGPROB_CHUNK_ROWS), strict=True)
+        parts = [_logprobs(chunk, ids, num_top) for chunk, ids in chunks] or [_no_logprobs()]
+        chosen, top_ids, top = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return _pack_logprobs(chosen, top_ids, top)
+
+    def _process(self, scores: Tensor, rows: Sequence[SamplingRow], errors: dict[int, str]) -> None:
+        """Everything before the noise, in the order of the wire contract. In place."""
+        for i, row in enumerate(rows):
+            if i not in errors and _has_adjustments(row.params):
+                _adjust(scores[i], row)
+        params = [row.params if _is_sampled(row.params) and i not in errors else None for i, row in enumerate(rows)]
+        temperatures = [p.temperature if p else 1.0 for p in params]
+        if any(temperature != 1.0 for temperature in temperatures):
+            scores /= torch.tensor(temperatures, device=scores.device).unsqueeze(1)
+        filters: tuple[tuple[Callable[[Tensor, Tensor], Tensor], list[float | int | None]], ...] = (
+            (_keep_top_k, [p.top_k if p and 0 < p.top_k < self._vocab_size else None for p in params]),
+            (_keep_top_p, [p.top_p if p and p.top_p < 1.0 else None for p in params]),
+            (_keep_min_p, [p.min_p if p and p.min_p > 0.0 else None for p in params]),
+            (_keep_typical, [p.typical_p if p and p.typical_p < 1.0 else None for p in params]),
+        )
+        for keep, limits in filters:
+            _filter_rows(scores, keep, limits)
+
+
+def _is_sampled(params: SamplingParams) -> bool:
+    return params.temperature >= GREEDY_BELOW
+
+
+def _find_errors(logits: Tensor, rows: Sequence[SamplingRow]) -> dict[int, str]:
+    """Rows that cannot be sampled. A sum shows any element that is not finite, and overflows only near 1e38."""
+    sums = logits.sum(-1).isfinite().tolist()
+    errors = {i: _NOT_FINITE for i, is_finite in enumerate(sums) if not is_finite and not logits[i].isfinite().all()}
+    for i, row in enumerate(rows):
+        if row.params.logit_bias and max(row.params.logit_bias) >= logits.shape[1]:
+            errors[i] = f"logit_bias names token {max(row.params.logit_bias)}; the vocabulary has {logits.shape[1]}"
+    return errors
+
+
+# ---- penalties and bias -------------------------------------------------------------------------------------------
+
+
+def _has_adjustments(params: SamplingParams) -> bool:
+    return bool(
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+    )
+
+
+def _adjust(scores: Tensor, row: SamplingRow) -> None:
+    """Penalize what was said before and add the bias. `scores` is one row, `[V]`; in place.
+
+    Repetition penalty: Keskar et al. 2019 (CTRL), as Transformers has it; presence and frequency: as OpenAI has them.
+    """
+    params, device = row.params, scores.device
+    output_ids = torch.as_tensor(row.output_ids, dtype=torch.int64, device=device)
+    if params.repetition_penalty != 1.0:
+        prompt_ids = torch.as_tensor(row.prompt_ids, dtype=torch.int64, device=device)
+        ids = torch.cat((prompt_ids, output_ids)).unique()
+        said = scores[ids]
+        scores[ids] = torch.where(said < 0, said * params.repetition_penalty, said / params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and len(output_ids):
+        ids, counts = output_ids.unique(return_counts=True)
+        scores[ids] -= counts.to(torch.float32) * params.frequency_penalty + params.presence_penalty
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=device)
+        scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+
+
+# ---- filters: scores [n, V], limits [n] -> scores with what does not survive at -inf --------------------------------
+
+
+def _filter_rows(
+    scores: Tensor, keep: Callable[[Tensor, Tensor], Tensor], limits: Sequence[float | int | None]
+) -> None:
+    """Apply a filter to the rows that have a limit. In place."""
+    indices = [i for i, limit in enumerate(limits) if limit is not None]
+    if not indices:
+        return
+    values = torch.tensor([float(limits[i] or 0) for i in indices], dtype=torch.float64, device=scores.device)
+    if len(indices) == len(limits):
+        scores.copy_(keep(scores, values))
+    else:
+        rows = torch.tensor(indices, device=scores.device)
+        scores.index_copy_(0, rows, keep(scores[rows], values))
+
+
+def _keep_top_k(scores: Tensor, limits: Tensor) -> Tensor:
+    """Keep what is not below the k-th highest score; equals of the k-th stay."""
+    ranks = limits.to(torch.int64)
+    highest = scores.topk(int(ranks.max()), dim=-1).values
+    thresholds = highest.gather(1, (ranks - 1).unsqueeze(1))
+    return scores.masked_fill(scores < thresholds, -torch.inf)
+
+
+def _keep_top_p(scores: Tensor, limits: Tensor) -> Tensor:
+    """Keep the fewest tokens, most probable first, whose probability exceeds p (Holtzman et al. 2020)."""
+    return _keep_in_stages(scores, limits, _nucleus)
+
+
+def _keep_min_p(scores: Tensor, limits: Tensor) -> Tensor:
+    """Keep tokens at least `min_p` times as probable as the most probable one."""
+    probs = scores.softmax(-1)
+    thresholds = limits.to(torch.float32).unsqueeze(1) * probs.amax(-1, keepdim=True)
+    return scores.masked_fill(probs < thresholds, -torch.inf)
+
+
+def _keep_typical(scores: Tensor, limits: Tensor) -> Tensor:
+    """Keep the tokens whose surprise is nearest to the entropy, up to mass `typical_p` (Meister et al. 2023)."""
+    return _keep_in_stages(scores, limits, _typical)
+
+
+def _keep_in_stages(
+    scores: Tensor, limits: Tensor, stage: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Run a stage over few candidates, and over the whole vocabulary for the rows for which those were too few."""
+    vocab_size = scores.shape[1]
+    kept, is_complete = stage(scores, limits, min(_CANDIDATES, vocab_size))
+    if not bool(is_complete.all()):
+        rows = (~is_complete).nonzero().squeeze(1)
+        kept.index_copy_(0, rows, stage(scores[rows], limits[rows], vocab_size)[0])
+    return kept
+
+
+def _nucleus(scores: Tensor, limits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    ids = _order_keys(scores).topk(num_candidates, dim=-1).indices
+    probs = scores.softmax(-1).gather(1, ids).to(torch.float64)
+    mass = probs.cumsum(-1)
+    is_kept = mass - probs < limits.unsqueeze(1)
+    is_kept[:, 0] = True
+    kept = torch.full_like(scores, -torch.inf)
+    kept.scatter_(1, ids, scores.gather(1, ids).masked_fill(~is_kept, -torch.inf))
+    return kept, (mass[:, -1] >= limits) | (num_candidates == scores.shape[1])
+
+
+def _typical(scores: Tensor, limits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    logprobs, probs = scores.log_softmax(-1), scores.softmax(-1)
+    terms = torch.where(probs > 0, logprobs * probs, 0.0)
+    entropy = -terms.cumsum(-1)[:, -1:]
+    distances = (-logprobs - entropy).abs()
+    nearest, ids = distances.topk(num_candidates, dim=-1, largest=False)
+    mass = probs.gather(1, ids).to(torch.float64).cumsum(-1)
+    last = (mass < limits.unsqueeze(1)).sum(-1, keepdim=True).clamp_(max=num_candidates - 1)
+    kept = scores.masked_fill(distances > nearest.gather(1, last), -torch.inf)
+    return kept, (mass[:, -1] >= limits) | (num_candidates == scores.shape[1])
+
+
+def _order_keys(scores: Tensor) -> Tensor:
+    """int64 keys in the order of `scores`, all different: of equals the lowest id has the highest key."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    return (ordered << 32) | torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
+
+
+# ---- log-probabilities --------------------------------------------------------------------------------------------
+
+
+def _logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Chosen `[N]`, ids of the most probable `[N, num_top]` and their log-probabilities."""
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    num_top = min(num_top, logits.shape[1])
+    if num_top <= 0:
+        return chosen, token_ids.new_empty(len(token_ids), 0), chosen.new_empty(len(token_ids), 0)
+    top_ids = _order_keys(logits).topk(num_top, dim=-1).indices
+    return chosen, top_ids, logprobs.gather(1, top_ids)
+
+
+def _no_logprobs() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(0), torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0)
+
+
+def _explain(raw: Tensor, wanted: Sequence[tuple[int, int]]) -> list[LogprobRows]:
+    """One `LogprobRows` per row of `raw` from its (token id, number of alternatives)."""
+    if not wanted:
+        return []
+    token_ids = torch.tensor([token_id for token_id, _ in wanted], device=raw.device)
+    most = max(num_top for _, num_top in wanted)
+    chosen, top_ids, top = (tensor.cpu() for tensor in _logprobs(raw, token_ids, most))
+    return [
+        _pack_logprobs(chosen[i : i + 1], top_ids[i : i + 1, :num_top], top[i : i + 1, :num_top])
+        for i, (_, num_top) in enumerate(wanted)
+    ]
+
+
+def _pack_logprobs(chosen: Tensor, top_ids: Tensor, top: Tensor) -> LogprobRows:
+    return LogprobRows(
+        num_tokens=chosen.shape[0],
+        num_top=top.shape[1],
+        chosen=chosen.cpu().numpy().astype("<f4").tobytes(),
+        top_ids=top_ids.cpu().numpy().astype("<i4").tobytes(),
+        top=top.cpu().numpy().astype("<f4").tobytes(),
+    )

@@ -1,0 +1,153 @@
+"""From a `generate` message to sequences in the scheduler: check, tokenize, resolve the adapter, submit.
+
+Every fault here ends one stream with a typed error and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+
+import anyio
+import anyio.to_thread
+
+from descant.messages import CancelRequest, Principal, ResolveAdapters, Submit
+from descant.scheduling.plan import NO_LOGPROBS
+from descant.scheduling.sequence import Sequence
+from descant.scheduling.version import AdapterVersion
+from descant.services import Services
+from descant.stream import Stream
+from descant.tokenizer import StopStrings
+from descant_client.errors import DescantError, InternalError, InvalidRequest
+from descant_client.protocol import Accepted, Generate, Progress, WeightedAdapter
+
+logger = logging.getLogger(__name__)
+
+LONG_PROMPT_CHARS = 8192  # beyond this tokenizing takes more than a millisecond
+SUBMIT_TIMEOUT_S = 60.0
+RESOLVE_TIMEOUT_S = 900.0
+SILENCE_S = 0.25  # after which a client that waits for its adapter is told so
+
+
+async def start_stream(services: Services, request: Generate, stream: Stream, principal: Principal) -> None:
+    """Bring one request to the scheduler; whatever goes wrong ends its stream with an error."""
+    try:
+        check_request(request, services.config.server.max_choices)
+        model = await services.model.ready()
+        prompt_ids = await _prompt_ids(services, request)
+        check_prompt(prompt_ids, model.limits.max_context, model.limits.vocab_size)
+        adapter = await _adapter(services, request, stream, principal)
+        sequences = _sequences(services, request, stream, principal, prompt_ids, adapter)
+        accepted = Accepted(
+            request_id=request.request_id,
+            seed=sequences[0].seed,
+            num_prompt_tokens=len(prompt_ids),
+            adapter_digest=adapter.digest if adapter else None,
+        )
+        stream.accept(accepted, sequences, services.tokenizer, request.stop)
+        await services.scheduler.ask(Submit(tuple(sequences)), timeout=SUBMIT_TIMEOUT_S)
+        if stream.is_cancelled:  # while it was being prepared
+            await services.scheduler.tell(CancelRequest(stream.key))
+    except DescantError as error:
+        stream.fail(error)
+    except Exception as exc:
+        logger.exception("request %s failed", stream.key)
+        stream.fail(InternalError(type(exc).__name__))
+
+
+def check_request(request: Generate, max_choices: int) -> None:
+    """Check what the types on the wire cannot say.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    given = [name for name in ("prompt", "token_ids", "messages") if getattr(request, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest("prompt", f"give exactly one of prompt, token_ids and messages, not {given or 'none'}.")
+    if request.adapter is not None and request.adapters is not None:
+        raise InvalidRequest("adapters", "give either adapter or adapters.")
+    if request.n > max_choices:
+        raise InvalidRequest("n", f"at most {max_choices} choices per request.")
+    numbers = [*request.sampling.logit_bias.values(), *[member.weight for member in request.adapters or ()]]
+    sampling = request.sampling
+    numbers += [sampling.temperature, sampling.top_p, sampling.min_p, sampling.typical_p, sampling.repetition_penalty]
+    if not all(math.isfinite(number) for number in numbers):
+        raise InvalidRequest("sampling", "every number must be finite.")
+
+
+def check_prompt(prompt_ids: list[int], max_context: int, vocab_size: int) -> None:
+    """Check a prompt against the model. Raises InvalidRequest."""
+    if not prompt_ids:
+        raise InvalidRequest("prompt", "it has no tokens.")
+    if len(prompt_ids) >= max_context:
+        reason = f"{len(prompt_ids)} tokens; at most {max_context - 1} leave room for an answer."
+        raise InvalidRequest("prompt", reason)
+    if max(prompt_ids) >= vocab_size:
+        raise InvalidRequest("token_ids", f"{max(prompt_ids)} is outside the vocabulary of {vocab_size}.")
+
+
+async def _prompt_ids(services: Services, request: Generate) -> list[int]:
+    tokenizer = services.tokenizer
+    if request.token_ids is not None:
+        return request.token_ids
+    if request.messages is not None:  # a template may do anything: never on the loop
+        return await anyio.to_thread.run_sync(tokenizer.encode_chat, request.messages)
+    assert request.prompt is not None, "check_request has seen to it"
+    if len(request.prompt) > LONG_PROMPT_CHARS:
+        return await anyio.to_thread.run_sync(tokenizer.encode, request.prompt)
+    return tokenizer.encode(request.prompt)
+
+
+async def _adapter(
+    services: Services, request: Generate, stream: Stream, principal: Principal
+) -> AdapterVersion | None:
+    members = tuple(request.adapters or ())
+    if request.adapter is not None:
+        members = (WeightedAdapter(request.adapter, 1.0),)
+    if not members:
+        return None
+    resolve = ResolveAdapters(members, principal, request.adapter_source)
+    reply = asyncio.ensure_future(services.registry.ask(resolve, timeout=RESOLVE_TIMEOUT_S))
+    try:
+        done, _ = await asyncio.wait([reply], timeout=SILENCE_S)
+        if not done:
+            stream.note(Progress(request_id=stream.request_id, stage="preparing_adapter"))
+        return await reply
+    finally:
+        reply.cancel()
+
+
+def _sequences(
+    services: Services,
+    request: Generate,
+    stream: Stream,
+    principal: Principal,
+    prompt_ids: list[int],
+    adapter: AdapterVersion | None,
+) -> list[Sequence]:
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    stop_token_ids = set(request.stop_token_ids)
+    if not request.ignore_eos:
+        stop_token_ids |= set(services.model.eos_token_ids)
+    scope = principal.name if services.config.scheduling.cache_scope == "principal" else ""
+    return [
+        Sequence(
+            id=services.sequences.next_id(),
+            request_id=stream.key,
+            prompt_ids=prompt_ids,
+            sampling=request.sampling,
+            seed=seed,
+            sink=stream,
+            choice=choice,
+            max_tokens=request.max_tokens,
+            stop_token_ids=frozenset(stop_token_ids),
+            stopper=StopStrings(services.tokenizer, request.stop) if request.stop else None,
+            num_logprobs=NO_LOGPROBS if request.logprobs is None else request.logprobs,
+            num_prompt_logprobs=NO_LOGPROBS if request.prompt_logprobs is None or choice else request.prompt_logprobs,
+            adapter=adapter,
+            cache_scope=scope,
+        )
+        for choice in range(request.n)
+    ]

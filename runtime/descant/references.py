@@ -1,0 +1,57 @@
+"""The grammar of adapter references: what a user's string means.
+
+`hub:`, `s3:`, `local:`, `pbase:` or `s3://` name the source; a leading `/` or `./` is a local path; a slash inside
+means the Hub; anything else is a registered name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from descant_client.errors import AdapterUnsupported, InvalidRequest
+
+Source = Literal["name", "local", "hub", "s3", "pbase"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MAX_LENGTH = 4096
+SERVED: tuple[Source, ...] = ("name", "local")
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """A parsed reference: where to look, and for what."""
+
+    source: Source
+    id: str
+
+
+def parse_reference(text: str, source: str | None = None) -> Reference:
+    """Parse a reference; an explicit `source` wins over the grammar.
+
+    Raises:
+        InvalidRequest: not a reference at all.
+        AdapterUnsupported: a source this version does not read adapters from.
+    """
+    if not text or len(text) > MAX_LENGTH or "\0" in text:
+        raise InvalidRequest("adapter", f"a reference has 1 to {MAX_LENGTH} characters and no NUL.")
+    reference = Reference(_SOURCES[source], text) if source else _by_grammar(text)
+    if reference.source not in SERVED:
+        raise AdapterUnsupported(text, f"the source {reference.source!r}; give a local path or a registered name")
+    if reference.source == "name" and not NAME.fullmatch(text):
+        raise InvalidRequest("adapter", f"{text!r} is neither a name ({NAME.pattern}) nor a reference.")
+    return reference
+
+
+_SOURCES: dict[str, Source] = {"local": "local", "hub": "hub", "s3": "s3", "pbase": "pbase"}
+
+
+def _by_grammar(text: str) -> Reference:
+    if text.startswith("s3://"):
+        return Reference("s3", text)
+    prefix, colon, rest = text.partition(":")
+    if colon and prefix in _SOURCES:
+        return Reference(_SOURCES[prefix], rest)
+    if text.startswith(("/", "./", "../", "~")):
+        return Reference("local", text)
+    return Reference("hub", text) if "/" in text else Reference("name", text)

@@ -1,0 +1,214 @@
+"""The child's side of a remote actor, and the frames both sides speak.
+
+    python -m descant.remote_child MODULE:FACTORY FD PULSE_FD
+
+FD is one end of a stream socket. Each way: a little-endian u32 length, then msgpack `[kind, ask_id, payload]`.
+
+    parent to child    START Start, once · ASK message · TELL message · STOP
+    child to parent    UP, once · REPLY reply · ERROR Refusal · NOTICE notice · FATAL text, then it exits
+
+PULSE_FD is one end of a second socket: every byte that comes is sent back by a thread of its own, while the main
+thread works; at its end of file the parent is gone and the process exits at once, whatever it is doing.
+
+The factory is `FACTORY(config, notify) -> Handler`: it may take its time (imports, weights). Both it and
+`Handler.handle` run on the main thread; handling goes in order of arrival. A DescantError of the factory is the
+refusal to start, one of the handler is the reply; any other exception ends the process.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from descant_client.errors import DescantError
+
+logger = logging.getLogger(__name__)
+
+HEADER = struct.Struct("<I")
+
+
+class Handler(Protocol):
+    """What a factory returns: a synchronous actor."""
+
+    # The closed union of messages it takes.
+    messages: Any
+
+    def handle(self, message: Any) -> Any:
+        """Return the reply, a Struct of the reply union (or None)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; called at an orderly stop."""
+        ...
+
+
+# Sends a Struct of the notice union up to the parent; any thread may call it.
+Notify = Callable[[Any], None]
+Factory = Callable[[bytes, Notify], Handler]
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    START = 0
+    ASK = 1
+    TELL = 2
+    STOP = 3
+    UP = 4
+    REPLY = 5
+    ERROR = 6
+    NOTICE = 7
+    FATAL = 8
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """One frame; `payload` is decoded when its kind is known."""
+
+    kind: Kind
+    ask_id: int
+    payload: msgspec.Raw
+
+
+class Start(msgspec.Struct, frozen=True):
+    """The first frame to the child."""
+
+    name: str
+    config: bytes
+    log_level: int
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A DescantError on its way to the parent; ask_id 0 is the refusal to start."""
+
+    code: str
+    message: str
+    data: dict[str, Any]
+
+
+_encoder = msgspec.msgpack.Encoder()
+decode_frame = msgspec.msgpack.Decoder(Frame).decode
+
+
+def encode_frame(kind: Kind, ask_id: int, payload: Any) -> bytearray:
+    """Return header and body of one frame.
+
+    Raises:
+        TypeError: the payload holds something that msgpack has no form for.
+    """
+    frame = bytearray(HEADER.size)
+    _encoder.encode_into((kind, ask_id, payload), frame, HEADER.size)
+    HEADER.pack_into(frame, 0, len(frame) - HEADER.size)
+    return frame
+
+
+class Uplink:
+    """The socket to the parent: frames in for the main thread, frames out from any thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._stream = sock.makefile("rb", buffering=1 << 16)
+        self._lock = threading.Lock()
+
+    def receive(self) -> Frame | None:
+        """Return the next frame, None at end of file."""
+        try:
+            header = self._stream.read(HEADER.size)
+            if len(header) < HEADER.size:
+                return None
+            (length,) = HEADER.unpack(header)
+            body = self._stream.read(length)
+        except ConnectionError:
+            return None
+        return decode_frame(body) if len(body) == length else None
+
+    def send(self, kind: Kind, ask_id: int, payload: Any) -> None:
+        frame = encode_frame(kind, ask_id, payload)
+        try:
+            with self._lock:
+                self._socket.sendall(frame)
+        except ConnectionError:
+            raise SystemExit(0) from None  # the parent is gone
+
+    def notify(self, notice: Any) -> None:
+        self.send(Kind.NOTICE, 0, notice)
+
+    def refuse(self, ask_id: int, error: DescantError) -> None:
+        self.send(Kind.ERROR, ask_id, Refusal(error.code, str(error), error.data()))
+
+
+def serve(uplink: Uplink, factory: Factory) -> None:
+    """Make the handler and let it handle messages until STOP or end of file."""
+    start = _receive_start(uplink)
+    logging.basicConfig(level=start.log_level, format=f"%(asctime)s {start.name} %(levelname)s %(name)s: %(message)s")
+    try:
+        try:
+            handler = factory(start.config, uplink.notify)
+        except DescantError as error:
+            uplink.refuse(0, error)
+            return
+        uplink.send(Kind.UP, 0, None)
+        _handle_messages(uplink, handler)
+        handler.close()
+    except Exception as exc:
+        uplink.send(Kind.FATAL, 0, f"{type(exc).__name__}: {exc}")
+        raise
+
+
+def _receive_start(uplink: Uplink) -> Start:
+    frame = uplink.receive()
+    if frame is None:
+        raise SystemExit(0)
+    return msgspec.msgpack.decode(frame.payload, type=Start)
+
+
+def _handle_messages(uplink: Uplink, handler: Handler) -> None:
+    decode = msgspec.msgpack.Decoder(handler.messages).decode
+    while (frame := uplink.receive()) is not None and frame.kind is not Kind.STOP:
+        message = decode(frame.payload)
+        try:
+            reply = handler.handle(message)
+        except DescantError as error:
+            if frame.kind is Kind.ASK:
+                uplink.refuse(frame.ask_id, error)
+            else:
+                logger.warning("%s refused: %s", type(message).__name__, error)
+        else:
+            if frame.kind is Kind.ASK:
+                uplink.send(Kind.REPLY, frame.ask_id, reply)
+
+
+def _beat(pulse: socket.socket) -> None:
+    try:
+        while beat := pulse.recv(64):
+            pulse.sendall(beat)
+    except ConnectionError:
+        pass
+    os._exit(0)  # the parent is gone; the main thread may be deep in a kernel
+
+
+def main(argv: list[str]) -> None:
+    """Run the child until the parent stops it or is gone."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
+        signal.signal(ignored, signal.SIG_IGN)
+    path, fd, pulse_fd = argv
+    pulse = socket.socket(fileno=int(pulse_fd))
+    threading.Thread(target=_beat, args=(pulse,), name="pulse", daemon=True).start()
+    module, _, name = path.partition(":")
+    with socket.socket(fileno=int(fd)) as sock:
+        uplink = Uplink(sock)
+        serve(uplink, lambda config, notify: getattr(importlib.import_module(module), name)(config, notify))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""`ExecutorLife`: everything that dies with an executor: its blocks, its adapters, its rows."""
+
+from __future__ import annotations
+
+from descant.scheduling.blocks import BlockAllocator, hash_of
+from descant.scheduling.gate import AdapterGate
+from descant.scheduling.plan import EngineLimits
+from descant.scheduling.sequence import Sequence
+from descant_client.errors import InvalidRequest
+
+WATERMARK_SHARE = 64  # admission leaves one block per running sequence free, but at most this share of all
+
+
+class ExecutorLife:
+    """The scheduler's picture of one executor, from its start to its death."""
+
+    def __init__(self, epoch: int, limits: EngineLimits, adapter_bytes: int) -> None:
+        self.epoch = epoch
+        self.blocks = BlockAllocator(limits.num_blocks, limits.block_size)
+        self.gate = AdapterGate(limits.num_adapter_slots, adapter_bytes, epoch)
+        self.num_steps = 0  # completed
+        # Tokens of a sequence, prompt and output: it must be able to run alone.
+        self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
+        self._drops: list[int] = []  # rows the engine still has and no longer needs
+        self._is_checked = True
+
+    def check_fits(self, sequence: Sequence) -> None:
+        """Check that the sequence can ever run here.
+
+        Raises:
+            InvalidRequest: there is no room for its prompt and one token.
+            AdapterTooLarge, UnsupportedRequest: there is no room for its adapter.
+        """
+        if sequence.num_prompt_tokens >= self.max_tokens:
+            raise InvalidRequest(
+                "prompt",
+                f"it has {sequence.num_prompt_tokens} tokens; this server holds {self.max_tokens - 1} at most.",
+            )
+        if sequence.adapter is not None:
+            self.gate.residency.check_fits(sequence.adapter)
+
+    def token_limit(self, sequence: Sequence) -> int:
+        """Return how many tokens, prompt and output, the sequence may have here."""
+        if sequence.max_tokens is None:
+            return self.max_tokens
+        return min(self.max_tokens, sequence.num_prompt_tokens + sequence.max_tokens)
+
+    def allocate(self, sequence: Sequence, num_running: int) -> bool:
+        """Give the sequence blocks for all its tokens, known ones as far as possible; False: too few are left."""
+        size = self.blocks.block_size
+        num_matchable = 0 if sequence.needs_prompt_logprobs else (sequence.num_tokens - 1) // size
+        table = self.blocks.match(hash_of(sequence, index, size) for index in range(num_matchable))
+        num_missing = self.blocks.num_blocks_for(sequence.num_tokens) - len(table)
+        watermark = min(num_running, self.blocks.num_blocks // WATERMARK_SHARE)
+        if self.blocks.num_available < num_missing + watermark:
+            self.blocks.release(table)
+            return False
+        new = self.blocks.allocate(num_missing, after=table[-1] if table else -1)
+        assert new is not None, "as many blocks were available"
+        sequence.num_registered = len(table)
+        sequence.num_computed = len(table) * size
+        sequence.block_table = table + new
+        return True
+
+    def will_share(self, sequence: Sequence, other: Sequence) -> bool:
+        """Return whether `other`, with the same prompt, is computing blocks that `sequence` will find in the cache."""
+        num_sharable = (sequence.num_prompt_tokens - 1) // self.blocks.block_size * self.blocks.block_size
+        is_ahead = other is not sequence and other.status == "running" and other.num_computed < num_sharable
+        return is_ahead and not sequence.needs_prompt_logprobs
+
+    def grow(self, sequence: Sequence) -> list[int] | None:
+        """Give the sequence one more block and return it; None if none is left."""
+        new = self.blocks.allocate(1, after=sequence.block_table[-1])
+        if new is not None:
+            sequence.block_table += new
+        return new
+
+    def register(self, sequence: Sequence) -> None:
+        """Offer the blocks that the sequence has filled to the prefix cache."""
+        size = self.blocks.block_size
+        num_full = sequence.num_computed // size
+        for index in range(sequence.num_registered, num_full):
+            self.blocks.register(sequence.block_table[index], hash_of(sequence, index, size))
+        sequence.num_registered = num_full
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back everything the sequence has here."""
+        if sequence.is_row:
+            self._drops.append(sequence.id)
+        self.blocks.release(sequence.block_table)
+        self.gate.leave(sequence)
+        sequence.forget_device_state()
+        self._is_checked = False
+
+    def take_drops(self) -> list[int]:
+        """Return the rows to drop that have not been taken yet."""
+        drops, self._drops = self._drops, []
+        return drops
+
+    def check_idle(self) -> None:
+        """Assert, once per idle time, that nothing is in use when no sequence runs."""
+        if not self._is_checked:
+            self.blocks.check_integrity()
+            self.gate.residency.check_integrity()
+            self._is_checked = True

@@ -1,0 +1,218 @@
+"""`Sequence`: the state of one choice of one request, and the table of all live ones.
+
+A sequence's tokens are the truth: blocks, adapter slot and the engine's row can all be lost and made again from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+from descant.scheduling.plan import NO_LOGPROBS, AdapterSpan, LogprobRows, Row, unpack_floats, unpack_ints
+from descant.scheduling.version import AdapterVersion
+from descant_client.errors import DescantError
+from descant_client.protocol import FinishReason, SamplingParams
+
+Status = Literal["waiting", "running", "parked", "finished"]
+
+
+class Stopper(Protocol):
+    """Watches a sequence's text for its stop strings."""
+
+    def push(self, token_ids: list[int]) -> int | None:
+        """Take the next output tokens; return how many the whole output keeps once a stop string is complete."""
+        ...
+
+
+class Sink(Protocol):
+    """Where a sequence's tokens go. Neither method waits, and neither calls back into the policy."""
+
+    def put(self, sequence: Sequence, num_new: int) -> bool:
+        """Take note of the last `num_new` output tokens; False: over budget, park this sequence."""
+        ...
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence is finished: `finish_reason` is set, and `error` if the reason is `error`. Called once."""
+        ...
+
+
+class TokenLogprobs(NamedTuple):
+    """The log-probability of a token, and the likeliest tokens of its position with theirs."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def unpack_logprobs(rows: LogprobRows, token_ids: list[int]) -> list[TokenLogprobs]:
+    """Return one entry per token of `rows`, which are about `token_ids`. Raises ValueError if the sizes differ."""
+    ids, values, k = unpack_ints(rows.top_ids), unpack_floats(rows.top), rows.num_top
+    pairs = list(zip(ids, values, strict=True))
+    entries = zip(token_ids, unpack_floats(rows.chosen), range(rows.num_tokens), strict=True)
+    return [TokenLogprobs(token_id, value, tuple(pairs[i * k : (i + 1) * k])) for token_id, value, i in entries]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request. `id` is also its row in the engine; ids grow with arrival."""
+
+    id: int
+    request_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    sink: Sink
+    choice: int = 0
+    max_tokens: int | None = None  # None: as many as the context holds
+    stop_token_ids: frozenset[int] = frozenset()  # with the model's end-of-text ids, unless they are ignored
+    stop: tuple[str, ...] = ()  # stop strings, for whoever renders the text; `stopper` finds them
+    stopper: Stopper | None = None
+    num_logprobs: int = NO_LOGPROBS
+    num_prompt_logprobs: int = NO_LOGPROBS
+    adapter: AdapterVersion | None = None
+    cache_scope: str = ""  # sequences of another scope share no blocks with this one
+
+    # Output
+    output_ids: list[int] = field(default_factory=list[int])
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # one per output token, or none
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # of positions 1, 2, …
+    status: Status = "waiting"
+    finish_reason: FinishReason | None = None
+    error: DescantError | None = None
+
+    # Device state, lost with every preemption
+    block_table: list[int] = field(default_factory=list[int])
+    num_computed: int = 0  # positions whose K/V is in the cache
+    num_registered: int = 0  # blocks offered to the prefix cache
+    is_row: bool = False  # the engine has a row for it
+    spans: tuple[AdapterSpan, ...] | None = None  # None: its adapter has no slot
+    block_hashes: list[bytes] = field(default_factory=list[bytes])  # of its full blocks; kept, tokens do not change
+    decode_row: Row | None = None  # its part in a step that needs no new block
+    token_limit: int = 0  # prompt and output together, set at admission
+
+    # Counters and timestamps, seconds on the policy's clock
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first ran
+    num_preemptions: int = 0
+    arrival_s: float = 0.0
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def is_ended_by_token(self) -> bool:
+        """Whether the last output token is a stop token, which is no part of the text."""
+        return self.finish_reason == "stop" and bool(self.output_ids) and self.output_ids[-1] in self.stop_token_ids
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether prompt log-probabilities were asked for and some are still missing."""
+        return self.num_prompt_logprobs >= 0 and len(self.prompt_logprobs) + 1 < len(self.prompt_ids)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Return the ids of positions `start` to `stop` of prompt and output."""
+        num_prompt = len(self.prompt_ids)
+        if stop <= num_prompt:
+            return self.prompt_ids[start:stop]
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : stop - num_prompt]
+        return self.prompt_ids[start:] + self.output_ids[: stop - num_prompt]
+
+    def append(self, token_ids: Iterable[int], logprobs: Iterable[TokenLogprobs] = ()) -> int:
+        """Take sampled tokens up to the first that ends the sequence; return how many were taken.
+
+        A stop token is kept in the output, and so are all tokens of a stop string. Sets `finish_reason`.
+        """
+        start = len(self.output_ids)
+        for token_id in token_ids:
+            self.output_ids.append(token_id)
+            if token_id in self.stop_token_ids:
+                self.finish_reason = "stop"
+                break
+            if len(self.prompt_ids) + len(self.output_ids) >= self.token_limit:
+                self.finish_reason = "length"
+                break
+        if self.stopper is not None and (kept := self.stopper.push(self.output_ids[start:])) is not None:
+            del self.output_ids[kept:]
+            self.finish_reason = "stop"
+        num_new = len(self.output_ids) - start
+        if self.num_logprobs >= 0:
+            self.output_logprobs.extend(list(logprobs)[:num_new])
+        return num_new
+
+    def forget_device_state(self) -> None:
+        """Keep only what a new executor could be given: the tokens."""
+        self.block_table = []
+        self.num_computed = self.num_registered = 0
+        self.is_row = False
+        self.spans = self.decode_row = None
+
+
+class SequenceTable:
+    """All live sequences, and the numbers that must never repeat.
+
+    It belongs to the system: it outlives the scheduler actor, whose new policy goes on with what is in it.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: dict[int, Sequence] = {}
+        self._by_request: dict[str, dict[int, Sequence]] = {}
+        self._last_id = 0
+        self._last_epoch = 0
+
+    def next_id(self) -> int:
+        """Return an id for a new `Sequence`."""
+        self._last_id += 1
+        return self._last_id
+
+    def next_epoch(self) -> int:
+        """Return the number of a new life of the executor's rows."""
+        self._last_epoch += 1
+        return self._last_epoch
+
+    def add(self, sequence: Sequence) -> None:
+        """Make a sequence live."""
+        self._sequences[sequence.id] = sequence
+        self._by_request.setdefault(sequence.request_id, {})[sequence.id] = sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished sequence; its stream may keep it."""
+        del self._sequences[sequence.id]
+        choices = self._by_request[sequence.request_id]
+        del choices[sequence.id]
+        if not choices:
+            del self._by_request[sequence.request_id]
+
+    def get(self, sequence_id: int) -> Sequence | None:
+        """Return a live sequence."""
+        return self._sequences.get(sequence_id)
+
+    def of_request(self, request_id: str) -> list[Sequence]:
+        """Return the live choices of a request."""
+        return list(self._by_request.get(request_id, {}).values())
+
+    def first_of_request(self, request_id: str) -> Sequence:
+        """Return the first live choice of a request that has one."""
+        return next(iter(self._by_request[request_id].values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences.values())
+
+    def __len__(self) -> int:
+        return len(self._sequences)

@@ -1,0 +1,105 @@
+"""`descant serve`: one server until a signal, with what it does while starting shown on standard error."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+
+import anyio
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from descant.config import Config
+from descant.messages import EngineReady, LoadProgress
+from descant.system import System, running
+from descant_client.errors import ConfigInvalid
+
+
+def serve_forever(config: Config) -> None:
+    """Run a server until SIGINT or SIGTERM; a first signal drains, a second one ends it at once.
+
+    Raises:
+        DescantError: it could not start, or an actor could not be kept running.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    anyio.run(_serve, config, backend_options={"loop_factory": uvloop.new_event_loop})
+
+
+async def _serve(config: Config) -> None:
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, _StartUp(console) as start_up:
+        try:
+            async with running(config, start_up.show) as system:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(_announce, system, console, start_up, started)
+                    tasks.start_soon(_drain_when_told, system, signals, console, tasks.cancel_scope)
+                if system.failure is not None:
+                    raise system.failure
+        except OSError as exc:
+            raise ConfigInvalid("server.port", f"{config.server.host}:{config.server.port}: {exc.strerror}.") from exc
+
+
+async def _announce(system: System, console: Console, start_up: _StartUp, started: float) -> None:
+    engine = await system.ready()
+    start_up.stop()
+    seconds = time.monotonic() - started
+    console.print(f"{banner(system, engine)} · {seconds:.1f} s", highlight=False, markup=False)
+
+
+def banner(system: System, engine: EngineReady) -> str:
+    """Return the one line that says what runs where."""
+    host, limits = system.config.server.host, engine.limits
+    capacity = limits.num_blocks * limits.block_size
+    model = f"{system.services.model.id} ({engine.num_parameters / 1e6:.1f} M, {engine.dtype}, {engine.device})"
+    return f"Descant at ws://{host}:{system.port} · {model} · KV for {capacity:,} tokens"
+
+
+async def _drain_when_told(
+    system: System, signals: AsyncIterator[signal.Signals], console: Console, scope: anyio.CancelScope
+) -> None:
+    await _first_of(partial(anext, signals), system.failed.wait)
+    reason = "it was told to stop." if system.failure is None else str(system.failure)
+    console.print("Draining; a second signal ends it at once.")
+    await _first_of(partial(anext, signals), partial(system.drain, reason))
+    scope.cancel()
+
+
+async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
+    """Return when one of these has, cancelling the others."""
+
+    async def wait_for(wait: Callable[[], Awaitable[object]]) -> None:
+        await wait()
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        for wait in waits:
+            tasks.start_soon(wait_for, wait)
+
+
+class _StartUp:
+    """A progress bar while the model loads; silent where nobody looks."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("starting", total=1.0)
+
+    def __enter__(self) -> _StartUp:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def show(self, note: LoadProgress) -> None:
+        """Take note of how far the executor is."""
+        self._progress.update(self._task, description=note.stage, completed=note.fraction)
+
+    def stop(self) -> None:
+        """Clear the line."""
+        self._progress.stop()

@@ -1,0 +1,76 @@
+"""What the parts of the server share: state that outlives any actor's restart, and the addresses of the actors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import anyio
+
+from descant.actor import Ref
+from descant.config import Config
+from descant.messages import AuthMessage, EngineReady, RegistryMessage, SchedulerMessage
+from descant.scheduling.sequence import SequenceTable
+from descant.session import SessionTable
+from descant.tokenizer import Tokenizer
+from descant_client.protocol import ModelInfo
+
+
+class ModelState:
+    """What is known of the base model and of the executor's present life."""
+
+    def __init__(self, model_id: str) -> None:
+        self.id = model_id
+        self.is_up = False  # an executor is running and has loaded the model
+        self.num_steps = 0  # completed, over all lives
+        self.num_lives = 0
+        self._engine: EngineReady | None = None
+        self._loaded = anyio.Event()
+
+    def up(self, engine: EngineReady) -> None:
+        """Take note of a new life."""
+        self._engine = engine
+        self.is_up = True
+        self.num_lives += 1
+        self._loaded.set()
+
+    async def ready(self) -> EngineReady:
+        """Return the engine's facts, waiting for the first life of the executor; they are the same for all lives."""
+        await self._loaded.wait()
+        return self.engine
+
+    @property
+    def engine(self) -> EngineReady:
+        """The engine's facts, after `ready`."""
+        assert self._engine is not None, "nobody may ask before the model is loaded"
+        return self._engine
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return self.engine.eos_token_ids
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model as clients see it, after `ready`."""
+        engine = self.engine
+        return ModelInfo(
+            id=self.id,
+            max_context=engine.limits.max_context,
+            vocab_size=engine.limits.vocab_size,
+            dtype=engine.dtype,
+            device=engine.device,
+        )
+
+
+@dataclass(frozen=True)
+class Services:
+    """Handed to whoever serves a request."""
+
+    config: Config
+    model: ModelState
+    tokenizer: Tokenizer
+    auth: Ref[AuthMessage]
+    registry: Ref[RegistryMessage]
+    scheduler: Ref[SchedulerMessage]
+    sequences: SequenceTable
+    sessions: SessionTable = field(repr=False)

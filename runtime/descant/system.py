@@ -1,0 +1,252 @@
+"""The system: builds the actors in order, hands each what outlives it, and takes them down again.
+
+gateway ─→ auth
+        ─→ registry ─→ fetch
+                    ─→ worker (process)
+        ─→ scheduler ─→ executor (process)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+
+from descant.actor import Ref
+from descant.actors.auth import Auth
+from descant.actors.dummy_registry import DummyRegistry
+from descant.actors.fetch import DEMO_ADAPTERS, DEMO_MODEL, Fetch
+from descant.actors.gateway import Gateway, open_listener
+from descant.actors.registry import Registry
+from descant.actors.scheduler import Scheduler, make_probe
+from descant.child_config import ExecutorConfig, WorkerConfig
+from descant.config import AdapterEntry, Config, check_config
+from descant.messages import (
+    Drain,
+    EngineReady,
+    ExecutorDown,
+    ExecutorNote,
+    ExecutorReply,
+    ExecutorUp,
+    FetchModel,
+    LoadProgress,
+    WorkerReply,
+)
+from descant.remote import Program, Remote, spawn_remote
+from descant.scheduling.policy import Policy
+from descant.scheduling.sequence import SequenceTable
+from descant.services import ModelState, Services
+from descant.session import SessionTable
+from descant.supervision import RestartPolicy, Supervisor
+from descant.tokenizer import Tokenizer
+from descant_client.errors import DescantError, InternalError
+
+logger = logging.getLogger(__name__)
+
+FETCH_TIMEOUT_S = 24 * 3600.0
+DRAIN_POLL_S = 0.05
+PRELOAD_TIMEOUT_S = 600.0
+
+
+class System:
+    """A running server. Made by `running`; everything in it stops when that block is left."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.services: Services
+        self.executor: Remote[Any]
+        self.gateway: Ref[Drain]
+        self.port = config.server.port  # the real one, if 0 was asked for
+        self.failed = anyio.Event()  # an actor was given up: drain and leave
+        self.failure: DescantError | None = None
+
+    def kill_executor(self) -> None:
+        """End the executor as a crash would: every stream goes on with the next one."""
+        self.executor.kill()
+
+    def give_up(self, actor: str, error: Exception) -> None:
+        """Take note that an actor cannot be kept running."""
+        logger.error("%s was given up: %s", actor, error)
+        self.failure = self.failure or (error if isinstance(error, DescantError) else InternalError(str(error)))
+        self.failed.set()
+
+    async def ready(self) -> EngineReady:
+        """Wait until the model is loaded. Raises what made it impossible."""
+        async with anyio.create_task_group() as tasks:
+
+            async def watch() -> None:
+                await self.failed.wait()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            await self.services.model.ready()
+            tasks.cancel_scope.cancel()
+        if self.failure is not None:
+            raise self.failure
+        return self.services.model.engine
+
+    async def drain(self, reason: str) -> None:
+        """Refuse new requests and wait, at most `drain_s`, until the running ones have ended."""
+        await self.gateway.tell(Drain(reason))
+        with anyio.move_on_after(self.config.server.drain_s):
+            while len(self.services.sequences):  # noqa: ASYNC110 - a table tells nobody of its last entry
+                await anyio.sleep(DRAIN_POLL_S)
+
+
+@asynccontextmanager
+async def running(
+    config: Config, on_progress: Callable[[LoadProgress], None] = lambda note: None
+) -> AsyncIterator[System]:
+    """Run a server. It listens when the block is entered; clients that connect wait until the model is loaded.
+
+    Raises:
+        ConfigInvalid, ModelInvalid, SourceUnavailable: it cannot start.
+        OSError: the address is taken.
+    """
+    check_config(config)
+    system = System(config)
+    with unwrapped(), open_listener(config.server.host, config.server.port) as listener:
+        system.port = listener.getsockname()[1]
+        async with Supervisor(on_escalate=system.give_up) as supervisor:
+            await _assemble(system, supervisor, listener, on_progress)
+            yield system
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise a lone exception of nested task groups as itself."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        leaf: BaseException = group
+        while isinstance(leaf, BaseExceptionGroup) and len(leaf.exceptions) == 1:
+            leaf = leaf.exceptions[0]
+        raise leaf from None
+
+
+async def _assemble(
+    system: System, supervisor: Supervisor, listener: socket.socket, on_progress: Callable[[LoadProgress], None]
+) -> None:
+    config = system.config
+    fetch = supervisor.spawn(Fetch, "fetch")
+    model_dir = await _model_dir(config, fetch)
+    model = ModelState("descant-demo" if config.model.path is None else config.model.path)
+    sequences = SequenceTable()
+    auth = supervisor.spawn(partial(Auth, config), "auth")
+    registry = supervisor.spawn(_registry(config, supervisor, model_dir, fetch), "registry")
+    scheduler = _spawn_scheduler(system, supervisor, model, sequences, model_dir, on_progress)
+    system.services = Services(
+        config=config,
+        model=model,
+        tokenizer=Tokenizer(model_dir),
+        auth=auth,
+        registry=registry,
+        scheduler=scheduler,
+        sequences=sequences,
+        sessions=SessionTable(config.server.max_streams, config.server.stream_buffer_bytes),
+    )
+    system.gateway = supervisor.spawn(partial(Gateway, system.services, listener, supervisor.stats), "gateway")
+
+
+async def _model_dir(config: Config, fetch: Ref[FetchModel]) -> Path:
+    if config.model.path is None or config.model.engine == "dummy":
+        return DEMO_MODEL  # the dummy engine borrows its tokenizer
+    return await fetch.ask(FetchModel(config.model.path, config.model.revision), timeout=FETCH_TIMEOUT_S)
+
+
+def _registry(
+    config: Config, supervisor: Supervisor, model_dir: Path, fetch: Ref[Any]
+) -> Callable[[], Registry | DummyRegistry]:
+    entries = list(config.adapters.entries)
+    if config.model.path is None:
+        entries = [*demo_adapters(), *entries]
+    if config.model.engine == "dummy":
+        return partial(DummyRegistry, entries)
+    worker_config = WorkerConfig(
+        model_dir=str(model_dir),
+        store_dir=str(Path(config.data_dir) / "store"),
+        dtype=config.model.dtype,
+        max_rank=config.adapters.max_rank,
+        max_file_bytes=config.adapters.max_file_bytes,
+        max_extent_bytes=config.adapters.memory_bytes,
+    )
+    program = Program(
+        factory="descant.actors.worker:start", config=msgspec.msgpack.encode(worker_config), replies=WorkerReply
+    )
+    worker = spawn_remote(supervisor, "worker", program)
+    return partial(Registry, entries, fetch, worker.ref)
+
+
+def _spawn_scheduler(
+    system: System,
+    supervisor: Supervisor,
+    model: ModelState,
+    sequences: SequenceTable,
+    model_dir: Path,
+    on_progress: Callable[[LoadProgress], None],
+) -> Ref[Any]:
+    config = system.config
+    addresses: list[Ref[Any]] = []  # the scheduler's, which the executor's callbacks need and which needs the executor
+
+    def on_notice(note: EngineReady | LoadProgress) -> None:
+        if isinstance(note, EngineReady):
+            addresses[0].tell_nowait(ExecutorUp(note))
+        else:
+            on_progress(note)
+
+    system.executor = spawn_remote(
+        supervisor,
+        "executor",
+        _executor_program(config, model_dir),
+        on_notice=on_notice,
+        on_down=lambda reason: addresses[0].tell_nowait(ExecutorDown(str(reason))),
+        restarts=RestartPolicy(max_restarts=config.scheduling.max_executor_restarts, within_s=math.inf),
+    )
+
+    def make_scheduler() -> Scheduler:
+        policy = Policy(
+            sequences,
+            max_num_seqs=config.scheduling.max_num_seqs,
+            max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
+            now=time.monotonic,
+        )
+        return Scheduler(policy, model, system.executor, lambda: make_probe(sequences.next_id()))
+
+    # Large enough for a cancellation of every stream at once; the executor's callbacks cannot wait.
+    addresses.append(supervisor.spawn(make_scheduler, "scheduler", mailbox_size=65536))
+    return addresses[0]
+
+
+def _executor_program(config: Config, model_dir: Path) -> Program:
+    executor_config = ExecutorConfig(
+        engine=config.model.engine,
+        model_dir=str(model_dir),
+        dtype=config.model.dtype,
+        device=config.model.device,
+        kv_bytes=config.model.kv_bytes,
+        num_adapter_slots=config.adapters.num_slots,
+        adapter_bytes=config.adapters.memory_bytes,
+        max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
+        num_threads=config.model.num_threads,
+        dummy_tokens_per_s=config.model.dummy_tokens_per_s,
+    )
+    return Program(
+        factory="descant.actors.executor:start",
+        config=msgspec.msgpack.encode(executor_config),
+        replies=ExecutorReply,
+        notices=ExecutorNote,
+    )
+
+
+def demo_adapters() -> list[AdapterEntry]:
+    """Return the adapters that come with the embedded model, by name."""
+    return [AdapterEntry(name=path.name, ref=f"local:{path}") for path in sorted(DEMO_ADAPTERS.iterdir())]

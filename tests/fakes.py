@@ -1,0 +1,337 @@
+"""Stand-ins for tests of the scheduler: an engine that checks everything and computes nothing, sinks, a step loop."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from descant.scheduling.gate import AdapterLoad
+from descant.scheduling.plan import (
+    NO_ADAPTER,
+    Admit,
+    EngineLimits,
+    LogprobRows,
+    Row,
+    RowResult,
+    StepPlan,
+    StepResult,
+    pack_floats,
+    pack_ints,
+    unpack_ints,
+    validate_plan,
+)
+from descant.scheduling.policy import Policy
+from descant.scheduling.sequence import Sequence, SequenceTable, Stopper
+from descant.scheduling.version import AdapterVersion
+from descant_client.errors import DescantError
+from descant_client.protocol import SamplingParams
+
+PRIME = 2**61 - 1
+LIMITS = EngineLimits(num_blocks=64, block_size=4, max_context=200, vocab_size=1000, num_adapter_slots=4)
+
+
+class EngineDied(Exception):
+    """The fake executor is gone."""
+
+
+@dataclass
+class FakeRow:
+    """What the engine keeps of a sequence."""
+
+    admit: Admit
+    tokens: list[int]
+    blocks: list[int]
+    num_computed: int
+
+    @property
+    def output_index(self) -> int:
+        return len(self.tokens) - self.admit.num_prompt_tokens
+
+
+Behavior = Callable[[FakeRow, int], int]
+
+
+def echo(row: FakeRow, history: int) -> int:
+    """Say the prompt again and again."""
+    return row.tokens[row.output_index % row.admit.num_prompt_tokens]
+
+
+def counter(row: FakeRow, history: int) -> int:
+    """Count from 0."""
+    return row.output_index
+
+
+def hash_history(row: FakeRow, history: int) -> int:
+    """Depend on every token so far, the adapter, the seed and the choice."""
+    return extend_history(history, row.admit.seed, str(row.admit.choice)) % 997
+
+
+def extend_history(history: int, token_id: int, adapter: str) -> int:
+    """Return a number that stands for a history, a token and the adapter that read it."""
+    return (history * 1000003 + (token_id + 1) * 2654435761 + zlib.crc32(adapter.encode()) + 1) % PRIME
+
+
+@dataclass
+class FakeEngine:
+    """A callable from `StepPlan` to `StepResult` which holds every plan to its contract.
+
+    Instead of K/V a slot of the cache holds the history up to its position. A row only runs if each of its earlier
+    positions holds exactly that row's history, so that any mistake with blocks, prefixes or adapters is an
+    AssertionError. `kills` says whether a row ends the engine, `row_error` whether it fails alone.
+    """
+
+    limits: EngineLimits = LIMITS
+    behavior: Behavior = hash_history
+    kills: Callable[[FakeRow], bool] = lambda row: False
+    row_error: Callable[[FakeRow], str | None] = lambda row: None
+    plans: list[StepPlan] = field(default_factory=list)
+    rows: dict[int, FakeRow] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.restart()
+        self.epoch = 0
+
+    def restart(self) -> None:
+        """Lose everything."""
+        self.rows.clear()
+        self._step = 0
+        self._cache: dict[tuple[int, int], int] = {}
+        self._loaded: dict[int, AdapterLoad] = {}
+
+    def load(self, load: AdapterLoad) -> None:
+        """Put a version into its slot; what its bytes overlap is destroyed."""
+        begin, end = load.offset, load.offset + load.version.num_bytes
+        assert begin % 64 == 0, "extents are aligned"
+        self._loaded = {
+            slot: other
+            for slot, other in self._loaded.items()
+            if end <= other.offset or other.offset + other.version.num_bytes <= begin
+        }
+        self._loaded[load.adapter_slot] = load
+
+    def __call__(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan. Raises EngineDied, or AssertionError and InvalidRequest if the plan is wrong."""
+        self._check_order(plan)
+        validate_plan(plan, self.limits, list(self.rows))
+        self.plans.append(plan)
+        for row in unpack_ints(plan.drop):
+            del self.rows[row]
+        self._copy_blocks(unpack_ints(plan.copy_blocks))
+        for admit in plan.admit:
+            assert admit.row not in self.rows, "a row is admitted twice"
+            blocks = unpack_ints(admit.blocks)
+            self.rows[admit.row] = FakeRow(admit, unpack_ints(admit.token_ids), blocks, admit.num_cached_tokens)
+        for row in plan.rows:
+            if self.kills(self.rows[row.row]):
+                raise EngineDied(f"row {row.row}")
+        return StepResult(plan.epoch, plan.step, tuple(self._run(row) for row in plan.rows))
+
+    def history(self, row: FakeRow, adapter: str) -> list[int]:
+        """Return the history at each position."""
+        histories, history = [], 0
+        for token_id in row.tokens:
+            history = extend_history(history, token_id, adapter)
+            histories.append(history)
+        return histories
+
+    def _check_order(self, plan: StepPlan) -> None:
+        if plan.epoch != self.epoch:
+            assert plan.epoch > self.epoch, "epochs grow"
+            self.epoch, self._step = plan.epoch, 0
+            self.rows.clear()
+        assert plan.step == self._step + 1, "steps are numbered one by one"
+        assert plan.rows, "a step without rows"
+        self._step = plan.step
+
+    def _copy_blocks(self, pairs: list[int]) -> None:
+        for source, target in zip(pairs[::2], pairs[1::2], strict=True):
+            for offset in range(self.limits.block_size):
+                self._cache[target, offset] = self._cache[source, offset]
+
+    def _slot(self, row: FakeRow, position: int) -> tuple[int, int]:
+        return row.blocks[position // self.limits.block_size], position % self.limits.block_size
+
+    def _run(self, row: Row) -> RowResult:
+        state = self.rows[row.row]
+        slot = row.spans[0].adapter_slot
+        adapter = "" if slot == NO_ADAPTER else self._loaded[slot].version.digest
+        state.blocks += unpack_ints(row.blocks)
+        start, end = state.num_computed, state.num_computed + row.num_new_tokens
+        assert end <= len(state.tokens), "more positions are asked for than there are tokens"
+        histories = self.history(state, adapter)
+        for position in range(start):
+            assert self._cache[self._slot(state, position)] == histories[position], f"position {position} is wrong"
+        for position in range(start, end):
+            self._cache[self._slot(state, position)] = histories[position]
+        state.num_computed = end
+        if (error := self.row_error(state)) is not None:
+            return RowResult(row.row, start, error=error)
+        return self._result(row, state, start, histories)
+
+    def _result(self, row: Row, state: FakeRow, start: int, histories: list[int]) -> RowResult:
+        end, num_prompt = state.num_computed, state.admit.num_prompt_tokens
+        token_ids: list[int] = []
+        if end == len(state.tokens):
+            token_ids = [self.behavior(state, histories[-1]) % self.limits.vocab_size]
+        wants_logprobs = token_ids and state.admit.num_logprobs >= 0
+        wants_prompt_logprobs = row.num_prompt_logprobs >= 0
+        result = RowResult(
+            row.row,
+            end,
+            pack_ints(token_ids),
+            logprobs=logprob_rows(histories[-1:], state.admit.num_logprobs) if wants_logprobs else None,
+            prompt_logprobs=logprob_rows(histories[start : min(end, num_prompt - 1)], row.num_prompt_logprobs)
+            if wants_prompt_logprobs
+            else None,
+        )
+        state.tokens += token_ids
+        return result
+
+
+def logprob_rows(histories: list[int], num_top: int) -> LogprobRows:
+    """Return made-up log-probabilities that depend on the histories."""
+    chosen = [-float(history % 1024) for history in histories]
+    top_ids = [(history + i) % 997 for history in histories for i in range(num_top)]
+    return LogprobRows(
+        len(histories), num_top, pack_floats(chosen), pack_ints(top_ids), pack_floats(map(float, top_ids))
+    )
+
+
+@dataclass
+class FakeSink:
+    """Keeps what it is told. It has room until `budget` tokens are unread."""
+
+    budget: int = 10**9
+    unread: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
+
+    def put(self, sequence: Sequence, num_new: int) -> bool:
+        assert not self.ended, "tokens after the end"
+        self.token_ids += sequence.output_ids[len(sequence.output_ids) - num_new :]
+        self.unread += num_new
+        return self.unread <= self.budget
+
+    def end(self, sequence: Sequence) -> None:
+        assert not self.ended, "ended twice"
+        self.ended.append(sequence)
+
+
+def version(digest: str, num_bytes: int = 64) -> AdapterVersion:
+    """Return an adapter version that exists only on paper."""
+    return AdapterVersion(digest=digest, path=f"{digest}.safetensors", num_bytes=num_bytes, max_rank=8, num_modules=1)
+
+
+class Loop:
+    """What the scheduler actor does, without waiting: a policy and an engine, one step at a time."""
+
+    def __init__(
+        self,
+        engine: FakeEngine | None = None,
+        *,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 64,
+        adapter_bytes: int = 1024,
+    ) -> None:
+        self.engine = engine or FakeEngine()
+        self.adapter_bytes = adapter_bytes
+        self.table = SequenceTable()
+        self.clock = 0.0
+        self.budgets = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        self.lives: list[bool] = []  # of executors that died: were they of use?
+        self.loads: list[AdapterLoad] = []  # started, not done
+        self.load_error: Callable[[AdapterLoad], DescantError | None] = lambda load: None
+        self.restart_policy()
+
+    def restart_policy(self) -> None:
+        """Start a new policy on the table, with a new executor."""
+        self.policy = Policy(self.table, **self.budgets, now=lambda: self.clock)
+        self._start_executor()
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        *,
+        max_tokens: int | None = 8,
+        n: int = 1,
+        request_id: str | None = None,
+        seed: int = 0,
+        sinks: list[FakeSink] | None = None,
+        stop: frozenset[int] = frozenset(),
+        stopper: Stopper | None = None,
+        adapter: AdapterVersion | None = None,
+        scope: str = "",
+        num_logprobs: int = -1,
+        num_prompt_logprobs: int = -1,
+    ) -> list[Sequence]:
+        """Submit a request and return its choices."""
+        sequences = [
+            Sequence(
+                id=(sequence_id := self.table.next_id()),
+                request_id=request_id or str(sequence_id - choice),
+                prompt_ids=prompt_ids,
+                sampling=SamplingParams(),
+                seed=seed,
+                sink=sinks[choice] if sinks else FakeSink(),
+                choice=choice,
+                max_tokens=max_tokens,
+                stop_token_ids=stop,
+                stopper=stopper,
+                num_logprobs=num_logprobs,
+                num_prompt_logprobs=num_prompt_logprobs,
+                adapter=adapter,
+                cache_scope=scope,
+            )
+            for choice in range(n)
+        ]
+        self.policy.submit(sequences)
+        return sequences
+
+    def start_loads(self) -> None:
+        """Take the loads that are due."""
+        self.loads += self.policy.loads()
+
+    def finish_load(self, index: int = 0) -> None:
+        """Carry out a started load."""
+        load = self.loads.pop(index)
+        if (error := self.load_error(load)) is not None:
+            self.policy.load_failed(load, error)
+        else:
+            self.engine.load(load)
+            self.policy.loaded(load)
+
+    def crash(self, reason: str = "killed") -> None:
+        """Lose the executor, whatever it is doing, and start another."""
+        self.lives.append(self.policy.executor_lost(reason))
+        self._start_executor()
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Plan, run and apply one step; `meanwhile` happens while it is in flight. False: nothing to run."""
+        self.clock += 1.0
+        planned = self.policy.plan()
+        self.start_loads()
+        if planned is None:
+            return False
+        try:
+            result = self.engine(planned.plan)
+        except EngineDied as exc:
+            self.crash(str(exc))
+        else:
+            meanwhile()
+            self.policy.apply(planned, result)
+        return True
+
+    def run(self, max_steps: int = 1000) -> None:
+        """Step, with every load done at once, until nothing can run. Fails if that takes more than `max_steps`."""
+        for _ in range(max_steps):
+            while self.loads:
+                self.finish_load()
+            if not self.step() and not self.loads:
+                return
+        raise AssertionError(f"still running after {max_steps} steps")
+
+    def _start_executor(self) -> None:
+        self.engine.restart()
+        self.loads.clear()
+        self.policy.executor_up(self.engine.limits, self.adapter_bytes)

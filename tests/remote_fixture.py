@@ -1,0 +1,131 @@
+"""A small remote actor that does what its messages say; run in a child process by test_remote."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import msgspec
+
+from descant.remote_child import Notify
+from descant_client.errors import AdapterTooLarge, ModelInvalid
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of what the handler takes."""
+
+
+class Echo(Message, frozen=True):
+    """The reply holds the same data."""
+
+    data: bytes
+
+
+class Spin(Message, frozen=True):
+    """Keeps the main thread busy, without waiting for anything."""
+
+    seconds: float
+
+
+class Refuse(Message, frozen=True):
+    """Raises a typed error."""
+
+
+class Fault(Message, frozen=True):
+    """Raises an error that is not typed."""
+
+
+class Exit(Message, frozen=True):
+    """Ends the process on the spot."""
+
+    status: int
+
+
+class Report(Message, frozen=True):
+    """Sends a notice for each text, then replies."""
+
+    texts: list[str]
+
+
+class Echoed(msgspec.Struct, frozen=True, tag=True):
+    """Reply to Echo."""
+
+    data: bytes
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """Reply to everything else; signals is what the process ignores."""
+
+    pid: int
+    ignored: list[str]
+
+
+class Noticed(msgspec.Struct, frozen=True, tag=True):
+    """The only notice."""
+
+    text: str
+
+
+MESSAGES = Echo | Spin | Refuse | Fault | Exit | Report
+REPLIES = Echoed | Done
+
+
+class FixtureHandler:
+    """See the messages."""
+
+    messages = MESSAGES
+
+    def __init__(self, notify: Notify) -> None:
+        self._notify = notify
+
+    def handle(self, message: Any) -> Any:
+        """Do what the message says."""
+        match message:
+            case Echo(data):
+                return Echoed(data)
+            case Spin(seconds):
+                spin(seconds)
+            case Refuse():
+                raise AdapterTooLarge("wide", 20, 10)
+            case Fault():
+                raise ValueError("a fault")
+            case Exit(status):
+                os._exit(status)
+            case Report(texts):
+                for text in texts:
+                    self._notify(Noticed(text))
+        ignored = (signal.SIGINT, signal.SIGTERM)
+        return Done(os.getpid(), [s.name for s in ignored if signal.getsignal(s) is signal.SIG_IGN])
+
+    def close(self) -> None:
+        """Say that the stop was orderly."""
+        self._notify(Noticed("closed"))
+
+
+def spin(seconds: float) -> None:
+    """Burn CPU."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def make(config: bytes, notify: Notify) -> FixtureHandler:
+    """Report the configuration and start."""
+    notify(Noticed(config.decode()))
+    return FixtureHandler(notify)
+
+
+def make_slowly(config: bytes, notify: Notify) -> FixtureHandler:
+    """Take longer to start than the heartbeat's allowance in the tests."""
+    spin(float(config))
+    return FixtureHandler(notify)
+
+
+def make_never(config: bytes, notify: Notify) -> FixtureHandler:
+    """Refuse to start."""
+    raise ModelInvalid(config.decode(), "no weights")
+
+
+def make_and_die(config: bytes, notify: Notify) -> FixtureHandler:
+    """End before it is up."""
+    os._exit(3)

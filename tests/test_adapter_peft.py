@@ -1,0 +1,122 @@
+"""PEFT directories are read as PEFT itself reads them: same modules, same updates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peft_fixture
+from descant.adapters.base import BaseModel
+from descant.adapters.limits import AdapterLimits
+from descant.adapters.read import read_adapter
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "rank 1": {"r": 1, "target_modules": ["q_proj"]},
+    "rank 3, all by list": {"r": 3, "lora_alpha": 7, "target_modules": ALL},
+    "rank 64": {"r": 64, "lora_alpha": 16, "target_modules": ["down_proj", "o_proj"]},
+    "no targets": {"r": 4},
+    "all-linear": {"r": 4, "target_modules": "all-linear"},
+    "regex": {"r": 4, "target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q|up)_proj"},
+    "regex with repeats": {"r": 4, "target_modules": r".*layers.*(gate|down)_proj"},
+    "longer suffix": {"r": 4, "target_modules": ["self_attn.v_proj", "mlp.up_proj"]},
+    "whole name": {"r": 4, "target_modules": ["model.layers.1.self_attn.q_proj"]},
+    "head": {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+    "rslora": {"r": 16, "lora_alpha": 12, "use_rslora": True, "target_modules": ["q_proj"]},
+    "rank pattern": {"r": 8, "target_modules": ALL, "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 5}},
+    "first key wins": {"r": 8, "target_modules": ALL, "rank_pattern": {".*[qk]_proj": 2, "q_proj": 6}},
+    "regex keys": {"r": 8, "target_modules": ALL, "rank_pattern": {r"model.layers.\d.self_attn.[qk]_proj": 3}},
+    "anchored key": {"r": 8, "target_modules": ALL, "rank_pattern": {r"^model.layers.0.mlp.up_proj": 3}},
+    "alpha pattern": {"r": 8, "target_modules": ALL, "alpha_pattern": {"layers.0.mlp.down_proj": 3, "v_proj": 99}},
+    "rslora, patterns": {
+        "r": 8,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"q_proj": 16},
+        "alpha_pattern": {"q_proj": 12},
+    },
+    "exclude list": {"r": 4, "target_modules": ALL, "exclude_modules": ["k_proj", "layers.0.mlp.up_proj"]},
+    "exclude regex": {"r": 4, "target_modules": ALL, "exclude_modules": r".*\.0\..*"},
+    "all-linear but one": {"r": 4, "target_modules": "all-linear", "exclude_modules": ["down_proj"]},
+    "one layer": {"r": 4, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
+    "layers, pattern": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+    "layers, patterns": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["h", "layers"],
+    },
+    "whole name despite layers": {
+        "r": 4,
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
+    "dropout": {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj"]},
+    "init gaussian": {"r": 4, "init_lora_weights": "gaussian", "target_modules": ["q_proj"]},
+    "init orthogonal": {"r": 4, "init_lora_weights": "orthogonal", "target_modules": ["q_proj"]},
+    "init mica": {"r": 4, "init_lora_weights": "mica", "target_modules": ["q_proj"]},
+    "init false": {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_module_gets_the_update_that_peft_gives_it(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+    hf_base = peft_fixture.tiny_base(family)
+    hf_base.save_pretrained(tmp_path / "base")
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", **config)
+
+    adapter = read_adapter("a", directory, BaseModel.open(tmp_path / "base"), AdapterLimits())
+
+    expected = peft_fixture.peft_deltas(hf_base, directory)
+    assert set(adapter.factors) == set(expected)
+    for name, pair in adapter.factors.items():
+        torch.testing.assert_close(pair.b.double() @ pair.a.double(), expected[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (peft_fixture.PREFIX, ""),
+        (peft_fixture.PREFIX, peft_fixture.PREFIX * 2),
+        (".weight", ".default.weight"),
+    ],
+    ids=["no prefix", "prefix twice", "adapter name"],
+)
+def test_names_of_other_producers_mean_the_same_modules(old: str, new: str, tmp_path: Path) -> None:
+    hf_base = peft_fixture.tiny_base()
+    hf_base.save_pretrained(tmp_path / "base")
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", r=4, target_modules=ALL)
+    base = BaseModel.open(tmp_path / "base")
+    expected = read_adapter("a", directory, base, AdapterLimits()).factors
+
+    found = read_adapter("a", peft_fixture.rename_tensors(directory, old, new), base, AdapterLimits()).factors
+
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].b, expected[name].b) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_of_other_dtypes_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    hf_base = peft_fixture.tiny_base()
+    hf_base.save_pretrained(tmp_path / "base")
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", r=1, lora_alpha=1, target_modules=["lm_head"])
+    a = torch.randn(1, 32, dtype=dtype)
+    peft_fixture.edit_tensors(directory, lm_head__lora_A__weight=a)
+
+    adapter = read_adapter("a", directory, BaseModel.open(tmp_path / "base"), AdapterLimits())
+
+    assert torch.equal(adapter.factors["lm_head"].a, a.float())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_the_head_of_a_tied_base_may_be_adapted(tmp_path: Path) -> None:
+    hf_base = peft_fixture.tiny_base("qwen2", tie_word_embeddings=True)
+    hf_base.save_pretrained(tmp_path / "base")
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", r=4, target_modules=["lm_head"])
+
+    adapter = read_adapter("a", directory, BaseModel.open(tmp_path / "base"), AdapterLimits())
+
+    assert list(adapter.factors) == ["lm_head"]

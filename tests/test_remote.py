@@ -1,0 +1,288 @@
+"""A remote actor: real child processes, what they answer, how they die and how they come back."""
+
+import asyncio
+import math
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import anyio
+import pytest
+import remote_fixture as fixture
+
+from descant.actor import ActorFailed, AskTimeout
+from descant.remote import Heartbeat, Program, Remote, spawn_remote
+from descant.remote_child import Kind, Start, encode_frame
+from descant.supervision import RestartPolicy, Supervisor
+from descant_client.errors import AdapterTooLarge, ModelInvalid
+
+pytestmark = pytest.mark.anyio
+
+LONG = 30.0  # a deadline that is never meant to pass
+ECHO = fixture.Echo(b"x")
+
+
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
+
+
+@pytest.fixture(autouse=True)
+def _child_finds_the_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+
+
+class Owner:
+    """Keeps what the callbacks said; `changed` is replaced by each of them."""
+
+    def __init__(self) -> None:
+        self.lives: list[int] = []
+        self.reasons: list[Any] = []
+        self.notices: list[str] = []
+        self.escalations: list[Exception] = []
+        self.changed = anyio.Event()
+
+    def note(self, kept: list[Any], value: Any) -> None:
+        kept.append(value)
+        self.changed.set()
+        self.changed = anyio.Event()
+
+    async def wait_for(self, is_so: Callable[[], bool]) -> None:
+        with anyio.fail_after(LONG):
+            while not is_so():
+                await self.changed.wait()
+
+
+class Nursery:
+    """Spawns the fixture's remote actors."""
+
+    def __init__(self, supervisor: Supervisor, owner: Owner) -> None:
+        self.supervisor = supervisor
+        self.owner = owner
+
+    def spawn(self, factory: str = "make", config: bytes = b"ready", **options: Any) -> Remote[Any]:
+        owner = self.owner
+        return spawn_remote(
+            self.supervisor,
+            "child",
+            Program(
+                factory=f"remote_fixture:{factory}",
+                config=config,
+                replies=fixture.REPLIES,
+                notices=fixture.Noticed,
+            ),
+            on_up=lambda life: owner.note(owner.lives, life),
+            on_down=lambda reason: owner.note(owner.reasons, reason),
+            on_notice=lambda notice: owner.note(owner.notices, notice.text),
+            **options,
+        )
+
+
+@pytest.fixture
+def owner() -> Owner:
+    return Owner()
+
+
+@pytest.fixture
+async def nursery(owner: Owner) -> AsyncIterator[Nursery]:
+    async with Supervisor(on_escalate=lambda _, error: owner.note(owner.escalations, error)) as supervisor:
+        yield Nursery(supervisor, owner)
+
+
+@pytest.fixture(params=["process", "inline"])
+def remote(nursery: Nursery, request: pytest.FixtureRequest) -> Remote[Any]:
+    """A child, or the same handler on this loop."""
+    return nursery.spawn(placement=request.param)
+
+
+@pytest.fixture
+def child(nursery: Nursery) -> Remote[Any]:
+    """A child process."""
+    return nursery.spawn()
+
+
+async def test_a_message_goes_down_and_its_reply_comes_back(remote, owner):
+    assert await remote.ref.ask(ECHO, timeout=LONG) == fixture.Echoed(b"x")
+
+    assert (remote.life, remote.is_up, owner.lives) == (1, True, [1])
+
+
+async def test_a_typed_error_arrives_as_it_was_raised(remote):
+    with pytest.raises(AdapterTooLarge) as refusal:
+        await remote.ref.ask(fixture.Refuse(), timeout=LONG)
+
+    assert refusal.value.data() == {"adapter": "wide", "num_bytes": 20, "max_bytes": 10}
+    assert remote.life == 1
+
+
+async def test_notices_go_up_in_order_and_before_the_reply(remote, owner):
+    await remote.ref.tell(fixture.Report(["a", "b"]))
+    await remote.ref.ask(fixture.Report(["c"]), timeout=LONG)
+
+    assert owner.notices == ["ready", "a", "b", "c"]
+
+
+async def test_a_stop_is_orderly(remote, owner):
+    await remote.ref.ask(ECHO, timeout=LONG)
+
+    await remote.ref.stop()
+    assert (owner.notices[-1], owner.reasons, remote.is_up) == ("closed", [], False)
+
+
+async def test_a_fault_ends_the_life_and_the_asker_learns_why(remote, owner):
+    with pytest.raises(ActorFailed, match="child crashed: ValueError: a fault"):
+        await remote.ref.ask(fixture.Fault(), timeout=LONG)
+
+    await remote.ref.ask(ECHO, timeout=LONG)
+    assert owner.lives == [1, 2]
+    assert [reason.data()["actor"] for reason in owner.reasons] == ["child"]
+
+
+async def test_a_killed_life_is_followed_by_another(remote, owner):
+    await remote.ref.ask(ECHO, timeout=LONG)
+
+    remote.kill()
+    await owner.wait_for(lambda: owner.lives == [1, 2])
+    assert owner.reasons[0].data()["signal"] == "SIGKILL"
+    assert await remote.ref.ask(ECHO, timeout=LONG) == fixture.Echoed(b"x")
+
+
+async def test_the_child_is_another_process_that_ignores_interrupts(child):
+    done = await child.ref.ask(fixture.Report([]), timeout=LONG)
+
+    assert done.pid == child.pid != os.getpid()
+    assert done.ignored == ["SIGINT", "SIGTERM"]
+
+
+async def test_an_exit_fails_every_pending_ask_at_once_with_its_status(child):
+    asks = [child.ref.ask(message, timeout=LONG) for message in (fixture.Exit(7), ECHO, ECHO)]
+    outcomes = await asyncio.gather(*asks, return_exceptions=True)
+
+    assert [type(outcome) for outcome in outcomes] == [ActorFailed] * 3
+    assert [outcome.data()["exit_status"] for outcome in outcomes] == [7] * 3
+
+
+async def test_asks_during_the_start_wait_for_it(nursery):
+    child = nursery.spawn("make_slowly", b"0.1")
+
+    assert await child.ref.ask(ECHO, timeout=LONG) == fixture.Echoed(b"x")
+
+
+async def test_large_frames_pass_in_both_directions_at_once(child):
+    blobs = [os.urandom(1 << 20) for _ in range(8)]
+    replies = await asyncio.gather(*(child.ref.ask(fixture.Echo(blob), timeout=LONG) for blob in blobs))
+
+    assert [reply.data for reply in replies] == blobs
+
+
+async def test_an_ask_past_its_deadline_does_not_disturb_the_next(child):
+    await child.ref.ask(ECHO, timeout=LONG)
+    with pytest.raises(AskTimeout):
+        await child.ref.ask(fixture.Spin(0.2), timeout=0.01)
+
+    assert await child.ref.ask(ECHO, timeout=LONG) == fixture.Echoed(b"x")
+    assert child.life == 1
+
+
+async def test_a_busy_child_answers_heartbeats_while_it_starts_and_while_it_works(nursery):
+    heartbeat = Heartbeat(interval_s=0.1, allowance_s=1.0)
+    child = nursery.spawn("make_slowly", b"1.2", heartbeat=heartbeat)
+
+    await child.ref.ask(fixture.Spin(1.2), timeout=LONG)
+    assert child.life == 1
+
+
+async def test_a_child_that_answers_no_heartbeat_is_killed(nursery, owner):
+    child = nursery.spawn(heartbeat=Heartbeat(interval_s=0.1, allowance_s=1.0))
+    await child.ref.ask(ECHO, timeout=LONG)
+
+    os.kill(child.pid, signal.SIGSTOP)
+    with pytest.raises(ActorFailed, match=r"no heartbeat for 1.0 s"):
+        await child.ref.ask(ECHO, timeout=LONG)
+    await owner.wait_for(lambda: owner.lives == [1, 2])
+
+
+async def test_only_lives_that_nobody_marked_productive_count(nursery, owner):
+    child = nursery.spawn(restarts=RestartPolicy(max_restarts=1, within_s=math.inf))
+    for life, is_productive in enumerate([False, True, False, True, False, False], 1):
+        await owner.wait_for(lambda life=life: owner.lives[-1:] == [life])
+        if is_productive:
+            child.mark_productive()
+        child.kill()
+
+    await owner.wait_for(lambda: len(owner.escalations) == 1)
+    assert owner.lives == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_child_that_dies_before_it_is_up_counts_as_a_crash(nursery, owner):
+    child = nursery.spawn("make_and_die", restarts=RestartPolicy(max_restarts=1))
+
+    with pytest.raises(ActorFailed, match="exit status 3"):
+        await child.ref.ask(ECHO, timeout=LONG)
+    await owner.wait_for(lambda: len(owner.escalations) == 1)
+    assert (owner.lives, len(owner.reasons)) == ([], 2)
+
+
+async def test_a_refusal_to_start_escalates_at_once_as_it_was_raised(nursery, owner):
+    child = nursery.spawn("make_never", b"tiny")
+
+    with pytest.raises(ActorFailed, match="ModelInvalid: Model 'tiny' cannot be served: no weights"):
+        await child.ref.ask(ECHO, timeout=LONG)
+    assert [type(error) for error in owner.escalations] == [ModelInvalid]
+    assert child.life == 1
+
+
+async def test_a_child_that_is_still_starting_stops_at_once(nursery):
+    child = nursery.spawn("make_slowly", b"1000")
+    while child.pid is None:
+        await anyio.sleep(0)
+
+    with anyio.fail_after(LONG):
+        await child.ref.stop()
+    assert child.pid is None
+
+
+async def test_nothing_is_left_of_a_child(owner):
+    fds, tasks = len(os.listdir("/proc/self/fd")), asyncio.all_tasks()
+    async with Supervisor() as supervisor:
+        child = Nursery(supervisor, owner).spawn()
+        await owner.wait_for(lambda: owner.lives == [1])
+        pids = [child.pid]
+        child.kill()
+        await owner.wait_for(lambda: owner.lives == [1, 2])
+        pids.append(child.pid)
+
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert asyncio.all_tasks() == tasks
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def start_by_hand(*messages: Any) -> tuple[subprocess.Popen[bytes], socket.socket, socket.socket]:
+    """Return a child, our ends of its two sockets, and start it with messages to handle."""
+    ours, theirs = socket.socketpair()
+    pulse, their_pulse = socket.socketpair()
+    with theirs, their_pulse:
+        fds = (theirs.fileno(), their_pulse.fileno())
+        command = [sys.executable, "-m", "descant.remote_child", "remote_fixture:make", *map(str, fds)]
+        process = subprocess.Popen(command, pass_fds=fds)
+    ours.sendall(encode_frame(Kind.START, 0, Start("child", b"ready", 20)))
+    for message in messages:
+        ours.sendall(encode_frame(Kind.ASK, 1, message))
+    assert ours.recv(1), "it has started"
+    return process, ours, pulse
+
+
+@pytest.mark.parametrize("messages", [[], [fixture.Spin(1000)]], ids=["idle", "busy"])
+def test_a_child_exits_when_its_parent_is_gone(messages):
+    process, ours, pulse = start_by_hand(*messages)
+
+    ours.close()
+    pulse.close()
+    assert process.wait(LONG) == 0

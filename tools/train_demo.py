@@ -1,0 +1,258 @@
+"""Makes the embedded demo model: a byte-level base that repeats its prompt, and one adapter for each voice.
+
+    python tools/train_demo.py
+
+The base practises all tasks at once, each asked for by its own tag at the end of the prompt; only *repeat* is asked for
+by the plain `<|answer|>`, which is all a user ever sends. An adapter then need not learn its task, only to have it done
+where no tag asks for it, which a low rank can say. One run takes less than half an hour on two CPU cores. The files
+written are then measured by greedy generation on texts kept out of training, and the run fails below `REQUIRED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from demo_checkpoint import END, PAD, adapter_config, base_config, prompt_ids, save_adapter, save_base
+from demo_tasks import MAX_TEXT_BYTES, TASKS, VOICES, answer, sample_text
+from peft import PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+DEMO = Path(__file__).parents[1] / "runtime" / "descant" / "demo"
+SEED = 20
+BASE_STEPS, ADAPTER_STEPS = 2400, 250
+MIXTURE = ("repeat", "repeat", "upper", "rot13", "reverse", "reverse", "pig-latin", "pig-latin")
+IGNORED = -100  # label of positions that are not trained on
+REQUIRED = 0.97
+HELD_OUT = 400  # texts per voice
+BUCKETS = ((0, 0), (1, 16), (17, 32), (33, 64), (65, MAX_TEXT_BYTES))  # bytes of text
+SHOWN = (
+    "",
+    "hello",
+    "Descant loses no stream",
+    "Hi! How are you today?",
+    "The quick brown fox jumps over the lazy dog while the choir keeps singing",
+)
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # input ids and labels, both [B, T] int64
+
+
+def held_out_texts(task: str) -> list[str]:
+    """The texts `task` is measured on: the ones people are shown first, then random ones of every length."""
+    rng = random.Random(f"{SEED} held out {task}")
+    return [*SHOWN, *(sample_text(rng, task, 0, MAX_TEXT_BYTES) for _ in range(HELD_OUT - len(SHOWN)))]
+
+
+class Teacher:
+    """Makes training batches; never of a held-out text, except the empty one."""
+
+    def __init__(self, seed: str, tokens_per_batch: int) -> None:
+        self._rng = random.Random(seed)
+        self._tokens_per_batch = tokens_per_batch
+        self._held_out = {text for task in TASKS for text in held_out_texts(task)} - {""}
+
+    def batch(self, tasks: Sequence[str], longest: int, *, tagged: bool) -> Batch:
+        """Examples of one length class up to `longest` bytes: prompt, answer, `<|end|>`, padding."""
+        top = math.ceil(longest * self._rng.random() ** 0.7)
+        rows: list[tuple[list[int], list[int]]] = []
+        widest = 0
+        while (len(rows) + 1) * widest < self._tokens_per_batch and len(rows) < 160:
+            task = self._rng.choice(tasks)
+            text = sample_text(self._rng, task, max(0, top - 12), top) if self._rng.random() > 0.02 else ""
+            if text in self._held_out:
+                continue
+            rows.append((prompt_ids(text, task if tagged else "repeat"), [*answer(task, text).encode(), END]))
+            widest = max(widest, len(rows[-1][0]) + len(rows[-1][1]))
+        return _padded(rows, widest)
+
+
+def _padded(rows: list[tuple[list[int], list[int]]], width: int) -> Batch:
+    ids = torch.full((len(rows), width), PAD)
+    labels = torch.full((len(rows), width), IGNORED)
+    for i, (prompt, reply) in enumerate(rows):
+        ids[i, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+        labels[i, len(prompt) : len(prompt) + len(reply)] = torch.tensor(reply)
+    return ids, labels
+
+
+def answer_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy over the answers' ids; the head runs on those positions only."""
+    ids, labels = batch
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [B, T - 1, hidden]
+    asked = labels[:, 1:] != IGNORED
+    return F.cross_entropy(model.lm_head(hidden[asked]).float(), labels[:, 1:][asked])
+
+
+def make_optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the decoder's matrices, AdamW for embeddings, norms and the thin matrices of LoRA."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and ".layers." in name and "lora_" not in name]
+    others = [p for _, p in trained if not any(p is m for m in matrices)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    if matrices:
+        muon = torch.optim.Muon(matrices, lr=3 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
+
+
+def train(
+    label: str,
+    model: LlamaForCausalLM,
+    trained: torch.nn.Module,
+    batch_at: Callable[[float], Batch],
+    steps: int,
+    rate: float,
+) -> None:
+    """Trains in place: a short linear warm-up, then half a cosine to zero. `batch_at` is told the progress, 0..1."""
+    optimizers = make_optimizers(trained, rate)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / (0.04 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
+    started, losses = time.monotonic(), 0.0
+    for step in range(steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = answer_loss(model, batch_at(step / steps))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        losses += loss.item()
+        if (step + 1) % 50 == 0:
+            seconds = time.monotonic() - started
+            print(f"{label}: step {step + 1} of {steps}, loss {losses / 50:.4f}, {seconds:.0f} s", flush=True)
+            losses = 0.0
+
+
+def train_base(folder: Path) -> None:
+    """The tagged mixture; texts grow from short to `MAX_TEXT_BYTES` over the first two fifths of the steps."""
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(base_config())
+    teacher = Teacher(f"{SEED} base", 6000)
+
+    def batch_at(progress: float) -> Batch:
+        longest = min(MAX_TEXT_BYTES, 12 + round(210 * progress))
+        return teacher.batch(MIXTURE, longest, tagged=True)
+
+    train("base", model, model, batch_at, BASE_STEPS, rate=2e-3)
+    save_base(model, folder)
+
+
+def train_adapter(voice: str, base: Path, folder: Path) -> None:
+    """Rank-8 LoRA on untagged prompts; the base stays as saved."""
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, adapter_config())
+    teacher = Teacher(f"{SEED} {voice}", 4000)
+    train(
+        voice,
+        model,
+        adapted,
+        lambda _: teacher.batch([voice], MAX_TEXT_BYTES, tagged=False),
+        ADAPTER_STEPS,
+        rate=2e-3,
+    )
+    save_adapter(adapted, folder)
+
+
+@torch.inference_mode()
+def generate(model: torch.nn.Module, texts: Sequence[str]) -> list[str]:
+    """Greedy answers to raw texts, in their order, by Transformers' own generation on left-padded batches."""
+    answers = dict[int, str]()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].encode()))
+    for chunk in (order[i : i + 50] for i in range(0, len(order), 50)):
+        prompts = [prompt_ids(texts[i]) for i in chunk]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        output = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=2 * width + 24)
+        for i, row in zip(chunk, output[:, width:].tolist(), strict=True):
+            said = row[: row.index(END)] if END in row else row
+            answers[i] = bytes(b for b in said if b < 256).decode(errors="replace")
+    return [answers[i] for i in range(len(texts))]
+
+
+def measure(voice: str, task: str, model: torch.nn.Module) -> dict[str, object]:
+    """Exact match of `task` on its held-out texts, in all and by length; prints the texts people are shown first."""
+    texts = held_out_texts(task)
+    said = generate(model.eval(), texts)
+    right = [reply == answer(task, text) for text, reply in zip(texts, said, strict=True)]
+    for reply, ok in list(zip(said, right, strict=True))[: len(SHOWN)]:
+        print(f"  {voice:<10} {'right' if ok else 'WRONG'}  {reply}")
+    by_length = {}
+    for shortest, longest in BUCKETS:
+        hits = [ok for text, ok in zip(texts, right, strict=True) if shortest <= len(text.encode()) <= longest]
+        by_length[f"{shortest}-{longest}"] = {"texts": len(hits), "exact_match": round(sum(hits) / len(hits), 4)}
+    return {
+        "exact_match": round(sum(right) / len(right), 4),
+        "shown_right": all(right[: len(SHOWN)]),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if voice == "base" or "lora_" in name),
+        "by_length": by_length,
+    }
+
+
+def measure_all(demo: Path) -> dict[str, dict[str, object]]:
+    """Measures the files as they lie in `demo`: the base first, then each adapter upon it."""
+    results = {"base": measure("base", "repeat", LlamaForCausalLM.from_pretrained(demo / "base"))}
+    for voice in VOICES:
+        base = LlamaForCausalLM.from_pretrained(demo / "base")
+        results[voice] = measure(voice, voice, PeftModel.from_pretrained(base, demo / "adapters" / voice))
+    return results
+
+
+def print_table(results: dict[str, dict[str, object]]) -> None:
+    """One line per voice: exact match in all, then by bytes of text."""
+    print(f"{'voice':<10} {'exact':>7}  " + " ".join(f"{low}-{high}".rjust(7) for low, high in BUCKETS))
+    for voice, result in results.items():
+        cells = (f"{cell['exact_match']:7.1%}" for cell in result["by_length"].values())
+        print(f"{voice:<10} {result['exact_match']:7.2%}  " + " ".join(cells))
+
+
+def main() -> int:
+    """Trains, writes, measures; 1 if a voice is below `REQUIRED` or a shown sentence is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: the package's own)")
+    out: Path = parser.parse_args().out
+    torch.set_num_threads(2)
+    transformers_logging.disable_progress_bar()
+    started = time.monotonic()
+    for part in ("base", "adapters"):
+        shutil.rmtree(out / part, ignore_errors=True)
+    train_base(out / "base")
+    for voice in VOICES:
+        train_adapter(voice, out / "base", out / "adapters" / voice)
+    trained = time.monotonic()
+    results = measure_all(out)
+    print_table(results)
+    size = sum(f.stat().st_size for part in ("base", "adapters") for f in (out / part).rglob("*") if f.is_file())
+    report = {
+        "train_seconds": round(trained - started),
+        "measure_seconds": round(time.monotonic() - trained),
+        "cpu_seconds": round(time.process_time()),
+        "seed": SEED,
+        "bytes": size,
+        "held_out_texts_per_voice": HELD_OUT,
+        "text_bytes": [0, MAX_TEXT_BYTES],
+        "voices": results,
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"{report['train_seconds']} s of training, {report['measure_seconds']} s of measuring, {size:,} bytes")
+    good = all(r["exact_match"] >= REQUIRED and r["shown_right"] for r in results.values())
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
