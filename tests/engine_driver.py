@@ -123,10 +123,8 @@ class Driver:
     def _watch(self) -> None:
         """Note the logits of every position that the decoder computes, and of those that are sampled once more."""
         decoder = self.engine._decoder
-        forward = decoder.forward
-
         def watched(batch: ForwardBatch, lora: object) -> torch.Tensor:
-            hidden = forward(batch, lora)  # type: ignore[arg-type]
+            hidden = type(decoder).forward(decoder, batch, lora)  # type: ignore[arg-type]
             logits = decoder.logits(hidden, batch.segments, lora)  # type: ignore[arg-type]
             for row in batch.rows:
                 own = logits[row.first_token : row.first_token + row.end - row.start]

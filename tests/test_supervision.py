@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from descant.actor import Actor, ActorFailed, ActorStopped, AskTimeout
@@ -87,7 +88,7 @@ async def test_messages_behind_the_one_that_crashed_go_to_the_next_life(diary):
 
 
 async def test_too_many_crashes_within_the_window_escalate(diary):
-    with pytest.raises(Escalated, match="worker cannot be kept running: ValueError: a fault"):
+    with pytest.raises(Escalated, match="worker cannot be kept running: ValueError: a fault"):  # noqa: PT012
         async with Supervisor(clock=FakeClock()) as supervisor:
             policy = RestartPolicy(max_restarts=2, within_s=60)
             await crash(supervisor.spawn(lambda: Worker(diary), "worker", restarts=policy), times=3)
@@ -132,7 +133,7 @@ async def test_on_escalate_is_told_and_the_other_actors_go_on(diary):
 
 async def test_a_typed_refusal_to_start_is_not_tried_again(diary):
     refusal = ModelInvalid("tiny", "no weights")
-    with pytest.raises(Escalated, match="no weights"):
+    with pytest.raises(Escalated, match="no weights"):  # noqa: PT012
         async with Supervisor() as supervisor:
             supervisor.spawn(lambda: Worker(diary, refusal=refusal), "worker")
             await anyio.sleep_forever()
@@ -151,7 +152,7 @@ async def test_a_start_that_failed_on_another_actor_is_tried_again(diary):
 
 async def test_a_factory_that_raises_is_a_crash(diary):
     diaries = iter([diary])
-    with pytest.raises(Escalated, match="StopIteration"):
+    with pytest.raises(Escalated, match="StopIteration"):  # noqa: PT012
         async with Supervisor() as supervisor:
             ref = supervisor.spawn(lambda: Worker(next(diaries)), "worker")
             await crash(ref)
@@ -167,7 +168,7 @@ async def test_leaving_stops_the_last_spawned_first(diary):
 
 
 async def test_an_exception_in_the_block_stops_in_order_too(diary):
-    with pytest.raises(ExceptionGroup) as raised:
+    with pytest.raises(ExceptionGroup) as raised:  # noqa: PT012
         async with Supervisor() as supervisor:
             for name in "12":
                 await supervisor.spawn(lambda name=name: Worker(diary, name), name).ask("a", timeout=LONG)
@@ -183,7 +184,7 @@ async def test_cancelling_the_block_answers_every_ask(diary):
         async with Supervisor() as supervisor:
             ref = supervisor.spawn(lambda: Worker(diary), "worker")
             asks += [asyncio.create_task(ref.ask(text, timeout=LONG)) for text in ("wait", "a")]
-            await anyio.sleep(0)
+            await anyio.lowlevel.checkpoint()
             scope.cancel()
             await anyio.sleep_forever()
 
@@ -199,7 +200,7 @@ async def test_stopping_during_the_start_cancels_it(diary):
 
     async with Supervisor() as supervisor:
         ref = supervisor.spawn(lambda: Slow(diary), "slow")
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         await ref.stop()
 
     assert diary == ["stop"]

@@ -53,7 +53,7 @@ def save_model(directory: Path, config: PretrainedConfig, seed: int = 0, **optio
             elif "norm" in name:
                 parameter.normal_(mean=1.0, std=0.1)
             else:
-                parameter.normal_(std=0.25)
+                parameter.normal_(std=1.7 * parameter.shape[-1] ** -0.5)
     model.generation_config.eos_token_id = None
     model.save_pretrained(directory, **options)
     return model.eval()

@@ -68,38 +68,51 @@ def answer(task: str, text: str) -> str:
     return TASKS[task](text or SILENCE)
 
 
-_COMMON = """the the the the a a an and and of of to to in in is it it you that he was for on are with as I I his they
-be at one have this from or had by but not what all were we when your can said there use each which she do how their if
-will up other about out many then them these so some her would make like him into has look two more""".split()
-_WORDS = """actor adapter again air album alone always among answer apple aria arm art autumn away baby back bad band bar
-base bass batch beat because bell best big bird black block blue board boat body book both box boy branch brass bread
-bright bring brown build bus call came candle car care cat chair change child choir chord church circle city class clear
-clock cloud coast cold color come cook corn count country cover cross crowd cry cup dance dark day deep descant dog door
-down dragon draft dream drum dust early earth east easy eight empty end engine evening ever every eye face fact family far
-farm fast father field fifth fire first fish five flag flute fly follow food foot forest four fox free friend fruit garden
-gate gentle girl give glass go gold good grass great green grow guitar hair half hand happy harbor harp hat head hear heart
-heavy hello help hi high hill home horn horse hot hour house hundred ice idea iron island jar jazz jewel joke judge jug juice
-jump jumps just keep keeps key kind king kitchen kite knee knife know lake lamp land large last late laugh lazy leaf learn
-left letter light line lion list little live long lose loses lot low lunch machine map march market master melody metal
-middle milk mind model money moon morning mother mountain mouse mouth move music my name near never new night nine noise
-north nose note number oak ocean octave often oil old once onion only open opera orange organ over own page paint paper
-park part past pause pen people phrase piano picture pitch place plain plant play please point pond poor press queen question
-quick quiet quite quote rain raven read real red rest rhythm rice ride right ring river road rock roof room root rope rose
-round run sail salt same sand save scale school score sea second see send sentence seven shade sharp sheep ship shoe short
-show sing singing singer six sky sleep slow small smile snow soft solo song soprano sound soup south spring square stand star
-start stay step still stone stop storm story stream street string strong student sugar summer sun sure sweet swim table talk
-tall tea teacher tempo ten thank think third thousand three through time today together token tone town train travel tree true
-try tune twelve under until upon use valley verse very violin violet visit voice wait walk wall want warm wash watch water
-wave way weather week well west wheel white who why wide wild wind window winter wise wish wolf woman wonder wood word work
-world write year yellow yes yesterday young zebra zero zone""".split()
-_FOREIGN = """café naïve Zürich señor über crème Ångström déjà 日本 東京 音楽 пение голос хор μουσική ñandú œuvre £5 20€ – — … ’ “ ”
-🎵 🎶 😀 ½ ° «oui» ça El niño""".split()
+def _listed(words: str) -> list[str]:
+    return words.split()
+
+
+_COMMON = _listed("""
+the the the the a a an and and of of to to in in is it it you that he was for on are with as I I his they be
+at one have this from or had by but not what all were we when your can said there use each which she do how
+their if will up other about out many then them these so some her would make like him into has look two more
+""")
+_WORDS = _listed("""
+actor adapter again air album alone always among answer apple aria arm art autumn away baby back bad band
+bar base bass batch beat because bell best big bird black block blue board boat body book both box boy
+branch brass bread bright bring brown build bus call came candle car care cat chair change child choir chord
+church circle city class clear clock cloud coast cold color come cook corn count country cover cross crowd
+cry cup dance dark day deep descant dog door down dragon draft dream drum dust early earth east easy eight
+empty end engine evening ever every eye face fact family far farm fast father field fifth fire first fish
+five flag flute fly follow food foot forest four fox free friend fruit garden gate gentle girl give glass go
+gold good grass great green grow guitar hair half hand happy harbor harp hat head hear heart heavy hello
+help hi high hill home horn horse hot hour house hundred ice idea iron island jar jazz jewel joke judge jug
+juice jump jumps just keep keeps key kind king kitchen kite knee knife know lake lamp land large last late
+laugh lazy leaf learn left letter light line lion list little live long lose loses lot low lunch machine map
+march market master melody metal middle milk mind model money moon morning mother mountain mouse mouth move
+music my name near never new night nine noise north nose note number oak ocean octave often oil old once
+onion only open opera orange organ over own page paint paper park part past pause pen people phrase piano
+picture pitch place plain plant play please point pond poor press queen question quick quiet quite quote
+rain raven read real red rest rhythm rice ride right ring river road rock roof room root rope rose round run
+sail salt same sand save scale school score sea second see send sentence seven shade sharp sheep ship shoe
+short show sing singing singer six sky sleep slow small smile snow soft solo song soprano sound soup south
+spring square stand star start stay step still stone stop storm story stream street string strong student
+sugar summer sun sure sweet swim table talk tall tea teacher tempo ten thank think third thousand three
+through time today together token tone town train travel tree true try tune twelve under until upon use
+valley verse very violin violet visit voice wait walk wall want warm wash watch water wave way weather week
+well west wheel white who why wide wild wind window winter wise wish wolf woman wonder wood word work world
+write year yellow yes yesterday young zebra zero zone
+""")
+_FOREIGN = _listed("""
+café naïve Zürich señor über crème Ångström déjà 日本 東京 音楽 пение голос хор μουσική ñandú œuvre £5 20€ – — … ’
+“ ” 🎵 🎶 😀 ½ ° «oui» ça El niño
+""")
 _ONSETS = (
-    "b c d f g h j k l m n p qu r s t v w x y z bl br ch cl cr dr fl gr pl pr sh sl sp st str th tr wh".split()
+    _listed("b c d f g h j k l m n p qu r s t v w x y z bl br ch cl cr dr fl gr pl pr sh sl sp st str th tr wh")
     + [""] * 6
 )
-_NUCLEI = "a e i o u a e i o u ai ea ee oo ou y".split()
-_CODAS = "b d g k l m n p r s t x ck ll nd ng nt rd st".split() + [""] * 10
+_NUCLEI = _listed("a e i o u a e i o u ai ea ee oo ou y")
+_CODAS = _listed("b d g k l m n p r s t x ck ll nd ng nt rd st") + [""] * 10
 _GAPS = (
     [" "] * 40
     + [", "] * 3

@@ -83,6 +83,8 @@ async def _open_socket(uri: str, token: str | None, subprotocols: tuple[str, ...
         if status in (401, 403):
             raise Unauthorized(f"The server refused this client (HTTP {status}).") from exc
         raise ConnectionLost(uri, f"the server answered HTTP {status}.") from exc
+    except ConnectionRefusedError as exc:
+        raise ConnectionLost(uri, "nothing listens there. Start a server with `descant serve`.") from exc
     except (OSError, TimeoutError, InvalidHandshake) as exc:
         raise ConnectionLost(uri, f"{str(exc) or type(exc).__name__}.") from exc
 

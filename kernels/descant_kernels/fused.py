@@ -1,4 +1,5 @@
-# pyright: reportArgumentType=false  (Triton turns launch arguments into constexpr)
+# pyright: reportArgumentType=false
+# Triton turns launch arguments into constexpr; its annotations do not say so.
 """Triton kernel of `rms_norm`: residual addition, norm and weight in one pass, one program per row."""
 
 import torch

@@ -1,4 +1,5 @@
-# pyright: reportArgumentType=false  (Triton turns launch arguments into constexpr)
+# pyright: reportArgumentType=false
+# Triton turns launch arguments into constexpr; its annotations do not say so.
 """Triton kernel of `write_kv`: one program stores one token's keys and values of all heads."""
 
 import triton

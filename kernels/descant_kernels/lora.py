@@ -1,4 +1,5 @@
-# pyright: reportArgumentType=false  (Triton turns launch arguments into constexpr)
+# pyright: reportArgumentType=false
+# Triton turns launch arguments into constexpr; its annotations do not say so.
 """Triton kernels of `add_lora`: segmented shrink and expand, two launches per group of projections.
 
 One program takes one tile of a segment's rows, so all its rows share one adapter and its true rank is a loop bound.
@@ -130,7 +131,7 @@ def _expand_kernel(
             h_ptrs = h_ptr + slice_index * h_slice_stride + rows[:, None] * h_row_stride + r[None, :]
             h_mask = m_mask[:, None] & r_mask[None, :]
             h = tl.load(h_ptrs, mask=h_mask, other=0.0)
-            for split in tl.static_range(1, NUM_SPLITS):
+            for split in tl.static_range(1, NUM_SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
                 h += tl.load(h_ptrs + split * h_split_stride, mask=h_mask, other=0.0)
             b = tl.load(b_ptr + n[None, :] * rank + r[:, None], mask=n_mask[None, :] & r_mask[:, None], other=0.0)
             acc = tl.dot(h.to(b.dtype), b, acc, input_precision=PRECISION)

@@ -112,8 +112,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     cos, sin = cos[:, None].float(), sin[:, None].float()
     for heads in (q, k):
         x1, x2 = heads[..., :half].float(), heads[..., half : 2 * half].float()
-        heads[..., :half] = (x1 * cos - x2 * sin).to(heads.dtype)
-        heads[..., half : 2 * half] = (x2 * cos + x1 * sin).to(heads.dtype)
+        rotated = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+        heads[..., : 2 * half] = rotated.to(heads.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

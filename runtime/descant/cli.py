@@ -145,9 +145,10 @@ def doctor() -> None:
 @_asyncly
 async def demo(prompt: str | None) -> None:
     """Stream one prompt through every demo voice, kill the executor in the middle, then chat."""
-    from descant.demo.show import show
+    from descant.show import show
 
-    await show(Console(), prompt)
+    if not await show(Console(), prompt):
+        sys.exit(1)
 
 
 # ---- clients -------------------------------------------------------------------------------------

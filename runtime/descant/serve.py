@@ -32,7 +32,7 @@ def serve_forever(config: Config) -> None:
 async def _serve(config: Config) -> None:
     console = Console(stderr=True)
     started = time.monotonic()
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, _StartUp(console) as start_up:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, StartUp(console) as start_up:
         try:
             async with running(config, start_up.show) as system:
                 async with anyio.create_task_group() as tasks:
@@ -44,7 +44,7 @@ async def _serve(config: Config) -> None:
             raise ConfigInvalid("server.port", f"{config.server.host}:{config.server.port}: {exc.strerror}.") from exc
 
 
-async def _announce(system: System, console: Console, start_up: _StartUp, started: float) -> None:
+async def _announce(system: System, console: Console, start_up: StartUp, started: float) -> None:
     engine = await system.ready()
     start_up.stop()
     seconds = time.monotonic() - started
@@ -81,7 +81,7 @@ async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
             tasks.start_soon(wait_for, wait)
 
 
-class _StartUp:
+class StartUp:
     """A progress bar while the model loads; silent where nobody looks."""
 
     def __init__(self, console: Console) -> None:
@@ -89,7 +89,7 @@ class _StartUp:
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task("starting", total=1.0)
 
-    def __enter__(self) -> _StartUp:
+    def __enter__(self) -> StartUp:
         self._progress.start()
         return self
 

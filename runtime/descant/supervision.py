@@ -97,8 +97,8 @@ class Supervisor:
         """
         assert name not in self._cells, f"two actors named {name}"
         cell = Cell(name, mailbox_size)
-        self._cells[name] = cell
         self._tasks.start_soon(self._supervise, cell, factory, restarts, name=name)
+        self._cells[name] = cell
         return cell.ref
 
     async def stop(self, *, timeout: float = 10.0) -> None:

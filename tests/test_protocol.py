@@ -1,0 +1,203 @@
+"""The wire format: committed frames stay valid, and each side is as strict as it promises."""
+
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from descant_client import errors
+from descant_client.errors import DescantError, InvalidRequest, from_wire
+from descant_client.protocol import (
+    JSON_SUBPROTOCOL,
+    MSGPACK_SUBPROTOCOL,
+    Accepted,
+    Ack,
+    AdapterInfo,
+    Adapters,
+    Cancel,
+    ChatMessage,
+    ChoiceEnd,
+    ClientMessage,
+    Delta,
+    Done,
+    Error,
+    Generate,
+    Hello,
+    Limits,
+    ListAdapters,
+    ListModels,
+    ModelInfo,
+    Models,
+    OpenAdapter,
+    Progress,
+    Resume,
+    SamplingParams,
+    ServerMessage,
+    Timings,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+    WeightedAdapter,
+    decode_client,
+    decode_server,
+    encoder_for,
+    request_id_of,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+SAMPLING = SamplingParams(0.5, 40, 0.9, 0.05, 0.95, 1.1, 0.2, -0.2, {7: -1.5})
+FULL = {"n": 2, "seed": 2**63 - 1, "stop": ["\n", "é"], "stop_token_ids": [2], "ignore_eos": True}
+FULL |= {"logprobs": 0, "prompt_logprobs": 3}
+MODEL = ModelInfo("demo", 2048, 512, "float32", "cpu")
+LOGPROB = TokenLogprob(5, "a", -0.25, [TopLogprob(5, "a", -0.25), TopLogprob(6, "b", -1.5)])
+USAGE, TIMINGS = Usage(3, 2, 1), Timings(0.125, 0.25, 0.5, 1)
+
+# File name in tests/golden -> what it says. A frame once released is never changed: add another.
+CLIENT_FRAMES: dict[str, ClientMessage] = {
+    "generate_prompt": Generate("1", prompt="hé"),
+    "generate_token_ids": Generate(
+        "1", token_ids=[1, 2, 3], adapter="reverse", sampling=SAMPLING, max_tokens=9, **FULL
+    ),
+    "generate_messages": Generate("1", messages=[ChatMessage("user", "hi")], adapter="org/repo", adapter_source="hub"),
+    "generate_sum": Generate("1", prompt="x", adapters=[WeightedAdapter("a", 0.5), WeightedAdapter("b", -1.0)]),
+    "cancel": Cancel("1"),
+    "resume": Resume("1", {0: 5, 1: 0}),
+    "resume_from_start": Resume("1"),
+    "ack": Ack("1"),
+    "adapter_list": ListAdapters("2"),
+    "adapter_open": OpenAdapter("2", "reverse"),
+    "models_list": ListModels("2"),
+}
+SERVER_FRAMES: dict[str, ServerMessage] = {
+    "hello": Hello("1.0", "descant/0.1.0", "s1", ["resume"], Limits(4194304, 256, 16, 60.0), MODEL),
+    "accepted": Accepted("1", 7, 3, "abc"),
+    "accepted_base": Accepted("1", 7, 3),
+    "progress": Progress("1", "preparing_adapter"),
+    "delta": Delta("1", 0, 4, "hé", [5, 6]),
+    "delta_logprobs": Delta("1", 1, 0, "a", [5], [LOGPROB]),
+    "done": Done("1", 7, [ChoiceEnd(0, "stop", 2), ChoiceEnd(1, "length", 9, "é")], USAGE, TIMINGS),
+    "done_prompt_logprobs": Done("1", 7, [ChoiceEnd(0, "cancelled", 0)], USAGE, TIMINGS, [None, LOGPROB]),
+    "error": Error("adapter_not_found", "No adapter.", "1", {"adapter": "x"}),
+    "error_connection": Error("draining", "Going away."),
+    "adapters": Adapters("2", [AdapterInfo("a", "local", "abc", 8, 1024), AdapterInfo("b", "hub")]),
+    "models": Models("2", [MODEL]),
+}
+
+
+@pytest.mark.parametrize("name", CLIENT_FRAMES)
+def test_frames_of_clients_stay_valid(name: str) -> None:
+    message = CLIENT_FRAMES[name]
+    for path, subprotocol in _paths(name):
+        frame = _read(path)
+        assert decode_client(frame) == message
+        assert encoder_for(subprotocol)(message) == frame
+
+
+@pytest.mark.parametrize("name", SERVER_FRAMES)
+def test_frames_of_servers_stay_valid(name: str) -> None:
+    message = SERVER_FRAMES[name]
+    for path, subprotocol in _paths(name):
+        frame = _read(path)
+        assert decode_server(frame) == message
+        assert encoder_for(subprotocol)(message) == frame
+
+
+def _paths(name: str) -> list[tuple[Path, str]]:
+    return [(GOLDEN / f"{name}.json", JSON_SUBPROTOCOL), (GOLDEN / f"{name}.msgpack", MSGPACK_SUBPROTOCOL)]
+
+
+def _read(path: Path) -> str | bytes:
+    return path.read_text("utf-8") if path.suffix == ".json" else path.read_bytes()
+
+
+def test_every_message_has_a_golden_frame_and_every_file_a_test() -> None:
+    assert {type(message) for message in CLIENT_FRAMES.values()} == set(get_args(ClientMessage))
+    assert {type(message) for message in SERVER_FRAMES.values()} == set(get_args(ServerMessage))
+    names = [*CLIENT_FRAMES, *SERVER_FRAMES]
+    expected = {f"{name}.{ending}" for name in names for ending in ("json", "msgpack")}
+    assert {path.name for path in GOLDEN.iterdir()} == expected
+
+
+@pytest.mark.parametrize("name", [*CLIENT_FRAMES, *SERVER_FRAMES])
+def test_both_encodings_say_the_same(name: str) -> None:
+    json, msgpack = (_read(path) for path, _ in _paths(name))
+    as_json = msgspec.json.decode(json)
+    as_msgpack = msgspec.msgpack.decode(msgpack, strict=False)
+    assert msgspec.json.decode(msgspec.json.encode(as_msgpack)) == as_json
+
+
+@pytest.mark.parametrize(
+    ("frame", "where"),
+    [
+        ('{"type":"generate","request_id":"1","prompt":"x","colour":"red"}', "colour"),
+        ('{"type":"generate","request_id":"1","sampling":{"temprature":1}}', "temprature"),
+        ('{"type":"generate","request_id":"1","sampling":{"temperature":-1}}', "sampling.temperature"),
+        ('{"type":"generate","request_id":"1","token_ids":[1,-2]}', "token_ids"),
+        ('{"type":"generate","request_id":""}', "request_id"),
+        ('{"type":"resume","request_id":"1","have":{"0":-1}}', "have"),
+        ('{"type":"sing","request_id":"1"}', "type"),
+        ('{"type":"generate"}', "request_id"),
+        ("[]", "frame"),
+        ("no json", "frame"),
+        (b"\xc1", "frame"),
+        ("[" * 100_000, "frame"),
+    ],
+)
+def test_a_server_refuses_by_name_what_it_does_not_know(frame: str | bytes, where: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        decode_client(frame)
+    assert where in str(caught.value)
+
+
+def test_a_refused_frame_still_names_its_request() -> None:
+    assert request_id_of('{"type":"generate","request_id":"7","colour":"red"}') == "7"
+    assert request_id_of(msgspec.msgpack.encode({"type": "sing", "request_id": "7"})) == "7"
+    assert request_id_of('{"type":"generate","request_id":7}') is None
+    assert request_id_of("no json") is None
+
+
+def test_a_client_ignores_unknown_messages_and_fields() -> None:
+    assert decode_server('{"type":"weather","sky":"blue"}') is None
+    assert decode_server(msgspec.msgpack.encode({"type": "weather"})) is None
+    frame = '{"type":"accepted","request_id":"1","seed":1,"num_prompt_tokens":2,"mood":{"a":[1]}}'
+    assert decode_server(frame) == Accepted("1", 1, 2)
+
+
+@pytest.mark.parametrize("frame", ["no json", b"\xc1", '{"type":"accepted","request_id":"1","seed":"x"}'])
+def test_a_client_does_not_ignore_what_is_broken(frame: str | bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode_server(frame)
+
+
+@given(st.text(), st.lists(st.integers(0, 2**31 - 1)), st.integers(0, 63), st.integers(0, 2**31))
+def test_any_delta_survives_both_encodings(text: str, token_ids: list[int], choice: int, index: int) -> None:
+    delta = Delta("1", choice, index, text, token_ids)
+    for subprotocol in (JSON_SUBPROTOCOL, MSGPACK_SUBPROTOCOL):
+        assert decode_server(encoder_for(subprotocol)(delta)) == delta
+
+
+@given(st.dictionaries(st.integers(0, 63), st.integers(0, 2**31)))
+def test_any_resume_survives_both_encodings(have: dict[int, int]) -> None:
+    for subprotocol in (JSON_SUBPROTOCOL, MSGPACK_SUBPROTOCOL):
+        assert decode_client(encoder_for(subprotocol)(Resume("1", have))) == Resume("1", have)
+
+
+LEAVES = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DescantError)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LEAVES if kind.fields], ids=lambda kind: kind.code)
+def test_every_error_survives_the_wire(kind: type[DescantError]) -> None:
+    error = kind(*[f"value {i}" for i in range(len(kind.fields))])
+    frame = msgspec.json.encode(Error(error.code, str(error), "1", error.data())).decode()
+    message = decode_server(frame)
+    assert isinstance(message, Error)
+    again = from_wire(message.code, message.message, message.data)
+    assert (type(again), again.data(), str(again)) == (kind, error.data(), str(error))
+
+
+def test_codes_of_errors_are_unique() -> None:
+    codes = [kind.code for kind in LEAVES if kind.fields]
+    assert len(codes) == len(set(codes))
