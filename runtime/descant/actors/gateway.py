@@ -54,6 +54,7 @@ class Gateway(Actor[GatewayMessage]):
         self._stats = stats
         self._draining: str | None = None
         self._server: uvicorn.Server | None = None
+        self._closed = anyio.Event()
 
     async def on_start(self) -> None:
         """Begin to accept connections."""
@@ -75,8 +76,7 @@ class Gateway(Actor[GatewayMessage]):
             timeout_graceful_shutdown=2,
         )
         self._server = _Server(config)
-        # A duplicate, because the server closes what it is given and the next life of this actor listens again.
-        self.start_soon(self._server.serve, [self._listener.dup()])
+        self.start_soon(self._listen, self._server)
         self.start_soon(self._sweep)
 
     async def on_receive(self, message: GatewayMessage) -> None:
@@ -86,9 +86,23 @@ class Gateway(Actor[GatewayMessage]):
                 self._draining = reason
 
     async def on_stop(self) -> None:
-        """Close the connections."""
+        """Close the connections, politely."""
         if self._server is not None:
             self._server.should_exit = True
+            await self._closed.wait()
+
+    async def _listen(self, server: uvicorn.Server) -> None:
+        # A duplicate, because the server closes what it is given and the next life of this actor listens again.
+        sockets = [self._listener.dup()]
+        try:
+            await server.serve(sockets)
+        except anyio.get_cancelled_exc_class():  # this life crashed: what it left open must not go on without it
+            server.force_exit = True
+            with anyio.CancelScope(shield=True):
+                await server.shutdown(sockets)
+            raise
+        finally:
+            self._closed.set()
 
     async def _websocket(self, websocket: WebSocket) -> None:
         await Connection(websocket, self._services, self.start_soon, lambda: self._draining).serve()
