@@ -1,9 +1,24 @@
 """Fixtures every test may use."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import pytest
 
+if TYPE_CHECKING:
+    from servers import Checkpoint
 
-@pytest.fixture
+
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Async tests run on asyncio, which is what Descant runs on."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A tiny base model with four adapters, built once."""
+    from servers import tiny_checkpoint  # what builds it takes seconds to import
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))

@@ -51,6 +51,7 @@ from descant_client.protocol import (
 )
 
 SEED = 1234
+DEADLINE_S = 30.0  # for the body of an `async with FakeServer()`: what would hang fails instead
 ADAPTER_NAMES = ("reverse", "upper")
 MODEL = ModelInfo("demo", 512, 256, "float32", "cpu")
 
@@ -98,6 +99,7 @@ class FakeServer:
         self._server: Server | None = None
 
     async def __aenter__(self) -> FakeServer:
+        self._stack.enter_context(anyio.fail_after(DEADLINE_S))
         self._server = await self._stack.enter_async_context(
             serve(self._handle, "127.0.0.1", 0, subprotocols=list(SUBPROTOCOLS), process_request=self._check)  # type: ignore[arg-type]
         )
@@ -127,13 +129,12 @@ class FakeServer:
 
     async def wait_for(self, is_wanted: Callable[[ClientMessage], bool]) -> ClientMessage:
         """Return the first received message that is wanted, once there is one."""
-        with anyio.fail_after(10):
-            while True:
-                for message in self.received:
-                    if is_wanted(message):
-                        return message
-                self._news = anyio.Event()
-                await self._news.wait()
+        while True:
+            for message in self.received:
+                if is_wanted(message):
+                    return message
+            self._news = anyio.Event()
+            await self._news.wait()
 
     def note(self, message: ClientMessage) -> None:
         """Record a message from a client."""

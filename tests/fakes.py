@@ -125,7 +125,9 @@ class FakeEngine:
         for row in plan.rows:
             if self.kills(self.rows[row.row]):
                 raise EngineDied(f"row {row.row}")
-        return StepResult(plan.epoch, plan.step, tuple(self._run(row) for row in plan.rows))
+        histories = [self._read(row) for row in plan.rows]  # what a step writes is not there when it begins
+        results = [self._write(row, history) for row, history in zip(plan.rows, histories, strict=True)]
+        return StepResult(plan.epoch, plan.step, tuple(results))
 
     def history(self, row: FakeRow, adapter: str) -> list[int]:
         """Return the history at each position."""
@@ -152,16 +154,19 @@ class FakeEngine:
     def _slot(self, row: FakeRow, position: int) -> tuple[int, int]:
         return row.blocks[position // self.limits.block_size], position % self.limits.block_size
 
-    def _run(self, row: Row) -> RowResult:
+    def _read(self, row: Row) -> list[int]:
         state = self.rows[row.row]
         slot = row.spans[0].adapter_slot
-        adapter = "" if slot == NO_ADAPTER else self._loaded[slot].version.digest
         state.blocks += unpack_ints(row.blocks)
+        histories = self.history(state, "" if slot == NO_ADAPTER else self._loaded[slot].version.digest)
+        for position in range(state.num_computed):
+            assert self._cache[self._slot(state, position)] == histories[position], f"position {position} is wrong"
+        return histories
+
+    def _write(self, row: Row, histories: list[int]) -> RowResult:
+        state = self.rows[row.row]
         start, end = state.num_computed, state.num_computed + row.num_new_tokens
         assert end <= len(state.tokens), "more positions are asked for than there are tokens"
-        histories = self.history(state, adapter)
-        for position in range(start):
-            assert self._cache[self._slot(state, position)] == histories[position], f"position {position} is wrong"
         for position in range(start, end):
             self._cache[self._slot(state, position)] = histories[position]
         state.num_computed = end

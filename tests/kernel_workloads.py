@@ -115,9 +115,10 @@ def filled_cache(
     v = k.clone()
     keys = normal(num_positions, kv_heads, head_dim, dtype=dtype, seed=seed + 1)
     values = normal(num_positions, kv_heads, head_dim, dtype=dtype, seed=seed + 2)
-    for position in range(num_positions):
-        k[order[position // block_size], :, position % block_size] = keys[position]
-        v[order[position // block_size], :, position % block_size] = values[position]
+    positions = torch.arange(num_positions)
+    blocks = torch.tensor(order)[positions // block_size]
+    k[blocks, :, positions % block_size] = keys
+    v[blocks, :, positions % block_size] = values
     return Cache(k, v, order)
 
 

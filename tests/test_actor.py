@@ -159,6 +159,19 @@ async def test_an_ask_that_finds_no_room_times_out_without_being_delivered(ref, 
     assert await ref.ask(Note("d"), timeout=LONG) == 3
 
 
+async def test_senders_that_gave_up_waiting_for_room_leave_nothing_behind(ref, actor):
+    await ask_soon(ref, Wait())
+    await actor.is_waiting.wait()
+    ref.tell_nowait(Note("a"))
+    ref.tell_nowait(Note("b"))
+
+    senders = [asyncio.create_task(ref.tell(Note("c"))), await ask_soon(ref, Note("d"))]
+    for sender in senders:
+        sender.cancel()
+    await turn()
+    assert not ref._mailbox.overflow
+
+
 async def test_the_reply_to_a_cancelled_ask_is_dropped(ref, actor):
     task = await ask_soon(ref, Wait())
     await actor.is_waiting.wait()

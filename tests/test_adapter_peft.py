@@ -61,19 +61,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_module_gets_the_update_that_peft_gives_it(family: str, config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", name) for name in CONFIGS), ("qwen2", "no targets"), ("qwen2", "all-linear"), ("qwen2", "head")],
+)
+def test_every_module_gets_the_update_that_peft_gives_it(family: str, name: str, tmp_path: Path) -> None:
     hf_base = peft_fixture.tiny_base(family)
     hf_base.save_pretrained(tmp_path / "base")
-    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", **config)
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", **CONFIGS[name])
 
     adapter = read_adapter("a", directory, BaseModel.open(tmp_path / "base"), AdapterLimits())
 
     expected = peft_fixture.peft_deltas(hf_base, directory)
     assert set(adapter.factors) == set(expected)
-    for name, pair in adapter.factors.items():
-        torch.testing.assert_close(pair.b.double() @ pair.a.double(), expected[name], rtol=1e-6, atol=1e-6)
+    for module, pair in adapter.factors.items():
+        torch.testing.assert_close(pair.b.double() @ pair.a.double(), expected[module], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,20 @@ def test_names_of_other_producers_mean_the_same_modules(old: str, new: str, tmp_
 
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name].b, expected[name].b) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("saved", "written"), [("all-linear", "All-Linear"), (["q_proj", "v_proj"], None)], ids=["all-linear", "null"]
+)
+def test_short_forms_of_targets_mean_what_peft_makes_of_them(saved: Any, written: Any, tmp_path: Path) -> None:
+    hf_base = peft_fixture.tiny_base()
+    hf_base.save_pretrained(tmp_path / "base")
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", r=2, target_modules=saved)
+    peft_fixture.edit_config(directory, target_modules=written)
+
+    adapter = read_adapter("a", directory, BaseModel.open(tmp_path / "base"), AdapterLimits())
+
+    assert set(adapter.factors) == set(peft_fixture.peft_deltas(hf_base, directory))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

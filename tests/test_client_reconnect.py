@@ -32,6 +32,19 @@ class FakeTime:
         return Backoff(rng=random.Random(0), clock=lambda: self.now_s, sleep=self.sleep)
 
 
+class HeldTime(FakeTime):
+    """A time in which the client dials again only when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = anyio.Event()
+        self.over = anyio.Event()
+
+    async def sleep(self, seconds: float) -> None:
+        self.began.set()
+        await self.over.wait()
+
+
 def patient(server: FakeServer, time: FakeTime | None = None, **options) -> AbstractAsyncContextManager[Client]:
     """Connect with a clock that moves only while the client waits to dial again."""
     return connect(server.uri, backoff=(time or FakeTime()).backoff(), **options)
@@ -143,12 +156,18 @@ async def test_a_stream_cancelled_during_an_outage_is_cancelled_after_it() -> No
     assert Cancel("1") in server.received
 
 
-async def test_a_request_made_during_an_outage_is_sent_after_it() -> None:
-    async with FakeServer() as server, patient(server) as client:
+async def test_a_request_made_during_an_outage_is_sent_once_after_it() -> None:
+    time = HeldTime()
+    async with FakeServer() as server, patient(server, time) as client:
         server.abort()
-        await anyio.lowlevel.checkpoint()
-        assert await client.generate([1, 2]).text() == "1 2 "
-    assert server.num_connections == 2
+        await time.began.wait()
+        kept, cancelled = client.generate([1, 2]), client.generate([3])
+        cancelled.cancel()
+        time.over.set()
+        assert await kept.text() == "1 2 "
+        await cancelled.result()
+    requests = [type(one) for one in server.received if one.request_id == "2" and not isinstance(one, Ack)]
+    assert requests == [Generate, Cancel]
 
 
 async def test_patience_ends_in_connection_lost_for_all() -> None:
@@ -189,6 +208,18 @@ async def test_a_server_that_no_longer_takes_the_token_ends_everything() -> None
             await stream.result()
 
 
+async def test_an_unauthorized_error_in_between_ends_everything() -> None:
+    def revoke(message: ServerMessage) -> list[ServerMessage | str | bytes]:
+        return [error_frame(Unauthorized("The key was revoked."))] if isinstance(message, Delta) else [message]
+
+    async with FakeServer(tamper=revoke) as server, patient(server) as client:
+        with pytest.raises(Unauthorized, match="revoked"):
+            await client.generate([1]).result()
+        with pytest.raises(Unauthorized, match="revoked"):
+            await client.models()
+    assert server.num_connections == 1
+
+
 def test_delays_double_up_to_a_limit_and_vary() -> None:
     backoff = Backoff(0.1, 5.0, rng=random.Random(0))
     for attempt, longest in enumerate([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]):
@@ -219,6 +250,15 @@ async def test_a_gap_is_filled(num_tokens: int) -> None:
             [list(range(num_tokens))],
         )
     assert server.received.count(Resume("1")) >= 2
+
+
+async def test_a_gap_is_filled_before_the_end() -> None:
+    async with FakeServer(hold=8, tamper=losing(2)) as server, connect(server.uri) as client:
+        stream = client.generate(list(range(9)))
+        async for delta in stream:
+            if delta.index + len(delta.token_ids) == 8:
+                break
+        assert (await stream.result()).token_ids == list(range(8))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 9])

@@ -12,7 +12,7 @@ from rich.console import Console
 from descant_client import Client, Result, connect
 from descant_client.errors import AdapterNotFound
 from descant_client.protocol import Cancel, ChatMessage, Delta, Generate, ServerMessage
-from descant_client.terminal import StatusLine, chat, print_stream, printable, side_by_side
+from descant_client.terminal import StatusLine, _grid, _Voice, chat, print_stream, printable, side_by_side
 from fake_server import FakeServer, text_of
 
 pytestmark = pytest.mark.anyio
@@ -92,6 +92,16 @@ async def test_voices_grow_on_a_terminal_within_its_height(client: Client) -> No
     first_frame = written(console).split("\r\x1b[2K")[0]
     assert "voice 0" in first_frame
     assert first_frame.count("\n") < console.height
+
+
+async def test_a_text_too_long_for_its_panel_shows_its_end(client: Client) -> None:
+    console = paper()
+    voice = _Voice("long", client.generate([1000, *[0] * 500, 2000]), lambda: 0.0)
+    await voice.listen()
+    console.print(_grid([voice], console, max_height=8))
+    assert len(written(console).splitlines()) == 8
+    assert "2000" in written(console)
+    assert "1000" not in written(console)
 
 
 async def test_a_rate_counts_the_tokens_after_the_first_delta(client: Client) -> None:

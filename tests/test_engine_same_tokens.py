@@ -22,7 +22,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[(name, dtype) for name in MODELS for dtype in ("float32", "bfloat16")], ids=str)
+QUICK = [("llama", "float32"), ("llama", "bfloat16"), ("mistral", "float32"), ("qwen3", "bfloat16")]
+THOROUGH = [("mistral", "bfloat16"), ("qwen2", "float32"), ("qwen2", "bfloat16"), ("qwen3", "float32")]
+
+
+@pytest.fixture(
+    scope="module", params=[*QUICK, *(pytest.param(pair, marks=pytest.mark.slow) for pair in THOROUGH)], ids=" ".join
+)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """A model with two adapters, of ranks 4 and 21, in slots 0 and 1."""
     name, dtype = request.param
@@ -76,19 +82,18 @@ def assert_same(one: Voice, other: Voice) -> None:
         assert logits.numpy().tobytes() == other.logits[position].numpy().tobytes(), f"position {position} differs"
 
 
-@pytest.mark.parametrize("adapter_slot", [-1, 0, 1])
+@pytest.mark.parametrize("adapter_slot", [-1, 1])
 def test_company_changes_nothing(engine: Engine, adapter_slot: int) -> None:
     expected = alone(engine, adapter_slot=adapter_slot)
-    for seed in (1, 2):
-        among = [*crowd(seed), voice(adapter_slot=adapter_slot, first_step=seed)]
-        random.Random(seed).shuffle(among)
-        position = next(i for i, one in enumerate(among) if one.max_tokens == 24 and len(one.prompt) == 150)
-        assert_same(Driver(engine).run(among)[position], expected)
+    seed = 2 + adapter_slot
+    among = [*crowd(seed), voice(adapter_slot=adapter_slot, first_step=seed)]
+    among[3], among[-1] = among[-1], among[3]
+    assert_same(Driver(engine).run(among)[3], expected)
 
 
 def test_how_the_prompt_is_cut_changes_nothing(engine: Engine) -> None:
     expected = alone(engine, adapter_slot=1)
-    for chunk in (1, 2, 16, 37, 128, 149):
+    for chunk in (16, 37, 128, 149):
         assert_same(alone(engine, adapter_slot=1, chunk=chunk), expected)
 
 
@@ -102,6 +107,12 @@ def test_a_row_rebuilt_from_its_tokens_goes_on_as_if_nothing_had_happened(engine
     broken_off = alone(engine, max_tokens=9)
     rebuilt = Driver(engine).run([*crowd(6, 3), voice(output=list(broken_off.output), chunk=50)])[-1]
     assert_same(rebuilt, expected)
+
+
+@pytest.mark.slow
+def test_token_by_token_is_as_good_as_all_at_once(engine: Engine) -> None:
+    for adapter_slot in (-1, 0, 1):
+        assert_same(alone(engine, adapter_slot=adapter_slot, chunk=1), alone(engine, adapter_slot=adapter_slot))
 
 
 @pytest.mark.slow

@@ -67,10 +67,13 @@ FILTERS: dict[str, tuple[SamplingParams, list[LogitsProcessor]]] = {
 }
 
 
-@pytest.mark.parametrize("num_candidates", [1, 50, 1024])
+@pytest.mark.parametrize("num_candidates", [(1,), (2, 50), (1024, 16_384)], ids=str)
 @pytest.mark.parametrize(("params", "warpers"), FILTERS.values(), ids=FILTERS)
 def test_a_filter_keeps_what_transformers_keeps(
-    params: SamplingParams, warpers: list[LogitsProcessor], num_candidates: int, monkeypatch: pytest.MonkeyPatch
+    params: SamplingParams,
+    warpers: list[LogitsProcessor],
+    num_candidates: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sampling, "_CANDIDATES", num_candidates)
     logits = logits_of(8, seed=1)
@@ -79,6 +82,18 @@ def test_a_filter_keeps_what_transformers_keeps(
         expected = warper(torch.zeros(8, 1, dtype=torch.int64), expected)
 
     assert torch.equal(processed(logits, [row(params)] * 8), expected)
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_the_sign_of_logits_does_not_matter(shift: float) -> None:
+    logits = logits_of(4, seed=1).round(decimals=2)
+    rows = [row(SamplingParams(top_p=0.8))] * 4
+
+    found = processed(logits + shift, rows)
+
+    expected = TopPLogitsWarper(0.8)(torch.zeros(4, 1), logits + shift)
+    assert torch.equal(found.isfinite().sum(-1), expected.isfinite().sum(-1))
+    assert torch.equal(found.amax(-1), logits.amax(-1) + shift)
 
 
 def test_of_equal_scores_the_lowest_ids_survive_top_p() -> None:
@@ -196,6 +211,16 @@ def test_a_row_is_processed_alike_alone_and_in_any_batch(vocab: int) -> None:
     assert all(torch.equal(together[place], alone[i]) for place, i in enumerate(order))
     tokens = Sampler(vocab).sample(logits[order], [rows[i] for i in order])
     assert tokens == [Sampler(vocab).sample(logits[i : i + 1].clone(), [rows[i]])[0] for i in order]
+
+
+def test_the_entropy_of_a_row_is_bitwise_the_same_in_any_batch() -> None:
+    logits = logits_of(5, seed=9, vocab=200_001)
+    logprobs, probs = logits.log_softmax(-1), logits.softmax(-1)
+
+    together = sampling._entropy(logprobs, probs)
+
+    alone = [sampling._entropy(logprobs[i : i + 1], probs[i : i + 1]) for i in range(5)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:

@@ -25,8 +25,10 @@ def packed(block_size: int, dtype: torch.dtype, heads: int = 4, kv_heads: int = 
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 150])
-@pytest.mark.parametrize("block_size", [1, 16, 24, 128])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "block_size"),
+    [(torch.float32, 1), (torch.float32, 24), (torch.float32, 128), *((dtype, 16) for dtype in DTYPES)],
+)
 def test_it_equals_the_reference(dtype, block_size, window):
     q, cache, batch, _ = packed(block_size, dtype)
 

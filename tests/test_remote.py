@@ -18,7 +18,7 @@ import pytest
 import remote_fixture as fixture
 from descant.actor import ActorFailed, AskTimeout
 from descant.remote import Heartbeat, Program, Remote, spawn_remote
-from descant.remote_child import Kind, Start, encode_frame
+from descant.remote_child import Kind, Start, Uplink, encode_frame
 from descant.supervision import RestartPolicy, Supervisor
 from descant_client.errors import AdapterTooLarge, ModelInvalid
 
@@ -36,7 +36,7 @@ on_both_loops = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _child_finds_the_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent), prepend=os.pathsep)
 
 
 class Owner:
@@ -178,6 +178,17 @@ async def test_asks_during_the_start_wait_for_it(nursery):
     assert await child.ref.ask(ECHO, timeout=LONG) == fixture.Echoed(b"x")
 
 
+async def test_asks_queued_during_a_start_that_fails_are_not_for_the_next_life(nursery):
+    child = nursery.spawn("make_slowly", b"1000")
+    asked = asyncio.create_task(child.ref.ask(ECHO, timeout=LONG))
+    while child.pid is None:
+        await anyio.lowlevel.checkpoint()
+
+    child.kill()
+    with pytest.raises(ActorFailed, match="killed by SIGKILL"):
+        await asked
+
+
 @on_both_loops
 async def test_large_frames_pass_in_both_directions_at_once(child):
     blobs = [os.urandom(1 << 20) for _ in range(8)]
@@ -281,7 +292,7 @@ def open_fds() -> list[str]:
 
 
 def start_by_hand(*messages: Any) -> tuple[subprocess.Popen[bytes], socket.socket, socket.socket]:
-    """Return a child, our ends of its two sockets, and start it with messages to handle."""
+    """Return a child that goes on to handle the messages, and our ends of its two sockets."""
     ours, theirs = socket.socketpair()
     pulse, their_pulse = socket.socketpair()
     with theirs, their_pulse:
@@ -289,9 +300,11 @@ def start_by_hand(*messages: Any) -> tuple[subprocess.Popen[bytes], socket.socke
         command = [sys.executable, "-m", "descant.remote_child", "remote_fixture:make", *map(str, fds)]
         process = subprocess.Popen(command, pass_fds=fds)
     ours.sendall(encode_frame(Kind.START, 0, Start("child", b"ready", 20)))
-    for message in messages:
+    for message in (ECHO, *messages):
         ours.sendall(encode_frame(Kind.ASK, 1, message))
-    assert ours.recv(1), "it has started"
+    parent = Uplink(ours)
+    while (frame := parent.receive()) is not None and frame.kind is not Kind.REPLY:
+        pass
     return process, ours, pulse
 
 
@@ -299,6 +312,10 @@ def start_by_hand(*messages: Any) -> tuple[subprocess.Popen[bytes], socket.socke
 def test_a_child_exits_when_its_parent_is_gone(messages):
     process, ours, pulse = start_by_hand(*messages)
 
-    ours.close()
-    pulse.close()
-    assert process.wait(LONG) == 0
+    with ours, pulse:
+        ours.shutdown(socket.SHUT_RDWR)
+        pulse.shutdown(socket.SHUT_RDWR)
+        try:
+            assert process.wait(LONG) == 0
+        finally:
+            process.kill()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil, log2
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from descant.scheduling.blame import Blame, Verdict
@@ -54,6 +54,17 @@ def test_the_next_half_is_tried_once_each_of_the_first_has_gained_a_token_or_is_
     assert blame.trial == {3, 4}
 
 
+def test_a_suspect_that_leaves_before_its_turn_is_not_waited_for() -> None:
+    blame = Blame()
+    for _ in range(2):
+        blame.lost([1, 2])
+
+    blame.left(2)
+    blame.gained(1)
+
+    assert blame.trial is None
+
+
 def test_the_trial_ends_when_all_are_cleared() -> None:
     blame = Blame()
     blame.lost([1, 2])
@@ -94,6 +105,7 @@ def test_a_death_of_nobody_changes_nothing() -> None:
     assert blame.trial == {1}
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.sets(st.integers(0, 39), max_size=5), st.integers(1, 40))
 def test_all_poison_is_found_and_nothing_else(count: int, poison: set[int], num_seats: int) -> None:
     blame, alive, found = Blame(), list(range(count)), list[int]()

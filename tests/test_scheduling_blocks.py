@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from descant.scheduling.blocks import (
@@ -193,6 +193,7 @@ OPERATIONS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), OPERATIONS)
 def test_the_allocator_does_what_the_slow_one_does(num_blocks: int, operations: list[tuple[str, object]]) -> None:
     real, slow = BlockAllocator(num_blocks, 16), SlowAllocator(num_blocks)
@@ -218,6 +219,7 @@ def test_the_allocator_does_what_the_slow_one_does(num_blocks: int, operations: 
         assert real.num_available == len(slow.unknown) + len(slow.idle)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.lists(st.integers(0, 50), max_size=60))
 def test_free_runs_are_a_set(count: int, choices: list[int]) -> None:
     runs, taken = FreeRuns(count), list[int]()

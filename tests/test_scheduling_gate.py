@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 
 from descant.scheduling.gate import MAX_PASSES, AdapterGate
@@ -92,20 +90,43 @@ def test_only_so_many_pass_somebody_who_waits() -> None:
 
 
 def test_small_versions_do_not_pass_a_large_one_for_ever() -> None:
-    gate = AdapterGate(3, 192, 1)
+    gate = AdapterGate(2, 192, 1)
     small = [sequence(number, f"v{number}") for number in range(100, 100 + 2 * MAX_PASSES)]
     gate.enter(small[0])
     gate.enter(sequence(1, "large", 192))
-    num_passed = 0
-    for previous, following in pairwise(small):
-        gate.enter(following)
-        finish_loads(gate)
-        gate.leave(previous)
-        gate.open()
-        num_passed += following.spans is not None
+    for seq in small[1:]:
+        gate.enter(seq)
 
-    assert num_passed <= MAX_PASSES + 1
+    finish_loads(gate)
+    passing = [small[1]]
+    while passing[-1].spans is not None:
+        gate.leave(passing[-1])
+        gate.open()
+        finish_loads(gate)
+        passing.append(small[len(passing) + 1])
+
+    assert len(passing) == MAX_PASSES + 1
+    gate.leave(small[0])
+    gate.open()
     assert gate.residency.is_resident("large")
+
+
+def test_who_is_next_may_be_passed_again() -> None:
+    gate = AdapterGate(1, 64, 1)
+    gate.enter(first := sequence(1, "a"))
+    gate.enter(second := sequence(2, "b"))
+    finish_loads(gate)
+    passing = [sequence(number, "a") for number in range(3, 3 + MAX_PASSES)]
+    for seq in [*passing, sequence(1000, "c")]:
+        gate.enter(seq)
+
+    for seq in [first, *passing]:
+        gate.leave(seq)
+    gate.open()
+    finish_loads(gate)
+
+    assert second.spans is not None
+    assert gate.enter(sequence(1001, "b"))
 
 
 def test_leaving_while_waiting_or_loading_leaves_nothing_behind() -> None:

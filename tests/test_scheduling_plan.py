@@ -7,7 +7,7 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from descant.scheduling.plan import (
@@ -80,12 +80,14 @@ def admit(**changes: object) -> Admit:
     return Admit(**(fields | changes))
 
 
+@settings(deadline=None)
 @given(st.lists(INT32, max_size=20))
 def test_packed_integers_come_back(values: list[int]) -> None:
     assert unpack_ints(pack_ints(values)) == values
     assert len(pack_ints(values)) == 4 * len(values)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), max_size=20))
 def test_packed_floats_come_back(values: list[float]) -> None:
     assert unpack_floats(pack_floats(values)) == values
@@ -95,16 +97,19 @@ def test_integers_are_little_endian() -> None:
     assert pack_ints([1, -2]) == b"\x01\0\0\0\xfe\xff\xff\xff"
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_plans_come_back_as_they_were(plan: StepPlan) -> None:
     assert PLANS.decode(msgspec.msgpack.encode(plan)) == plan
 
 
+@settings(deadline=None)
 @given(ANSWERS)
 def test_results_come_back_as_they_were(result: StepResult) -> None:
     assert RESULTS.decode(msgspec.msgpack.encode(result)) == result
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_in_the_proper_way(data: bytes) -> None:
     for decoder in (PLANS, RESULTS):
@@ -112,6 +117,7 @@ def test_random_bytes_are_refused_in_the_proper_way(data: bytes) -> None:
             decoder.decode(data)
 
 
+@settings(deadline=None)
 @given(STEPS, st.integers(0, 2**32), st.integers(1, 4))
 def test_damaged_plans_are_refused_in_the_proper_way(plan: StepPlan, seed: int, num_changes: int) -> None:
     rng, data = random.Random(seed), bytearray(msgspec.msgpack.encode(plan))
@@ -122,6 +128,7 @@ def test_damaged_plans_are_refused_in_the_proper_way(plan: StepPlan, seed: int, 
         validate_plan(PLANS.decode(bytes(data)), LIMITS, [1, 2])
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_random_plans_are_accepted_or_refused_in_the_proper_way(plan: StepPlan) -> None:
     with contextlib.suppress(InvalidRequest):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from random import Random
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from descant.scheduling.plan import EngineLimits
@@ -129,7 +129,7 @@ class World:
         raise AssertionError(f"{len(self.loop.table)} sequences starve")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_every_sequence_gets_the_tokens_it_would_have_got_alone(random: Random) -> None:
     world = World(random)
@@ -147,7 +147,7 @@ def test_every_sequence_gets_the_tokens_it_would_have_got_alone(random: Random) 
             assert seq.finish_reason == ("stop" if seq.is_ended_by_token else "length")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_everything_is_given_back_in_the_end(random: Random) -> None:
     world = World(random)

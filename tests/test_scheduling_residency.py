@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from descant.scheduling.residency import AdapterResidency
@@ -111,6 +111,7 @@ def test_without_slots_there_are_no_adapters() -> None:
         AdapterResidency(0, 0).acquire(version("a"))
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 4),
     st.integers(64, 700),

@@ -42,6 +42,7 @@ class Worker(Actor[str]):
         return self
 
     async def on_stop(self) -> None:
+        await anyio.lowlevel.checkpoint()  # a cancelled life would end here
         self.diary.append(f"stop{self.name}")
 
 
@@ -201,7 +202,8 @@ async def test_stopping_during_the_start_cancels_it(diary):
     async with Supervisor() as supervisor:
         ref = supervisor.spawn(lambda: Slow(diary), "slow")
         await anyio.lowlevel.checkpoint()
-        await ref.stop()
+        with anyio.fail_after(LONG):
+            await ref.stop(timeout=2 * LONG)
 
     assert diary == ["stop"]
 

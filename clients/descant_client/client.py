@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import operator
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -176,7 +177,9 @@ async def connect(
             group.start_soon(connection.run)
             try:
                 yield Client(connection)
-            except (Exception, SystemExit, KeyboardInterrupt) as exc:  # noqa: BLE001 - the group would wrap it
+            except asyncio.CancelledError:
+                raise
+            except BaseException as exc:  # noqa: BLE001 - raised below: the task group would wrap it
                 failure = exc
             group.cancel_scope.cancel()
     finally:

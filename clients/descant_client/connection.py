@@ -18,7 +18,6 @@ from websockets.exceptions import ConnectionClosed
 from descant_client.errors import ConnectionLost, DescantError, InternalError, InvalidRequest, Unauthorized, from_wire
 from descant_client.handshake import CLOSE_S, endpoint, shake_hands
 from descant_client.protocol import (
-    Ack,
     ClientMessage,
     Error,
     Generate,
@@ -281,12 +280,9 @@ class Connection:
                 reason = str(exc)
 
     def _reopen(self, *, is_same_session: bool) -> None:
-        """Say again what the server has to know; of the old outbox only acknowledgements still hold."""
+        """Say again what the server has to know. Lost acknowledgements do no harm: it forgets in time by itself."""
         unsent = {message.request_id for message in self._outbox if isinstance(message, Generate)}
-        acks = [message for message in self._outbox if isinstance(message, Ack)]
         self._outbox.clear()
-        if is_same_session:
-            self._outbox.extend(acks)
         for receiver in list(self._receivers.values()):
             receiver.reopen(is_same_session=is_same_session, was_sent=receiver.request_id not in unsent)
             if receiver.is_finished:

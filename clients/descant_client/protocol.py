@@ -186,10 +186,10 @@ class Accepted(ServerMessageBase, frozen=True):
 
 
 class Progress(ServerMessageBase, frozen=True):
-    """What happens before the first token, for requests that have to wait."""
+    """What happens before the first token, for requests that have to wait: `preparing_adapter`."""
 
     request_id: str
-    stage: Literal["preparing_adapter"]
+    stage: str  # open: a newer server may know more stages
 
 
 class TopLogprob(Wire, frozen=True):

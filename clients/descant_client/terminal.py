@@ -90,9 +90,9 @@ async def side_by_side(
     """
     status = status or StatusLine()
     columns = [_Voice(label, stream, clock) for label, stream in voices]
-    with Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else _nothing() as live:
+    with Live(console=console, auto_refresh=False, transient=True) as live:
         async with anyio.create_task_group() as group:
-            if live is not None:
+            if console.is_terminal:
                 group.start_soon(_animate, live, columns, status)
             async with anyio.create_task_group() as readers:
                 for voice in columns:
@@ -159,11 +159,6 @@ class _Voice:
         style = "dim" if self.outcome is None else "red" if isinstance(self.outcome, DescantError) else "green"
         title = Text(printable(self.label))
         return Panel(Group(text, footer), title=title, border_style=style, width=width, height=max_height)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
 
 
 async def _animate(live: Live, columns: Sequence[_Voice], status: StatusLine) -> None:

@@ -25,7 +25,7 @@ CHUNK = 128
 BMM_ROWS = 8
 """Multiple to which the rows (and the head size) of a batched float32 product are padded."""
 
-TILE_TOKENS = (1, 8, 32, 128)
+TILE_TOKENS = (1, 8, 32, 64, 128)
 """Queries per tile: a run of new tokens is cut into the smallest of these that holds it, or the largest."""
 
 WAVE_FLOATS = 2**23

@@ -9,8 +9,7 @@ restart and escalation are those of any actor under a `Supervisor`. The frames a
                 `signal`; tells it had not handled are lost. The next life is `starting` right away
     given up    too many unproductive lives in a row, or a refusal to start: every ask gets ActorFailed
 
-The process dies for us when it ends, or when it is killed for answering no heartbeat; its socket's end of file
-tells, so nothing waits for a timer.
+A death is noticed by the end of file of its socket, at once; a hang by its missing heartbeats, and killed.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ from descant.actor import Actor, ActorFailed, Ref
 from descant.remote_child import HEADER, Frame, Kind, Refusal, Start, decode_frame, encode_frame
 from descant.supervision import RestartPolicy, Supervisor
 from descant_client.errors import DescantError, from_wire
-
-logger = logging.getLogger(__name__)
 
 MessageT = TypeVar("MessageT")
 

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from descant.config import Config
 from descant.messages import EngineReady, LoadProgress
 from descant.system import System, running
-from descant_client.errors import ConfigInvalid
 
 
 def serve_forever(config: Config) -> None:
@@ -33,15 +32,12 @@ async def _serve(config: Config) -> None:
     console = Console(stderr=True)
     started = time.monotonic()
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, StartUp(console) as start_up:
-        try:
-            async with running(config, start_up.show) as system:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(_announce, system, console, start_up, started)
-                    tasks.start_soon(_drain_when_told, system, signals, console, tasks.cancel_scope)
-                if system.failure is not None:
-                    raise system.failure
-        except OSError as exc:
-            raise ConfigInvalid("server.port", f"{config.server.host}:{config.server.port}: {exc.strerror}.") from exc
+        async with running(config, start_up.show) as system:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_announce, system, console, start_up, started)
+                tasks.start_soon(_drain_when_told, system, signals, console, tasks.cancel_scope)
+            if system.failure is not None:
+                raise system.failure
 
 
 async def _announce(system: System, console: Console, start_up: StartUp, started: float) -> None:

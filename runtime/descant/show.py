@@ -20,6 +20,7 @@ from descant_client.terminal import StatusLine, chat, side_by_side
 
 PROMPT = "The quick brown fox jumps over the lazy dog while the whole choir keeps singing."
 KILL_AFTER_TOKENS = 24  # of the voice that has said least
+MAX_TOKENS = 256  # of each voice
 POLL_S = 0.002
 
 
@@ -41,7 +42,10 @@ async def show(console: Console, prompt: str | None) -> bool:
 async def _sing(system: System, client: Client, console: Console, prompt: str) -> bool:
     adapters = [None, *[adapter.name for adapter in await client.adapters.list()]]
     await _rehearse(client, adapters)
-    voices = [(name or "base", client.generate(prompt, adapter=name, temperature=0.0)) for name in adapters]
+    voices = [
+        (name or "base", client.generate(prompt, adapter=name, temperature=0.0, max_tokens=MAX_TOKENS))
+        for name in adapters
+    ]
     status = StatusLine()
     endings: list[Result | DescantError] = []
     async with anyio.create_task_group() as tasks:

@@ -54,14 +54,16 @@ logger = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 24 * 3600.0
 DRAIN_POLL_S = 0.05
+EXECUTOR = "descant.actors.executor:start"
 PRELOAD_TIMEOUT_S = 600.0
 
 
 class System:
     """A running server. Made by `running`; everything in it stops when that block is left."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, executor_factory: str = EXECUTOR) -> None:
         self.config = config
+        self.executor_factory = executor_factory
         self.services: Services
         self.executor: Remote[Any]
         self.gateway: Ref[Drain]
@@ -104,16 +106,20 @@ class System:
 
 @asynccontextmanager
 async def running(
-    config: Config, on_progress: Callable[[LoadProgress], None] = lambda note: None
+    config: Config,
+    on_progress: Callable[[LoadProgress], None] = lambda note: None,
+    *,
+    executor_factory: str = EXECUTOR,
 ) -> AsyncIterator[System]:
     """Run a server. It listens when the block is entered; clients that connect wait until the model is loaded.
 
+    `executor_factory` is what the executor's process runs (`remote.Program.factory`).
+
     Raises:
         ConfigInvalid, ModelInvalid, SourceUnavailable: it cannot start.
-        OSError: the address is taken.
     """
     check_config(config)
-    system = System(config)
+    system = System(config, executor_factory)
     with unwrapped(), open_listener(config.server.host, config.server.port) as listener:
         system.port = listener.getsockname()[1]
         async with Supervisor(on_escalate=system.give_up) as supervisor:
@@ -206,7 +212,7 @@ def _spawn_scheduler(
     system.executor = spawn_remote(
         supervisor,
         "executor",
-        _executor_program(config, model_dir),
+        _executor_program(system, model_dir),
         on_notice=on_notice,
         on_down=lambda reason: addresses[0].tell_nowait(ExecutorDown(str(reason))),
         restarts=RestartPolicy(max_restarts=config.scheduling.max_executor_restarts, within_s=math.inf),
@@ -226,7 +232,8 @@ def _spawn_scheduler(
     return addresses[0]
 
 
-def _executor_program(config: Config, model_dir: Path) -> Program:
+def _executor_program(system: System, model_dir: Path) -> Program:
+    config = system.config
     executor_config = ExecutorConfig(
         engine=config.model.engine,
         model_dir=str(model_dir),
@@ -240,7 +247,7 @@ def _executor_program(config: Config, model_dir: Path) -> Program:
         dummy_tokens_per_s=config.model.dummy_tokens_per_s,
     )
     return Program(
-        factory="descant.actors.executor:start",
+        factory=system.executor_factory,
         config=msgspec.msgpack.encode(executor_config),
         replies=ExecutorReply,
         notices=ExecutorNote,

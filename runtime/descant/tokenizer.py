@@ -145,11 +145,9 @@ class StopStrings:
         self._detokenizer = Detokenizer(tokenizer, stop)
 
     def push(self, token_ids: Sequence[int]) -> int | None:
-        """Return how many of these tokens belong to the output once a stop string is complete, else None."""
-        before = self._detokenizer.num_tokens
+        """Take the next output tokens; return how many the whole output keeps once a stop string is complete."""
         self._detokenizer.push(token_ids)
-        stopped_at = self._detokenizer.stopped_at
-        return None if stopped_at is None else stopped_at - before
+        return self._detokenizer.stopped_at
 
 
 def _overlap(text: str, stop: str) -> int:

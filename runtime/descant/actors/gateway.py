@@ -26,10 +26,12 @@ from descant.actor import Actor, ActorStats
 from descant.connection import Connection
 from descant.messages import CancelRequest, Drain, GatewayMessage
 from descant.services import Services
+from descant_client.errors import ConfigInvalid
 
 logger = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
+BACKLOG = 2048
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -141,10 +143,14 @@ class _Server(uvicorn.Server):
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """Return a socket listening on `host`:`port` (0: a free port). Raises OSError."""
+    """Return a socket listening on `host`:`port` (0: a free port). Raises ConfigInvalid if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.listen(2048)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as exc:
+        listener.close()
+        raise ConfigInvalid("server.port", f"cannot listen on {host}:{port}: {exc.strerror or exc}.") from exc
     return listener

@@ -17,8 +17,8 @@ from descant_kernels import NodeNoise, sample_nodes
 GREEDY_BELOW = 1e-5
 """Lower temperatures count as 0: a logit divided by them could leave float32."""
 
-_CANDIDATES = 1024
-"""Tokens that a filter sorts first; it sorts the whole vocabulary only for rows whose answer lies beyond them."""
+_CANDIDATES = (1024, 16_384)
+"""Tokens that a filter sorts at first, and then; the whole vocabulary only for rows whose answer lies beyond them."""
 
 _LOGPROB_CHUNK_ROWS = 64
 _NOT_FINITE = "the model gave logits that are not finite"
@@ -209,12 +209,15 @@ def _keep_typical(scores: Tensor, limits: Tensor) -> Tensor:
 def _keep_in_stages(
     scores: Tensor, limits: Tensor, stage: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Run a stage over few candidates, and over the whole vocabulary for the rows for which those were too few."""
+    """Run a stage over few candidates, and over more for the rows for which those were too few."""
     vocab_size = scores.shape[1]
-    kept, is_complete = stage(scores, limits, min(_CANDIDATES, vocab_size))
-    if not bool(is_complete.all()):
-        rows = (~is_complete).nonzero().squeeze(1)
-        kept.index_copy_(0, rows, stage(scores[rows], limits[rows], vocab_size)[0])
+    kept, rows = scores, torch.arange(len(scores), device=scores.device)
+    for num_candidates in (*(few for few in _CANDIDATES if few < vocab_size), vocab_size):
+        found, is_complete = stage(scores[rows], limits[rows], num_candidates)
+        kept = found if len(rows) == len(scores) else kept.index_copy_(0, rows, found)
+        rows = rows[~is_complete]
+        if not len(rows):
+            break
     return kept
 
 
@@ -223,7 +226,6 @@ def _nucleus(scores: Tensor, limits: Tensor, num_candidates: int) -> tuple[Tenso
     probs = scores.softmax(-1).gather(1, ids).to(torch.float64)
     mass = probs.cumsum(-1)
     is_kept = mass - probs < limits.unsqueeze(1)
-    is_kept[:, 0] = True
     kept = torch.full_like(scores, -torch.inf)
     kept.scatter_(1, ids, scores.gather(1, ids).masked_fill(~is_kept, -torch.inf))
     return kept, (mass[:, -1] >= limits) | (num_candidates == scores.shape[1])
@@ -231,14 +233,17 @@ def _nucleus(scores: Tensor, limits: Tensor, num_candidates: int) -> tuple[Tenso
 
 def _typical(scores: Tensor, limits: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
     logprobs, probs = scores.log_softmax(-1), scores.softmax(-1)
-    terms = torch.where(probs > 0, logprobs * probs, 0.0)
-    entropy = -terms.cumsum(-1)[:, -1:]
-    distances = (-logprobs - entropy).abs()
+    distances = (-logprobs - _entropy(logprobs, probs)).abs()
     nearest, ids = distances.topk(num_candidates, dim=-1, largest=False)
     mass = probs.gather(1, ids).to(torch.float64).cumsum(-1)
     last = (mass < limits.unsqueeze(1)).sum(-1, keepdim=True).clamp_(max=num_candidates - 1)
     kept = scores.masked_fill(distances > nearest.gather(1, last), -torch.inf)
     return kept, (mass[:, -1] >= limits) | (num_candidates == scores.shape[1])
+
+
+def _entropy(logprobs: Tensor, probs: Tensor) -> Tensor:
+    """Entropy of each row, `[n, 1]`, summed in order of token id."""
+    return -torch.where(probs > 0, logprobs * probs, 0.0).cumsum(-1)[:, -1:]
 
 
 def _order_keys(scores: Tensor) -> Tensor:

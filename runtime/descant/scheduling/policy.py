@@ -40,8 +40,7 @@ class Policy:
     ) -> None:
         self._table = table
         self._now = now
-        # Every running sequence must be able to compute one token per step.
-        self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._blame = Blame()
         self._trial: frozenset[int] | None = None  # the blame's, as of the last plan
@@ -116,16 +115,19 @@ class Policy:
 
         Returns whether that life was of use: it completed a step, or its death narrowed the circle of suspects.
         """
-        in_flight = {s.id for s in self._in_flight.sequences if not s.is_finished} if self._in_flight else set[int]()
+        in_flight = list(self._in_flight.sequences) if self._in_flight else []
         life, self._life, self._in_flight = self._life, None, None
         if life is not None:
-            in_flight |= {sequence.id for sequence in life.gate.loading}
+            in_flight += life.gate.loading
         self._waiting, self._running, self._retired = [], [], []
         for sequence in self._table:
             sequence.num_preemptions += sequence.status == "running"
             sequence.forget_device_state()
             self._hold(sequence)
-        verdict = self._blame.lost(in_flight)
+        verdict = self._blame.lost(sequence.id for sequence in in_flight)
+        for sequence in in_flight:
+            if sequence.is_finished:  # in flight: it may be the killer, but there is nothing left to try
+                self._blame.left(sequence.id)
         self._trial = self._blame.trial
         culprit = None if verdict.culprit is None else self._table.get(verdict.culprit)
         if culprit is not None:

@@ -1,0 +1,290 @@
+"""Real servers for end-to-end tests: a tiny checkpoint, a server on a free port, frames by hand, processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import msgspec
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as open_websocket
+from websockets.typing import Subprotocol
+
+from descant.actor import Ref
+from descant.config import AdapterConfig, AdapterEntry, Config, ModelConfig, SchedulingConfig, ServerConfig
+from descant.system import System, running
+from descant_client import connect
+from descant_client.client import Client
+from descant_client.protocol import JSON_SUBPROTOCOL
+from descant_client.stream import Result, Stream
+from tiny_models import save_adapter, save_model, tiny_config
+
+LONG = 240.0  # a deadline that is never meant to pass
+BEGIN, END, PAD, ANSWER = 256, 257, 258, 259
+SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|answer|>")
+VOCAB_SIZE = 264  # four ids beyond the tokenizer
+CONTEXT = 512
+ADAPTERS = ("alpha", "beta", "gamma", "delta")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'refused' %}{{ raise_exception('no such role') }}{% endif %}"
+    "<|begin|>{{ message.role }}: {{ message.content }}{% endfor %}{% if add_generation_prompt %}<|answer|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model and adapters for it, on disk."""
+
+    base: Path
+    adapters: dict[str, Path]
+
+
+def tiny_checkpoint(directory: Path) -> Checkpoint:
+    """Write a random Llama over bytes and four random adapters of different ranks, as their users' tools write them."""
+    base = directory / "base"
+    config = tiny_config(
+        "llama",
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=BEGIN,
+        eos_token_id=END,
+        pad_token_id=PAD,
+    )
+    save_model(base, config)
+    save_tokenizer(base)
+    adapters = {
+        name: save_adapter(directory / name, base, seed=rank, r=rank)
+        for name, rank in zip(ADAPTERS, (2, 4, 8, 16), strict=True)
+    }
+    return Checkpoint(base, adapters)
+
+
+def save_tokenizer(
+    directory: Path, merges: Sequence[tuple[str, str]] = (), template: str | None = CHAT_TEMPLATE
+) -> None:
+    """Write a tokenizer of bytes (ids 0 to 255), specials and then `merges`, which wraps a text as a prompt."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocab |= {one + other: 256 + len(SPECIAL_TOKENS) + i for i, (one, other) in enumerate(merges)}
+    vocab |= {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A <|answer|>", special_tokens=[("<|begin|>", BEGIN), ("<|answer|>", ANSWER)]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}, "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+# ---- servers -------------------------------------------------------------------------------------------------------
+
+
+def model_config(checkpoint: Checkpoint, data_dir: Path, **server: Any) -> Config:
+    """Settings of a server of the tiny model with its adapters by name; `server` is what `ServerConfig` is given."""
+    entries = [AdapterEntry(name=name, ref=f"local:{path}") for name, path in checkpoint.adapters.items()]
+    return Config(
+        data_dir=str(data_dir),
+        server=ServerConfig(port=0, **server),
+        model=ModelConfig(path=str(checkpoint.base), kv_bytes=16 << 20, num_threads=1),
+        scheduling=SchedulingConfig(max_num_batched_tokens=256),
+        adapters=AdapterConfig(entries=entries, memory_bytes=16 << 20),
+    )
+
+
+def dummy_config(data_dir: Path, tokens_per_s: float = 0.0, **server: Any) -> Config:
+    """Settings of a server of the dummy engine, by default as fast as it goes."""
+    return Config(
+        data_dir=str(data_dir),
+        server=ServerConfig(port=0, **server),
+        model=ModelConfig(engine="dummy", dummy_tokens_per_s=tokens_per_s),
+    )
+
+
+@asynccontextmanager
+async def serve(config: Config, **options: Any) -> AsyncIterator[tuple[System, str]]:
+    """Run a server in this loop, its children in their processes; yields it, ready, and its address."""
+    async with running(config, **options) as system:
+        with anyio.fail_after(LONG):
+            await system.ready()
+        yield system, f"ws://127.0.0.1:{system.port}"
+
+
+def crash(actor: Ref[Any]) -> None:
+    """End this life of an actor with an exception it did not expect."""
+
+    async def fail() -> None:
+        raise RuntimeError("injected by a test")
+
+    assert actor._cell.actor is not None
+    actor._cell.actor.start_soon(fail)
+
+
+async def wait_until(condition: Callable[[], Any], deadline_s: float = LONG) -> None:
+    """Wait until something becomes true; fail if it does not."""
+    with anyio.fail_after(deadline_s):
+        while not condition():  # noqa: ASYNC110 - not everything that a test waits for tells
+            await anyio.sleep(0.005)
+
+
+async def results(streams: Iterable[Stream]) -> list[Result]:
+    """Wait for all of them."""
+    with anyio.fail_after(LONG):
+        return list(await asyncio.gather(*[stream.result() for stream in streams]))
+
+
+def answers(finished: Iterable[Result]) -> list[Any]:
+    """What a request's outcome is a function of: tokens, text and ending of every choice."""
+    return [[(one.token_ids, one.text, one.finish_reason) for one in result.choices] for result in finished]
+
+
+async def kill_executor(system: System) -> None:
+    """`kill -9` the executor, once there is one."""
+    await wait_until(lambda: system.executor.pid is not None)
+    assert system.executor.pid is not None
+    os.kill(system.executor.pid, signal.SIGKILL)
+
+
+@dataclass
+class Neighbor:
+    """A healthy stream beside whatever a test does; `check` says that nothing has happened to it."""
+
+    client: Client
+    expected: list[Any] = field(default_factory=list)
+    stream: Stream | None = None
+
+    def start(self, **options: Any) -> Stream:
+        self.stream = self.client.generate("healthy", seed=5, ignore_eos=True, max_tokens=200, **options)
+        return self.stream
+
+    async def check(self) -> None:
+        assert self.stream is not None
+        assert answers(await results([self.stream])) == self.expected
+
+
+@asynccontextmanager
+async def neighbor(uri: str, **options: Any) -> AsyncIterator[Neighbor]:
+    """A stream that runs through the block on a connection of its own, compared with the same stream before it."""
+    async with connect(uri) as client:
+        healthy = Neighbor(client)
+        healthy.expected = answers(await results([healthy.start(**options)]))
+        healthy.start(**options)
+        yield healthy
+        await healthy.check()
+
+
+# ---- frames by hand ------------------------------------------------------------------------------------------------
+
+
+class RawClient:
+    """JSON over one WebSocket, message by message: also what `descant_client` would never send."""
+
+    def __init__(self, websocket: ClientConnection) -> None:
+        self.websocket = websocket
+
+    async def send(self, kind: str, request_id: str = "r", **fields: Any) -> None:
+        await self.websocket.send(json.dumps({"type": kind, "request_id": request_id, **fields}))
+
+    async def generate(self, request_id: str = "r", **fields: Any) -> None:
+        await self.send("generate", request_id, **{"prompt": "hi", **fields})
+
+    async def receive(self) -> dict[str, Any]:
+        with anyio.fail_after(LONG):
+            return decode(await self.websocket.recv())
+
+    async def until(self, kind: str, request_id: str | None = None) -> list[dict[str, Any]]:
+        """Return all messages (of one request) up to the first of a kind."""
+        messages: list[dict[str, Any]] = []
+        while not messages or messages[-1]["type"] != kind:
+            message = await self.receive()
+            if request_id is None or message.get("request_id") == request_id:
+                messages.append(message)
+        return messages
+
+    async def error_after(self, frame: str | bytes) -> dict[str, Any]:
+        """Send a frame as it is; return the error that answers it."""
+        await self.websocket.send(frame)
+        return (await self.until("error"))[-1]
+
+    def vanish(self) -> None:
+        """Drop the connection without a word."""
+        self.websocket.transport.abort()
+
+
+def decode(frame: str | bytes) -> dict[str, Any]:
+    """Decode a frame of either encoding."""
+    return json.loads(frame) if isinstance(frame, str) else msgspec.msgpack.decode(frame)
+
+
+@asynccontextmanager
+async def raw(
+    uri: str,
+    *,
+    subprotocol: str | None = JSON_SUBPROTOCOL,
+    session: str | None = None,
+    token: str | None = None,
+    **options: Any,
+) -> AsyncIterator[RawClient]:
+    """Open a WebSocket and leave everything else, the `hello` included, to the test."""
+    async with open_websocket(
+        f"{uri}/ws" + (f"?session={session}" if session else ""),
+        subprotocols=None if subprotocol is None else [Subprotocol(subprotocol)],
+        additional_headers={} if token is None else {"Authorization": f"Bearer {token}"},
+        compression=None,
+        close_timeout=1,
+        **options,
+    ) as websocket:
+        yield RawClient(websocket)
+
+
+def tokens_of(messages: Iterable[dict[str, Any]], choice: int = 0) -> list[int]:
+    """Return a choice's tokens of some deltas, having checked that they follow one another."""
+    token_ids: list[int] = []
+    deltas = [message for message in messages if message["type"] == "delta" and message["choice"] == choice]
+    for delta in deltas:
+        assert delta["index"] == deltas[0]["index"] + len(token_ids), "deltas follow one another"
+        token_ids += delta["token_ids"]
+    return token_ids
+
+
+async def fetch(system: System, path: str) -> tuple[int, str]:
+    """GET a path of the server; return status and body."""
+    stream = await anyio.connect_tcp("127.0.0.1", system.port)
+    async with stream:
+        await stream.send(f"GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join([chunk async for chunk in stream]).decode()
+    head, _, body = answer.partition("\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+# ---- processes (Linux) ---------------------------------------------------------------------------------------------
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the process ids of a process's children."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process still runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
