@@ -123,6 +123,7 @@ class Driver:
     def _watch(self) -> None:
         """Note the logits of every position that the decoder computes, and of those that are sampled once more."""
         decoder = self.engine._decoder
+
         def watched(batch: ForwardBatch, lora: object) -> torch.Tensor:
             hidden = type(decoder).forward(decoder, batch, lora)  # type: ignore[arg-type]
             logits = decoder.logits(hidden, batch.segments, lora)  # type: ignore[arg-type]

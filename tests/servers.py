@@ -8,9 +8,9 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import anyio
 import msgspec
@@ -23,7 +23,6 @@ from websockets.typing import Subprotocol
 from descant.actor import Ref
 from descant.config import AdapterConfig, AdapterEntry, Config, ModelConfig, SchedulingConfig, ServerConfig
 from descant.system import System, running
-from descant_client import connect
 from descant_client.client import Client
 from descant_client.protocol import JSON_SUBPROTOCOL
 from descant_client.stream import Result, Stream
@@ -157,32 +156,26 @@ async def kill_executor(system: System) -> None:
     os.kill(system.executor.pid, signal.SIGKILL)
 
 
-@dataclass
 class Neighbor:
-    """A healthy stream beside whatever a test does; `check` says that nothing has happened to it."""
+    """A healthy request beside whatever a test does."""
 
-    client: Client
-    expected: list[Any] = field(default_factory=list)
-    stream: Stream | None = None
+    def __init__(self, client: Client, options: dict[str, Any], expected: list[Any]) -> None:
+        self._client = client
+        self._options = options
+        self._expected = expected
 
-    def start(self, **options: Any) -> Stream:
-        self.stream = self.client.generate("healthy", seed=5, ignore_eos=True, max_tokens=200, **options)
-        return self.stream
+    @classmethod
+    async def beside(cls, client: Client, num_tokens: int = 64, **options: Any) -> Self:
+        """Find out what the request's answer is when nothing disturbs it."""
+        options |= {"seed": 5, "ignore_eos": True, "max_tokens": num_tokens}
+        return cls(client, options, answers(await results([client.generate("healthy", **options)])))
 
-    async def check(self) -> None:
-        assert self.stream is not None
-        assert answers(await results([self.stream])) == self.expected
-
-
-@asynccontextmanager
-async def neighbor(uri: str, **options: Any) -> AsyncIterator[Neighbor]:
-    """A stream that runs through the block on a connection of its own, compared with the same stream before it."""
-    async with connect(uri) as client:
-        healthy = Neighbor(client)
-        healthy.expected = answers(await results([healthy.start(**options)]))
-        healthy.start(**options)
-        yield healthy
-        await healthy.check()
+    @asynccontextmanager
+    async def singing(self) -> AsyncIterator[None]:
+        """Run it through the block, which must change nothing about it."""
+        stream = self._client.generate("healthy", **self._options)
+        yield
+        assert answers(await results([stream])) == self._expected
 
 
 # ---- frames by hand ------------------------------------------------------------------------------------------------

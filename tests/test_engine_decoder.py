@@ -34,7 +34,7 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama, MHA, tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama, MHA, tied": ("llama", {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": True}),
     "llama, MQA, one head size for all": ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
     "llama, all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
@@ -68,6 +68,14 @@ def test_every_family_says_what_transformers_says(tmp_path: Path, name: str) -> 
     reference = tiny_models.save_model(tmp_path, tiny_models.tiny_config(family, **changes))
     prompts = [tiny_models.random_prompt(length) for length in (1, 2, 15, 64, 300)]
     for voice in Driver(engine_for(tmp_path)).run([Voice(prompt, max_tokens=64) for prompt in prompts]):
+        assert_says_what_the_reference_says(voice, reference)
+
+
+def test_prompts_about_as_long_as_a_tile_of_attention_are_no_special_case(tmp_path: Path) -> None:
+    config = tiny_models.tiny_config("llama", num_key_value_heads=4, head_dim=16)
+    reference = tiny_models.save_model(tmp_path, config)
+    voices = [Voice(tiny_models.random_prompt(length)) for length in (1, 16, 17)]
+    for voice in Driver(engine_for(tmp_path)).run(voices):
         assert_says_what_the_reference_says(voice, reference)
 
 

@@ -68,6 +68,16 @@ def test_the_fast_path_draws_what_the_reference_draws(vocab_size, spread):
     assert torch.equal(kernels.sample_nodes(logits, noise), reference.sample_nodes(logits, noise))
 
 
+def test_many_tokens_far_below_the_best_may_still_win():
+    logits = torch.full((100, 20_000), -10.0)
+    logits[:, 0] = 0.0
+
+    tokens = kernels.sample_nodes(logits, noise_for(100))
+
+    assert torch.equal(tokens, reference.sample_nodes(logits, noise_for(100)))
+    assert 25 < tokens.count_nonzero() < 75  # 20,000 exp(-10) = 0.91 against 1
+
+
 def test_fast_noise_has_the_bits_of_the_reference():
     logits = torch.zeros(4, 5000)
     noise = NodeNoise.of([3, 4, 5, 6], [0, 0, 1, 1], [9, 8, 7, 6], [True] * 4)

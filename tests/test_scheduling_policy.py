@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.gate import AdapterLoad
-from descant.scheduling.plan import NO_ADAPTER, EngineLimits, Row, RowResult, StepPlan, StepResult, unpack_ints
+from descant.scheduling.plan import EngineLimits, Row, StepPlan, unpack_ints
 from descant.scheduling.sequence import Sequence
-from descant_client.errors import AdapterInvalid, AdapterTooLarge, InternalError, InvalidRequest, UnsupportedRequest
-from fakes import FakeEngine, FakeRow, FakeSink, Loop, counter, echo, version
+from descant_client.errors import InvalidRequest
+from fakes import FakeEngine, FakeSink, Loop, counter, echo, version
 
 
 def tiny(num_blocks: int, block_size: int = 4, max_context: int = 200, **behavior: object) -> FakeEngine:
@@ -17,10 +16,6 @@ def tiny(num_blocks: int, block_size: int = 4, max_context: int = 200, **behavio
 
 def row_of(plan: StepPlan, seq: Sequence) -> Row | None:
     return next((row for row in plan.rows if row.row == seq.id), None)
-
-
-def outputs(sequences: list[Sequence]) -> list[list[int]]:
-    return [seq.output_ids for seq in sequences]
 
 
 # ---- one sequence -------------------------------------------------------------------------------------------------
@@ -345,142 +340,3 @@ def test_the_engine_is_told_to_drop_what_has_left() -> None:
 
     assert unpack_ints(loop.engine.plans[1].drop) == [first.id]
     assert list(loop.engine.rows) == [2]
-
-
-# ---- adapters -----------------------------------------------------------------------------------------------------
-
-
-def test_a_cold_adapter_delays_nobody_else() -> None:
-    loop = Loop(FakeEngine(behavior=counter))
-    (cold,) = loop.submit([1], adapter=version("a"))
-    (base,) = loop.submit([1], max_tokens=3)
-    while loop.step():
-        pass
-
-    assert (base.num_output_tokens, cold.status) == (3, "waiting")
-    loop.run()
-    assert cold.num_output_tokens == 8
-
-
-def test_sequences_with_different_adapters_and_none_share_a_step() -> None:
-    loop = Loop()
-    seqs = [loop.submit([1], adapter=adapter)[0] for adapter in (None, version("a"), version("b"))]
-    loop.run()
-
-    slots = [row.spans[0].adapter_slot for row in loop.engine.plans[-1].rows]
-    assert NO_ADAPTER in [row.spans[0].adapter_slot for row in loop.engine.plans[0].rows]
-    assert len(set(slots)) == len(slots)
-    assert len({tuple(ids) for ids in outputs(seqs)}) == 3
-
-
-def test_a_failed_load_fails_only_the_sequences_of_its_version() -> None:
-    loop = Loop()
-    error = AdapterInvalid("a", "it is damaged")
-    loop.load_error = lambda load: error if load.version.digest == "a" else None
-    seqs = [loop.submit([1], adapter=version(digest))[0] for digest in "aab"]
-
-    loop.run()
-
-    assert [seq.error for seq in seqs] == [error, error, None]
-    assert seqs[2].num_output_tokens == 8
-
-
-def test_a_version_whose_load_failed_may_be_tried_again() -> None:
-    loop = Loop()
-    loop.load_error = lambda load: AdapterInvalid("a", "not yet")
-    loop.submit([1], adapter=version("a"))
-    loop.run()
-    loop.load_error = lambda load: None
-
-    (seq,) = loop.submit([1], adapter=version("a"))
-    loop.run()
-
-    assert seq.finish_reason == "length"
-
-
-def test_answers_about_loads_of_an_earlier_executor_are_ignored() -> None:
-    loop = Loop()
-    (seq,) = loop.submit([1], adapter=version("a"))
-    loop.step()
-    stale: AdapterLoad = loop.loads[0]
-    loop.crash()
-
-    loop.policy.loaded(stale)
-    loop.policy.load_failed(stale, AdapterInvalid("a", "the executor is gone"))
-    assert loop.policy.plan() is None
-
-    loop.start_loads()
-    loop.run()
-    assert seq.finish_reason == "length"
-
-
-def test_an_adapter_that_never_fits_is_refused() -> None:
-    loop = Loop(adapter_bytes=256)
-
-    with pytest.raises(AdapterTooLarge):
-        loop.submit([1], adapter=version("a", 257))
-
-
-def test_an_engine_without_slots_refuses_adapters() -> None:
-    loop = Loop(FakeEngine(EngineLimits(8, 4, 32, 1000, 0)))
-
-    with pytest.raises(UnsupportedRequest):
-        loop.submit([1], adapter=version("a"))
-
-
-# ---- what the engine may answer -----------------------------------------------------------------------------------
-
-
-def test_an_error_of_a_row_fails_only_its_sequence() -> None:
-    def row_error(row: FakeRow) -> str | None:
-        return "not a number" if row.tokens[0] == 1 else None
-
-    loop = Loop(FakeEngine(row_error=row_error))
-    (bad,), (good,) = loop.submit([1]), loop.submit([2])
-
-    loop.run()
-
-    assert isinstance(bad.error, InternalError)
-    assert "not a number" in str(bad.error)
-    assert good.finish_reason == "length"
-
-
-@pytest.mark.parametrize("num_computed", [0, 2, 4])
-def test_a_row_that_computed_something_else_fails(num_computed: int) -> None:
-    loop = Loop()
-    (seq,) = loop.submit([1, 2, 3])
-    planned = loop.policy.plan()
-    assert planned is not None
-
-    result = StepResult(planned.plan.epoch, planned.plan.step, (RowResult(seq.id, num_computed, b"\0\0\0\0"),))
-    loop.policy.apply(planned, result)
-
-    assert isinstance(seq.error, InternalError)
-
-
-def test_a_result_is_applied_once() -> None:
-    loop = Loop()
-    (seq,) = loop.submit([1])
-    planned = loop.policy.plan()
-    assert planned is not None
-    result = loop.engine(planned.plan)
-
-    loop.policy.apply(planned, result)
-    loop.policy.apply(planned, result)
-
-    assert seq.num_output_tokens == 1
-
-
-def test_an_answer_to_another_plan_is_not_applied() -> None:
-    loop = Loop()
-    (seq,) = loop.submit([1])
-    planned = loop.policy.plan()
-    assert planned is not None
-
-    for result in (StepResult(planned.plan.epoch, 99, ()), StepResult(planned.plan.epoch, planned.plan.step, ())):
-        with pytest.raises(InternalError):
-            loop.policy.apply(planned, result)
-
-    loop.crash()
-    loop.run()
-    assert seq.finish_reason == "length"

@@ -91,7 +91,7 @@ class World:
 
     def read(self) -> None:
         """A client catches up."""
-        victim = self.random.choice(self.sequences)
+        victim = self.random.choice([seq for seq in self.sequences if seq.status == "parked"] or self.sequences)
         self.sinks[victim.id].unread = 0
         self.loop.policy.unpark(victim.id)
 

@@ -94,6 +94,15 @@ def reference_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
     return model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0].float()
 
 
+@torch.no_grad()
+def greedy(model: Any, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    """The likeliest continuation, without a cache."""
+    ids = list(prompt_ids)
+    for _ in range(num_tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt_ids) :]
+
+
 def random_prompt(length: int, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> list[int]:
     """Token ids drawn evenly."""
     generator = torch.Generator().manual_seed(1000 * length + seed)

@@ -47,7 +47,7 @@ class ModelConfig(Section, frozen=True):
     dtype: DType | None = None  # None: the checkpoint's
     device: Literal["cpu", "cuda"] = "cpu"
     kv_bytes: Positive = 256 * MiB
-    num_threads: Positive | None = None  # None: torch's choice
+    num_threads: Positive | None = None  # None: one for small models, torch's choice for others
     dummy_tokens_per_s: float = 50.0  # per sequence, with the dummy engine
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from descant.actor import ActorError
 from descant.scheduling.sequence import Sequence as TokenSequence
 from descant.scheduling.sequence import TokenLogprobs
 from descant.tokenizer import Detokenizer, Tokenizer
@@ -241,7 +242,9 @@ class _Choice:
 
 
 def error_message(error: DescantError, request_id: str | None = None) -> Error:
-    """Return an error as it goes over the wire."""
+    """Return an error as it goes over the wire; what passes between actors only is a fault of ours."""
+    if isinstance(error, ActorError):
+        error = InternalError(str(error))
     return Error(code=error.code, message=str(error), request_id=request_id, data=error.data())
 
 

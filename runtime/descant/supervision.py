@@ -117,7 +117,12 @@ class Supervisor:
                 failure = await cell.live(factory)
                 if failure is None:
                     break
-                logger.error("%s crashed", cell.name, exc_info=failure)
+                logger.error(
+                    "%s crashed: %s",
+                    cell.name,
+                    failure,
+                    exc_info=None if isinstance(failure, DescantError) else failure,
+                )
                 if cell.is_stopping:
                     break
                 if cell.actor is not None and cell.actor.is_productive:

@@ -188,7 +188,8 @@ def _registry(
     program = Program(
         factory="descant.actors.worker:start", config=msgspec.msgpack.encode(worker_config), replies=WorkerReply
     )
-    worker = spawn_remote(supervisor, "worker", program)
+    # Only lives that never came up count against it: no adapter that crashes it may bring the server down.
+    worker: Remote[Any] = spawn_remote(supervisor, "worker", program, on_up=lambda life: worker.mark_productive())
     return partial(Registry, entries, fetch, worker.ref)
 
 

@@ -11,7 +11,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from descant.actor import Actor, Later, Ref
+import anyio
+
+from descant.actor import Actor, ActorFailed, AskTimeout, Later, Ref
 from descant.config import AdapterEntry
 from descant.messages import (
     AdapterList,
@@ -28,11 +30,12 @@ from descant.messages import (
 )
 from descant.references import Reference, parse_reference
 from descant.scheduling.version import AdapterVersion
-from descant_client.errors import AdapterNotFound, InvalidRequest
+from descant_client.errors import AdapterInvalid, AdapterNotFound, DeadlineExceeded, InvalidRequest
 from descant_client.protocol import AdapterInfo, WeightedAdapter
 
 PREPARE_TIMEOUT_S = 600.0
 FETCH_TIMEOUT_S = 60.0
+NUM_TRIES = 2  # of preparing an adapter: the first worker may have been killed by somebody else
 
 
 class Registry(Actor[RegistryMessage]):
@@ -42,6 +45,7 @@ class Registry(Actor[RegistryMessage]):
         self._references = {entry.name: parse_reference(entry.ref) for entry in entries}
         self._fetch = fetch
         self._worker = worker
+        self._worker_turn = anyio.Lock()
         self._versions = SingleFlight()
         self._by_name: dict[str, AdapterVersion] = {}
 
@@ -93,8 +97,18 @@ class Registry(Actor[RegistryMessage]):
         return await self._versions.run(str(directory), lambda: self._ask_worker(prepare))
 
     async def _ask_worker(self, message: WorkerMessage) -> AdapterVersion:
-        prepared: Prepared = await self._worker.ask(message, timeout=PREPARE_TIMEOUT_S)
-        return prepared.version
+        reason = ""
+        async with self._worker_turn:  # it works on one at a time: if it dies, it is of this one
+            for _ in range(NUM_TRIES):
+                try:
+                    prepared: Prepared = await self._worker.ask(message, timeout=PREPARE_TIMEOUT_S)
+                except ActorFailed as error:
+                    reason = error.data()["reason"]
+                except AskTimeout as exc:
+                    raise DeadlineExceeded(f"preparing adapter {message.adapter!r}", PREPARE_TIMEOUT_S) from exc
+                else:
+                    return prepared.version
+        raise AdapterInvalid(message.adapter, f"preparing it ended the worker: {reason}")
 
 
 class SingleFlight:

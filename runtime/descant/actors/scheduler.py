@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import anyio
 
-from descant.actor import Actor, ActorFailed, AskTimeout
+from descant.actor import Actor, ActorFailed
 from descant.messages import (
     CancelRequest,
     EngineReady,
@@ -59,7 +59,7 @@ class Scheduler(Actor[SchedulerMessage]):
         """Go on with the executor as it is: a restart of this actor alone loses its rows, not the process."""
         self.start_soon(self._run)
         if self._model.is_up:
-            self._up(self._model.engine)
+            self._policy.executor_up(self._model.engine.limits, self._model.engine.adapter_bytes)
 
     async def on_receive(self, message: SchedulerMessage) -> None:
         """Answer one message."""
@@ -104,10 +104,14 @@ class Scheduler(Actor[SchedulerMessage]):
     async def _step(self, planned: PlannedStep) -> None:
         try:
             done: StepDone = await self._executor.ref.ask(Step(planned.plan), timeout=STEP_TIMEOUT_S)
-        except (ActorFailed, AskTimeout) as error:
+            self._policy.apply(planned, done.result)
+        except ActorFailed as error:
             self._down(str(error))
             return
-        self._policy.apply(planned, done.result)
+        except DescantError as error:  # it refused the plan, or answered another one: it is not to be trusted any more
+            self._executor.kill()
+            self._down(str(error))
+            return
         self._model.num_steps += 1
         self._executor.mark_productive()
 
@@ -116,8 +120,8 @@ class Scheduler(Actor[SchedulerMessage]):
         try:
             await self._executor.ref.ask(message, timeout=STEP_TIMEOUT_S)
             self._policy.loaded(load)
-        except (ActorFailed, AskTimeout) as error:
-            self._down(str(error))
+        except ActorFailed:
+            return  # ExecutorDown says so too, and counts once
         except DescantError as error:
             self._policy.load_failed(load, error)
         self._work.set()

@@ -54,6 +54,7 @@ class DummyEngine:
     def __init__(self, options: DummyOptions) -> None:
         self._options = options
         self._rows: dict[int, _DummyRow] = {}
+        self._epoch = 0
         self._due = 0.0  # monotonic time before which no tokens may be had
         self.limits = EngineLimits(
             num_blocks=options.num_blocks,
@@ -85,6 +86,9 @@ class DummyEngine:
             UnsupportedRequest: as the model's engine.
         """
         started = time.perf_counter()
+        if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
+            self._rows.clear()
+            self._epoch = plan.epoch
         check_plan(plan, self.limits, self._rows, self._options.max_num_batched_tokens)
         for dropped in unpack_ints(plan.drop):
             self._rows.pop(dropped, None)

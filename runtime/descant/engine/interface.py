@@ -20,8 +20,8 @@ class EngineOptions:
     """Sizes and placement of an engine.
 
     `dtype` None serves in the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as
-    fit in `num_kv_bytes`. `num_threads` is of the whole process; None leaves torch's choice. `probe` measures at start
-    whether rows are bitwise independent on this machine, which takes a second or so.
+    fit in `num_kv_bytes`. `num_threads` is of the whole process; None takes one for small models and torch's choice
+    for others. `probe` measures at start whether rows are bitwise independent on this machine, which takes a second.
     """
 
     dtype: Dtype | None = None

@@ -30,6 +30,7 @@ from descant.scheduling.plan import (
 )
 from descant_kernels import Segments, probe_invariance
 
+_SMALL_PRODUCT = 1 << 20  # weights of one projection
 _SCORED_AT_ONCE = 256  # prompt positions whose logits are in memory together
 
 
@@ -48,9 +49,8 @@ class Engine:
             ModelInvalid: the directory holds no model this engine can serve exactly.
             ConfigInvalid: `num_kv_bytes` does not hold one block.
         """
-        if options.num_threads is not None:
-            torch.set_num_threads(options.num_threads)
         self.config: DecoderConfig = from_hf(model_dir)
+        torch.set_num_threads(options.num_threads or _default_num_threads(self.config))
         self._options = options
         self._dtype: torch.dtype = getattr(torch, options.dtype or self.config.dtype)
         self._device = torch.device(options.device)
@@ -64,6 +64,7 @@ class Engine:
         )
         self._sampler = Sampler(self.config.vocab_size, self._device)
         self._rows: dict[int, EngineRow] = {}
+        self._epoch = 0
         self.limits = EngineLimits(
             num_blocks=self._cache.num_blocks,
             block_size=options.block_size,
@@ -100,6 +101,9 @@ class Engine:
             UnsupportedRequest: it uses what this engine does not do yet; likewise.
         """
         started = time.perf_counter()
+        if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
+            self._rows.clear()
+            self._epoch = plan.epoch
         check_plan(plan, self.limits, self._rows, self._options.max_num_batched_tokens)
         self._apply_changes(plan)
         results = self._compute([(self._rows[row.row], row) for row in plan.rows]) if plan.rows else {}
@@ -188,3 +192,8 @@ def _concatenated(parts: list[LogprobRows]) -> LogprobRows:
         top_ids=b"".join(part.top_ids for part in parts),
         top=b"".join(part.top for part in parts),
     )
+
+
+def _default_num_threads(config: DecoderConfig) -> int:
+    """One thread where a step's products are too small to share: waking the others would cost more than it saves."""
+    return 1 if config.hidden_size * config.intermediate_size < _SMALL_PRODUCT else torch.get_num_threads()

@@ -115,10 +115,9 @@ class Policy:
 
         Returns whether that life was of use: it completed a step, or its death narrowed the circle of suspects.
         """
-        in_flight = list(self._in_flight.sequences) if self._in_flight else []
+        in_flight = [*(self._in_flight.sequences if self._in_flight else ())]
+        in_flight += self._life.gate.loading if self._life else []
         life, self._life, self._in_flight = self._life, None, None
-        if life is not None:
-            in_flight += life.gate.loading
         self._waiting, self._running, self._retired = [], [], []
         for sequence in self._table:
             sequence.num_preemptions += sequence.status == "running"
@@ -129,8 +128,7 @@ class Policy:
             if sequence.is_finished:  # in flight: it may be the killer, but there is nothing left to try
                 self._blame.left(sequence.id)
         self._trial = self._blame.trial
-        culprit = None if verdict.culprit is None else self._table.get(verdict.culprit)
-        if culprit is not None:
+        if verdict.culprit is not None and (culprit := self._table.get(verdict.culprit)) is not None:
             self._finish(culprit, "error", ExecutorFailed(reason))
         return verdict.is_narrower or (life is not None and life.num_steps > 0)
 
@@ -343,8 +341,8 @@ class Policy:
         self._admit_held()
 
     def _admit_held(self) -> None:
-        held, self._held = self._held, {}
-        for sequence in sorted(held.values(), key=_by_arrival):
+        held, self._held = sorted(self._held.values(), key=_by_arrival), {}
+        for sequence in held:
             self._enter(sequence)
 
 
