@@ -128,7 +128,7 @@ def _chunk_sums(
     values = values.view(-1, CHUNK, head_dim)
     if padded_dim != head_dim:
         keys, values = (F.pad(t, (0, padded_dim - head_dim)) for t in (keys, values))
-    scores = torch.bmm(queries.view(-1, num_rows, padded_dim), keys.transpose(1, 2))
+    scores = torch.bmm(queries.reshape(-1, num_rows, padded_dim), keys.transpose(1, 2))
     by_token = scores.view(num_pairs, kv_heads, num_rows // tokens, tokens, CHUNK)
     by_token.masked_fill_(wave.hidden, -torch.inf)
     # Clamped so that a chunk of which a row sees nothing has finite terms: all its weights are exactly 0.
