@@ -51,5 +51,9 @@ bench: setup
     {{python}} benchmarks/invariance.py
     {{python}} benchmarks/throughput.py
 
+# Measure the kernels on a CUDA device
+bench-gpu: setup
+    {{python}} benchmarks/gpu.py
+
 # What continuous integration runs
 check: lint types test-all

@@ -1,12 +1,21 @@
-"""The Triton kernels against the reference. Needs TRITON_INTERPRET=1: run by `test_kernel_triton`."""
+"""The Triton kernels against the reference, in the interpreter or on a GPU: run by `test_kernel_triton`."""
 
 import pytest
 import torch
 
 from descant_kernels import Segments, fused, kv, lora, reference
-from kernel_workloads import POPULARITIES, assert_near, lora_case, normal, popular_slots, same_bits, segments_of
+from kernel_workloads import (
+    DEVICE,
+    POPULARITIES,
+    assert_near,
+    lora_case,
+    normal,
+    popular_slots,
+    same_bits,
+    segments_of,
+)
 
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]  # not in the interpreter
 RANKS = [[1, 1], [3, 3], [8, 0], [16, 16], [33, 33], [70, 5], [0, 0]]
 
 
@@ -28,7 +37,7 @@ def test_add_lora_equals_the_reference(dtype, popularity, num_rows):
 @pytest.mark.parametrize("sizes", [(2500, (70,)), (37, (5, 130, 1)), (1024, (16,)), (9000, (16,))])
 def test_add_lora_splits_long_reductions_and_takes_odd_widths(sizes):
     case = lora_case([[5] * len(sizes[1])] * 2, *sizes, torch.float32)
-    segments = Segments.of([2, 1, 18], [1, -1, 0])
+    segments = Segments.of([2, 1, 18], [1, -1, 0], device=DEVICE)
     x, y = normal(21, sizes[0]), normal(21, case.out_size, seed=3)
     expected = y.clone()
 
@@ -62,8 +71,10 @@ def test_rms_norm_takes_heads_out_of_a_fused_projection():
 def test_write_kv_equals_the_reference(dtype, kv_heads, head_dim, block_size):
     qkv = normal(5, 3 * kv_heads * head_dim, dtype=dtype)
     k, v = (part.view(5, kv_heads, head_dim) for part in qkv.chunk(3, dim=1)[1:])
-    slots = torch.tensor([3, -1, 0, 5 * block_size, 6 * block_size - 1][: 4 if block_size == 1 else 5])
-    actual, expected = [[torch.zeros(6, kv_heads, block_size, head_dim, dtype=dtype) for _ in "kv"] for _ in "ae"]
+    num_slots = 4 if block_size == 1 else 5
+    slots = torch.tensor([3, -1, 0, 5 * block_size, 6 * block_size - 1][:num_slots], device=DEVICE)
+    shape = (6, kv_heads, block_size, head_dim)
+    actual, expected = [[torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in "kv"] for _ in "ae"]
 
     kv.write_kv(k[: len(slots)], v[: len(slots)], *actual, slots)
 

@@ -1,5 +1,6 @@
 """Inputs for kernel tests: named adapter workloads, caches, and what counts as close."""
 
+import os
 import random
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from descant_kernels import AttentionBatch, LoraTables, Segments
 
+DEVICE = os.environ.get("DESCANT_TEST_DEVICE", "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 POPULARITIES = ["distinct", "uniform", "zipf", "identical", "skewed", "none"]
@@ -17,7 +19,7 @@ RANKS = [1, 3, 8, 16, 33, 64]
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Standard normal numbers."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -93,7 +95,7 @@ def lora_case(ranks: list[list[int]], in_size: int, out_sizes: tuple[int, ...], 
 
 def segments_of(slots: list[int]) -> Segments:
     """Segments of one-row requests."""
-    return Segments.of(*runs(slots))
+    return Segments.of(*runs(slots), device=DEVICE)
 
 
 @dataclass(frozen=True)

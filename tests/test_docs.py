@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from descant.config import AdapterConfig, AdapterEntry, Config, ModelConfig, ServerConfig
+from descant.config import Config, ModelConfig, ServerConfig
 from descant.system import running
 
 ROOT = Path(__file__).parent.parent
@@ -51,11 +51,8 @@ def test_every_file_named_in_the_documents_exists() -> None:
 @pytest.mark.anyio
 async def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
     example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
-    entries = [AdapterEntry(name=name, ref=f"local:/{name}") for name in ("reverse", "upper", "rot13")]
     model = ModelConfig(engine="dummy", dummy_tokens_per_s=0)
-    config = Config(
-        data_dir=str(tmp_path), server=ServerConfig(port=0), model=model, adapters=AdapterConfig(entries=entries)
-    )
+    config = Config(data_dir=str(tmp_path), server=ServerConfig(port=0), model=model)
 
     async with running(config) as system:
         script = (
@@ -65,5 +62,5 @@ async def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
         )
         result = await anyio.run_process([sys.executable, "-c", script])
 
-    assert result.stdout.decode().startswith("['reverse', 'upper', 'rot13']")
+    assert result.stdout.decode().startswith("['pig-latin', 'reverse', 'rot13', 'upper']")
     assert result.stdout.decode().count("length") == 2

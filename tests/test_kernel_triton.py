@@ -9,15 +9,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CASES = Path(__file__).with_name("kernel_triton_cases.py")
 
 
+def run_cases(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the cases with these environment variables."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_triton_kernels_agree_with_the_reference():
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    ran = run_cases(TRITON_INTERPRET="1")
 
-    ran = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_triton_kernels_agree_with_the_reference_on_a_gpu():
+    ran = run_cases(DESCANT_TEST_DEVICE="cuda")
 
     assert ran.returncode == 0, ran.stdout[-4000:]
 

@@ -1,3 +1,18 @@
 """Descant: one base model in any number of voices. Importing this package imports nothing heavy."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from descant.local import local
+
+__all__ = ["__version__", "local"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "local":
+        return import_module("descant.local").local
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -174,7 +174,8 @@ def _registry(
 ) -> Callable[[], Registry | DummyRegistry]:
     entries = list(config.adapters.entries)
     if config.model.path is None:
-        entries = [*demo_adapters(), *entries]
+        names = {entry.name for entry in entries}
+        entries = [*[entry for entry in demo_adapters() if entry.name not in names], *entries]
     if config.model.engine == "dummy":
         return partial(DummyRegistry, entries)
     worker_config = WorkerConfig(
