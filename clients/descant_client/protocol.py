@@ -2,10 +2,8 @@
 
 One tagged message per frame. The subprotocol chosen in the handshake fixes the encoding: `descant.v1.json` (text
 frames) or `descant.v1.msgpack` (binary frames). The first message is the server's `hello`. Many streams share a
-connection and are told apart by `request_id`, which the client chooses, unique within its session.
-
-The server refuses unknown fields by name; a client ignores unknown fields and unknown messages, so that an older
-client can talk to a newer server.
+connection and are told apart by `request_id`, which the client chooses, unique within its session. The server refuses
+unknown fields by name; a client ignores unknown fields and messages, so that it can talk to a newer server.
 """
 
 from __future__ import annotations
@@ -37,10 +35,10 @@ class Strict(Wire, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
 
 
 class SamplingParams(Strict, frozen=True):
-    """How a token is drawn from the logits. Defaults leave the model's distribution as it is.
+    """How a token is drawn from the logits; by default from the model's own distribution. `temperature` 0: greedy.
 
-    Processing order: penalties, bias, temperature, top-k, top-p, min-p, typical-p. `temperature` 0 is greedy.
-    Repetition penalty sees prompt and output, presence and frequency penalties see the output only.
+    Processing order: penalties, bias, temperature, top-k, top-p, min-p, typical-p. Repetition penalty sees prompt and
+    output, presence and frequency penalties see the output only.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0
@@ -76,7 +74,7 @@ class ClientMessageBase(Strict, frozen=True, tag_field="type", tag=str.lower):
 
 
 class Generate(ClientMessageBase, frozen=True):
-    """Start a stream. Exactly one of `prompt`, `token_ids`, `messages`; at most one of `adapter`, `adapters`.
+    """Start a stream: exactly one of `prompt`, `token_ids`, `messages`; at most one of `adapter`, `adapters`.
 
     Answered by `accepted`, then `delta`s, then `done`; or by one `error`.
     """
@@ -210,10 +208,10 @@ class TokenLogprob(Wire, frozen=True):
 
 
 class Delta(ServerMessageBase, frozen=True):
-    """New tokens of one choice. `index` is the offset of the first of them in the choice's output.
+    """New tokens of one choice; `index` is the offset of the first of them in its output.
 
-    `text` is the text these tokens complete: it may be empty while a UTF-8 character or a possible stop string is
-    open, and may hold text of earlier tokens. Concatenated texts are the choice's whole text.
+    `text` is what they complete: it may be empty while a UTF-8 character or a possible stop string is open, and may
+    hold text of earlier tokens. Concatenated texts, with that of `ChoiceEnd`, are the choice's whole text.
     """
 
     request_id: str
@@ -313,11 +311,7 @@ def encoder_for(subprotocol: str) -> Callable[[ClientMessage | ServerMessage], s
 
 
 def decode_client(frame: str | bytes) -> ClientMessage:
-    """Decode a client's frame, JSON if it is text and msgpack if it is binary.
-
-    Raises:
-        InvalidRequest: not decodable, an unknown type or field, or a value out of range; says where.
-    """
+    """Decode a client's frame, JSON if it is text, msgpack if binary. Raises InvalidRequest, which says where."""
     try:
         return _JSON_CLIENT.decode(frame) if isinstance(frame, str) else _MSGPACK_CLIENT.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -334,11 +328,7 @@ def request_id_of(frame: str | bytes) -> str | None:
 
 
 def decode_server(frame: str | bytes) -> ServerMessage | None:
-    """Decode a server's frame; None for a type of message this client does not know.
-
-    Raises:
-        msgspec.DecodeError: the frame is not a message at all.
-    """
+    """Decode a server's frame; None for a type of message this client does not know. Raises msgspec.DecodeError."""
     try:
         return _JSON_SERVER.decode(frame) if isinstance(frame, str) else _MSGPACK_SERVER.decode(frame)
     except msgspec.ValidationError:
