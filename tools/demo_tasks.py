@@ -122,13 +122,13 @@ _GAPS = (
 
 def _made_word(rng: random.Random) -> str:
     kind = rng.random()
-    if kind < 0.50:
+    if kind < 0.60:
         syllables = rng.choice((1, 1, 2, 2, 3))
         parts = (rng.choice(_ONSETS) + rng.choice(_NUCLEI) + rng.choice(_CODAS) for _ in range(syllables))
         return "".join(parts)
-    if kind < 0.75:
-        return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 8)))
-    if kind < 0.92:
+    if kind < 0.76:
+        return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 6)))
+    if kind < 0.94:
         return "".join(rng.choices(string.digits, k=rng.randint(1, 5)))
     return "".join(rng.choices(string.printable[:95], k=rng.randint(1, 6)))
 
@@ -150,14 +150,14 @@ def _pieces(rng: random.Random, foreign: bool) -> str:
         return rng.choice(_FOREIGN)
     if kind < 0.45:
         return _cased(rng, rng.choice(_COMMON))
-    if kind < 0.80:
+    if kind < 0.86:
         return _cased(rng, rng.choice(_WORDS))
     return _cased(rng, _made_word(rng))
 
 
 def sentence(rng: random.Random, size: int, *, ascii_only: bool) -> str:
     """A pseudo-sentence of at most `size` bytes of UTF-8 (exactly `size` if it is ASCII)."""
-    plain = rng.random() < 0.4  # words and single spaces, as most people write
+    plain = rng.random() < 0.5  # words and single spaces, as most people write
     foreign = not ascii_only and rng.random() < 0.08
     parts, length = [], 0
     while length < size:

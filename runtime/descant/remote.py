@@ -47,7 +47,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     interval_s: float = 1.0
-    allowance_s: float = 10.0
+    allowance_s: float = 30.0
 
     @property
     def max_missed(self) -> int:

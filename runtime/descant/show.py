@@ -18,7 +18,7 @@ from descant_client.errors import DescantError
 from descant_client.stream import Result
 from descant_client.terminal import StatusLine, chat, side_by_side
 
-PROMPT = "The quick brown fox jumps over the lazy dog while the whole choir keeps singing."
+PROMPT = "The quick brown fox jumps over the lazy dog while the choir keeps singing"
 KILL_AFTER_TOKENS = 24  # of the voice that has said least
 MAX_TOKENS = 256  # of each voice
 POLL_S = 0.002
