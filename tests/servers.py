@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_websocket
+from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from descant.actor import Ref
@@ -210,6 +212,12 @@ class RawClient:
         """Send a frame as it is; return the error that answers it."""
         await self.websocket.send(frame)
         return (await self.until("error"))[-1]
+
+    async def drained(self) -> None:
+        """Read until the server closes the connection."""
+        with anyio.fail_after(LONG), contextlib.suppress(ConnectionClosed):
+            while True:
+                await self.websocket.recv()
 
     def vanish(self) -> None:
         """Drop the connection without a word."""

@@ -127,6 +127,20 @@ def test_tensors_of_other_dtypes_become_float32(dtype: torch.dtype, tmp_path: Pa
     assert torch.equal(adapter.factors["lm_head"].a, a.float())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_of_the_base_s_own_embeddings_change_nothing(tied: bool, tmp_path: Path) -> None:
+    hf_base = peft_fixture.tiny_base("qwen2", tie_word_embeddings=tied)
+    hf_base.save_pretrained(tmp_path / "base")
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    embedding, head = hf_base.get_input_embeddings().weight, hf_base.get_output_embeddings().weight
+    copies = {"model__embed_tokens__weight": embedding.clone(), "lm_head__weight": head.clone()}
+    peft_fixture.edit_tensors(directory, **copies)
+
+    adapter = read_adapter("a", directory, BaseModel.open(tmp_path / "base"), AdapterLimits())
+
+    assert len(adapter.factors) == 2
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 def test_the_head_of_a_tied_base_may_be_adapted(tmp_path: Path) -> None:
     hf_base = peft_fixture.tiny_base("qwen2", tie_word_embeddings=True)

@@ -1,5 +1,6 @@
 """Versions in the store: content-addressed, whole or not there; sums are exact."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from safetensors import safe_open
 
 import peft_fixture
+from descant.actors.worker import Worker
 from descant.adapters import store
 from descant.adapters.compose import weighted_sum
 from descant.adapters.limits import AdapterLimits
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.adapters.prepare import AdapterWorker
 from descant.engine.arch import LoraModule
+from descant.messages import ComposeAdapters, Member
 from descant_client.errors import AdapterInvalid, AdapterTooLarge
 
 MODULES = (LoraModule("q", 6, 4), LoraModule("k", 6, 2), LoraModule("head", 6, 10))
@@ -94,6 +97,37 @@ def test_a_damaged_version_is_invalid(position: int, tmp_path: Path) -> None:
         store.read_version(path, MODULES)
 
 
+@pytest.mark.parametrize("size", [0, 60, 200])
+def test_a_damaged_version_is_written_anew(size: int, tmp_path: Path) -> None:
+    _, path = store.write_version(tmp_path, random_adapter({"q": 2}), MODULES)
+    path.write_bytes(path.read_bytes()[:size])
+
+    store.write_version(tmp_path, random_adapter({"q": 2}), MODULES)
+
+    assert torch.equal(store.read_version(path, MODULES)[0].a, random_adapter({"q": 2}).factors["q"].a)
+
+
+def test_bases_of_other_shapes_share_a_store_without_sharing_versions(tmp_path: Path) -> None:
+    resized = (*MODULES[:-1], LoraModule("head", 6, 11))
+    _, path = store.write_version(tmp_path, random_adapter({"q": 2}), MODULES)
+    _, other = store.write_version(tmp_path, random_adapter({"q": 2}), resized)
+
+    assert store.read_version(path, MODULES).keys() == store.read_version(other, resized).keys() == {0}
+
+
+def test_what_killed_writers_left_behind_is_swept_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    store.write_version(tmp_path, random_adapter({"q": 2}), MODULES)
+    left, young = tmp_path / "versions" / ".left.partial", tmp_path / "versions" / ".young.partial"
+    for path in (left, young):
+        path.touch()
+    os.utime(left, (0, 0))
+
+    store.sweep(tmp_path)
+
+    assert not left.exists()
+    assert len(list((tmp_path / "versions").iterdir())) == 2
+
+
 def test_a_version_of_another_base_is_invalid(tmp_path: Path) -> None:
     _, path = store.write_version(tmp_path, random_adapter({"q": 2}), MODULES)
 
@@ -140,10 +174,10 @@ def test_the_same_content_is_the_same_version(worker: AdapterWorker, tmp_path: P
 def test_a_sum_is_one_version_in_any_order(worker: AdapterWorker, tmp_path: Path) -> None:
     one, two = worker.prepare("one", tmp_path / "one"), worker.prepare("two", tmp_path / "two")
 
-    summed = worker.compose([(one, 0.5), (two, 2.0)])
+    summed = worker.compose("sum", [(one, 0.5), (two, 2.0)])
 
     assert (summed.max_rank, summed.num_modules) == (7, 14)
-    assert summed == worker.compose([(two, 2.0), (one, 0.5)]) != worker.compose([(one, 2.0), (two, 0.5)])
+    assert summed == worker.compose("sum", [(two, 2.0), (one, 0.5)]) != worker.compose("sum", [(one, 2.0), (two, 0.5)])
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39])
@@ -151,7 +185,30 @@ def test_a_sum_that_is_not_finite_is_invalid(weight: float, worker: AdapterWorke
     one = worker.prepare("one", tmp_path / "one")
 
     with pytest.raises(AdapterInvalid):
-        worker.compose([(one, weight)])
+        worker.compose("sum", [(one, weight)])
+
+
+def test_errors_of_a_sum_call_it_as_its_user_does(worker: AdapterWorker, tmp_path: Path) -> None:
+    one = worker.prepare("one", tmp_path / "one")
+    Path(one.path).unlink()
+
+    with pytest.raises(AdapterInvalid) as missing:
+        Worker(worker).handle(ComposeAdapters("0.5*one", (Member(one, 0.5),)))
+    with pytest.raises(AdapterInvalid) as infinite:
+        Worker(worker).handle(ComposeAdapters("inf*one", (Member(one, float("inf")),)))
+
+    assert (missing.value.adapter, infinite.value.adapter) == ("0.5*one", "inf*one")
+
+
+def test_a_worker_sweeps_its_store(worker: AdapterWorker, tmp_path: Path) -> None:
+    worker.prepare("one", tmp_path / "one")
+    left = tmp_path / "store" / "versions" / ".left.partial"
+    left.touch()
+    os.utime(left, (0, 0))
+
+    AdapterWorker(tmp_path / "base", tmp_path / "store", "bfloat16")
+
+    assert not left.exists()
 
 
 def test_values_beyond_the_served_dtype_are_invalid(worker: AdapterWorker, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
+import spoilers
 from descant.config import KeyConfig, hash_key
 from descant.system import System
 from descant_client import connect
@@ -44,11 +42,11 @@ from servers import (
     serve,
     wait_until,
 )
+from spoilers import CONFIG, TENSORS
 from tiny_models import greedy, load_adapted, load_model, save_adapter, save_model, tiny_config
 
 pytestmark = pytest.mark.anyio
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 KEY, GUARDED_KEY = "dsc_of_somebody", "dsc_of_somebody_else"
 
 
@@ -138,7 +136,7 @@ async def test_what_an_adapter_wrote_is_not_found_under_its_files_other_content(
     first = await client.generate(prompt, adapter="alpha", **options).result()
 
     same = await client.generate(prompt, adapter=str(broken), **options).result()
-    _spoil(broken, lambda tensor: tensor * 1.5)
+    spoilers.change_tensors(broken, lambda tensor: tensor * 1.5)
     kept = await client.generate(prompt, adapter=str(broken), **options).result()
     shutil.copytree(broken, broken.parent / "other")
     other = await client.generate(prompt, adapter=str(broken.parent / "other"), **options).result()
@@ -164,91 +162,22 @@ async def test_what_is_no_reference_is_refused_as_such(client: Client) -> None:
         assert isinstance(await _refusal(client, adapter), AdapterUnsupported), adapter
 
 
-def _spoil(directory: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    tensors = load_file(directory / TENSORS)
-    save_file({name: change(tensor).contiguous() for name, tensor in tensors.items()}, directory / TENSORS)
-
-
-def _truncate(directory: Path) -> None:
-    path = directory / TENSORS
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def _flip_header(directory: Path) -> None:
-    data = bytearray((directory / TENSORS).read_bytes())
-    data[8:40] = b"\xff" * 32
-    (directory / TENSORS).write_bytes(data)
-
-
-def _lie_about_the_header(directory: Path) -> None:
-    data = (directory / TENSORS).read_bytes()
-    (directory / TENSORS).write_bytes((2**62).to_bytes(8, "little") + data[8:])
-
-
-def _empty(directory: Path) -> None:
-    (directory / TENSORS).write_bytes(b"")
-
-
-def _pickle(directory: Path) -> None:
-    (directory / TENSORS).write_bytes(pickle.dumps({"weights": [1.0]}))
-
-
-def _torch_pickle(directory: Path) -> None:
-    torch.save({"weights": torch.zeros(3)}, directory / TENSORS)
-
-
-def _make_nan(directory: Path) -> None:
-    _spoil(
-        directory, lambda tensor: torch.where(torch.arange(tensor.numel()).view(tensor.shape) == 3, torch.nan, tensor)
-    )
-
-
-def _make_infinite(directory: Path) -> None:
-    _spoil(directory, lambda tensor: tensor * torch.inf)
-
-
-def _no_config(directory: Path) -> None:
-    (directory / CONFIG).unlink()
-
-
-def _garbled_config(directory: Path) -> None:
-    (directory / CONFIG).write_text("{not json")
-
-
-def _deep_config(directory: Path) -> None:
-    (directory / CONFIG).write_text("[" * 100_000)
-
-
-def _no_tensors(directory: Path) -> None:
-    (directory / TENSORS).unlink()
-
-
-def _no_file_but_a_pipe(directory: Path) -> None:
-    (directory / TENSORS).unlink()
-    os.mkfifo(directory / TENSORS)
-
-
-def _config_is_a_pipe(directory: Path) -> None:
-    (directory / CONFIG).unlink()
-    os.mkfifo(directory / CONFIG)
-
-
 @pytest.mark.parametrize(
     "spoil",
     [
-        _truncate,
-        _flip_header,
-        _lie_about_the_header,
-        _empty,
-        _pickle,
-        _torch_pickle,
-        _make_nan,
-        _make_infinite,
-        _no_config,
-        _garbled_config,
-        _deep_config,
-        _no_tensors,
-        _no_file_but_a_pipe,
+        spoilers.truncate,
+        spoilers.flip_header,
+        spoilers.lie_about_the_header,
+        spoilers.empty,
+        spoilers.write_pickle,
+        spoilers.write_torch_pickle,
+        spoilers.make_nan,
+        spoilers.make_infinite,
+        spoilers.no_config,
+        spoilers.garbled_config,
+        spoilers.deep_config,
+        spoilers.no_tensors,
+        spoilers.no_file_but_a_pipe,
     ],
 )
 async def test_damaged_files_are_invalid(
@@ -310,7 +239,7 @@ async def test_what_is_more_than_lora_is_refused_by_name(
 
 
 async def test_one_bad_member_refuses_the_sum(client: Client, broken: Path) -> None:
-    _truncate(broken)
+    spoilers.truncate(broken)
 
     with pytest.raises(AdapterInvalid):
         await client.generate("x", adapters=[("alpha", 1.0), (str(broken), 1.0)], max_tokens=2).result()
@@ -318,7 +247,7 @@ async def test_one_bad_member_refuses_the_sum(client: Client, broken: Path) -> N
 
 async def test_an_adapter_that_was_mended_works(client: Client, broken: Path) -> None:
     content = (broken / TENSORS).read_bytes()
-    _truncate(broken)
+    spoilers.truncate(broken)
     assert isinstance(await _refusal(client, broken), AdapterInvalid)
 
     (broken / TENSORS).write_bytes(content)
@@ -330,7 +259,7 @@ async def test_an_adapter_that_was_mended_works(client: Client, broken: Path) ->
 
 
 async def test_many_requests_for_one_bad_adapter_all_hear_of_it(client: Client, broken: Path) -> None:
-    _truncate(broken)
+    spoilers.truncate(broken)
     streams = [client.generate("x", adapter=str(broken), max_tokens=2) for _ in range(8)]
 
     for stream in streams:

@@ -20,6 +20,7 @@ from servers import (
     LONG,
     Checkpoint,
     answers,
+    crash,
     dummy_config,
     kill_executor,
     model_config,
@@ -92,6 +93,22 @@ async def test_no_kill_is_seen_in_any_stream(server: tuple[System, str]) -> None
     assert [result.logprobs for result in disturbed] == [result.logprobs for result in undisturbed]
     assert system.services.model.num_lives > lives
     assert max(result.timings.num_preemptions for result in disturbed) >= 1
+
+
+async def test_a_crash_of_the_scheduler_is_not_seen_either_though_the_executor_lives(
+    server: tuple[System, str],
+) -> None:
+    system, uri = server
+    async with connect(uri) as client:
+        undisturbed = await results(_start_choir(client))
+        pid = system.executor.pid
+        streams = _start_choir(client)
+        for minimum in (200, 900):
+            await wait_until(lambda: _num_tokens(streams) > minimum)  # noqa: B023
+            crash(system.services.scheduler)
+
+        assert answers(await results(streams)) == answers(undisturbed)
+        assert system.executor.pid == pid
 
 
 @pytest.mark.slow

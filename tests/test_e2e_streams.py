@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import anyio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,10 +21,8 @@ from servers import (
     Checkpoint,
     answers,
     model_config,
-    raw,
     results,
     serve,
-    tokens_of,
     wait_until,
 )
 from tiny_models import greedy, load_adapted, load_model
@@ -292,56 +289,20 @@ async def test_the_hello_and_the_models_tell_the_same(client: Client, checkpoint
     assert (model.dtype, model.device) == ("float32", "cpu")
 
 
-async def test_a_new_connection_resumes_a_stream_by_token_offset(server: tuple[System, str]) -> None:
-    async with raw(server[1]) as first:
-        session = (await first.receive())["session"]
-        await first.generate(seed=1, max_tokens=80, ignore_eos=True, adapter="beta", n=2)
-        await first.until("delta")
-        first.vanish()
-    async with raw(server[1], session=session) as second:
-        hello = await second.receive()
-        await second.send("resume", have={"0": 3, "1": 0})
-        await second.until("accepted", "r")  # what came before was not resumed
-        resumed = await second.until("done", "r")
-
-    assert hello["session"] == session
-    expected = await _whole(server[1], seed=1, max_tokens=80, ignore_eos=True, adapter="beta", n=2)
-    assert tokens_of(resumed, 0) == tokens_of(expected, 0)[3:]
-    assert tokens_of(resumed, 1) == tokens_of(expected, 1)
-
-
-async def _whole(uri: str, **fields: Any) -> list[dict[str, Any]]:
-    async with raw(uri) as client:
-        await client.generate(**fields)
-        return await client.until("done", "r")
-
-
-async def test_a_finished_stream_can_be_read_again_until_it_is_acknowledged(server: tuple[System, str]) -> None:
-    async with raw(server[1]) as client:
-        await client.generate(seed=1, max_tokens=10, ignore_eos=True)
-        first = await client.until("done", "r")
-        await client.send("resume", have={"0": 4})
-        again = await client.until("done", "r")
-        await client.send("ack")
-        await client.send("resume", have={})
-        (gone,) = await client.until("error", "r")
-
-    assert tokens_of(again) == tokens_of(first)[4:]
-    assert gone["code"] == "stream_not_found"
-
-
 async def test_a_client_whose_connection_drops_sees_one_unbroken_stream(server: tuple[System, str]) -> None:
     async with connect(server[1]) as client:
         expected = await client.generate("again", seed=3, max_tokens=150, ignore_eos=True, n=2).result()
         stream = client.generate("again", seed=3, max_tokens=150, ignore_eos=True, n=2)
         num_drops = 0
         async for delta in stream:
-            if delta.index // 30 > num_drops:
+            if min(delta.index, 90) // 30 > num_drops:
                 num_drops += 1
                 client._connection._current.websocket.transport.abort()
         result = await stream.result()
 
-    assert num_drops >= 2
+        await client.generate("still here", max_tokens=1).result()
+
+    assert num_drops == 3
     assert answers([result]) == answers([expected])
 
 
@@ -365,5 +326,4 @@ async def test_everything_is_gone_when_everybody_has_left(server: tuple[System, 
         await asyncio.gather(*[other.generate("x", max_tokens=3).result() for _ in range(5)])
         other.generate("left open")
 
-    await anyio.sleep(5); print([(s.id, s.detached_s, s.connection, [(x.request_id, x.ended_s, x.is_ended) for x in s]) for s in system.services.sessions], len(system.services.sequences))
     await wait_until(lambda: len(system.services.sessions) == 1 and not len(system.services.sequences), 20.0)

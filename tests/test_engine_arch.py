@@ -21,6 +21,8 @@ BASE: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 
+QWEN_WINDOW = {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}
+
 
 def read(directory: Path, generation: dict[str, Any] | None = None, **changes: Any) -> DecoderConfig:
     (directory / "config.json").write_text(json.dumps(BASE | changes))
@@ -127,6 +129,10 @@ def test_yarn_reaches_as_far_as_its_factor(tmp_path: Path) -> None:
         ({"model_type": "mistral", "attention_bias": True}, "attention_bias"),
         ({"model_type": "qwen2", "attention_bias": True}, "'attention_bias'"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"model_type": ["llama"]}, "model_type ['llama']"),
+        ({"rope_scaling": {"rope_type": {}}}, "rope_type {}"),
+        ({"layer_types": [[], {}, 1]}, "layer_types"),
+        (QWEN_WINDOW | {"max_window_layers": "2"}, "max_window_layers is '2'"),
     ],
 )
 def test_what_could_change_the_numbers_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -141,6 +147,13 @@ def test_a_directory_without_a_config_and_a_broken_one_are_refused(tmp_path: Pat
     (tmp_path / "config.json").write_text("[1, 2")
     with pytest.raises(ModelInvalid, match=r"config\.json cannot be read"):
         from_hf(tmp_path)
+
+
+def test_keys_that_tools_leave_in_real_configs_change_nothing(tmp_path: Path) -> None:
+    plain = read(tmp_path)
+    left = {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"kv_cache_dtype": "fp16"}}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 40, "top_p": 0.9}
+    assert read(tmp_path, **left, **sampling, tokenizer_model_max_length=4096, unsloth_fixed=True) == plain
 
 
 def test_adaptable_modules_are_listed_layer_by_layer_and_the_head_last(tmp_path: Path) -> None:

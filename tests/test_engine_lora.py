@@ -57,7 +57,7 @@ def prepare_all(directory: Path) -> dict[str, AdapterVersion]:
     for seed, (name, config) in enumerate(ADAPTERS.items()):
         tiny_models.save_adapter(directory / name, directory / "base", seed, **config)
         versions[name] = worker.prepare(name, directory / name)
-    versions["sum"] = worker.compose([(versions[member], weight) for member, weight in SUM])
+    versions["sum"] = worker.compose("sum", [(versions[member], weight) for member, weight in SUM])
     return versions
 
 

@@ -142,6 +142,20 @@ def test_prompt_logprobs_are_those_of_the_tokens_that_follow(engine: Engine, chu
     assert torch.equal(torch.tensor(top_ids).view(-1, 2), expected.topk(2).indices)
 
 
+def test_a_prompt_that_cannot_be_scored_fails_its_row_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = engine._decoder.logits
+
+    def overflowing(hidden: torch.Tensor, segments: Any, lora: Any) -> torch.Tensor:
+        scores = logits(hidden, segments, lora)
+        return scores.index_fill(0, torch.tensor([1]), torch.inf) if len(hidden) == 7 else scores
+
+    monkeypatch.setattr(engine._decoder, "logits", overflowing)
+    voices = [Voice(PROMPT[:9], max_tokens=2, num_prompt_logprobs=2, chunk=chunk) for chunk in (8, 7)]
+    Driver(engine).run(voices)
+    assert [bool(result.error) for voice in voices for result in voice.results] == [False] * 3 + [True]
+    assert "not finite" in (voices[1].results[0].error or "")
+
+
 def test_output_logprobs_are_reported_for_sampled_tokens(engine: Engine) -> None:
     voice = Driver(engine).run([Voice(PROMPT, 4, num_logprobs=3)])[0]
     reported = [result.logprobs for result in voice.results]

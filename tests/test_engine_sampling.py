@@ -256,6 +256,23 @@ def test_a_bias_beyond_the_vocabulary_fails_its_row_alone() -> None:
     assert tokens[1].error is None
 
 
+ENDLESS: dict[str, dict[str, Any]] = {
+    "bias": {"logit_bias": {3: 1e300}},
+    "bias against all others": {"logit_bias": dict.fromkeys([0, 1, 2, *range(4, VOCAB)], -1e300)},
+    "penalty": {"repetition_penalty": 1e-300},
+    "tiny temperature": {"logit_bias": {3: 1e38}, "temperature": 1.1e-5},
+}
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.5}, {"typical_p": 0.5}, {"min_p": 0.1}, {}], ids=str)
+@pytest.mark.parametrize("settings", ENDLESS.values(), ids=ENDLESS)
+def test_settings_without_bounds_still_leave_the_token_they_favor(
+    settings: dict[str, Any], filters: dict[str, Any]
+) -> None:
+    logits = torch.arange(VOCAB).float().unsqueeze(0)
+    assert token_ids(logits, [row(SamplingParams(**settings, **filters), prompt_ids=[0, 3])]) == [3]
+
+
 def unpacked(rows: LogprobRows | None) -> tuple[list[float], list[int], list[float]]:
     assert rows is not None
     return unpack_floats(rows.chosen), unpack_ints(rows.top_ids), unpack_floats(rows.top)

@@ -47,6 +47,30 @@ def test_a_failed_load_fails_only_the_sequences_of_its_version() -> None:
     assert seqs[2].num_output_tokens == 8
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_request_fails_as_a_whole_and_no_choice_runs_on_unread(n: int) -> None:
+    loop = Loop(FakeEngine(row_error=lambda row: "no" if row.admit.choice == n - 1 and row.output_index else None))
+    choices = loop.submit([1], n=n)
+    (other,) = loop.submit([2], max_tokens=1)
+
+    loop.run()
+
+    assert sorted(str(seq.finish_reason) for seq in choices) == ["cancelled"] * (n - 1) + ["error"]
+    assert other.finish_reason == "length"
+    assert not len(loop.table)
+
+
+def test_all_choices_of_a_request_end_when_its_adapter_cannot_be_loaded() -> None:
+    loop = Loop()
+    loop.load_error = lambda load: AdapterInvalid("a", "it is damaged")
+    choices = loop.submit([1], n=3, adapter=version("a"))
+
+    loop.run()
+
+    assert [seq.is_finished for seq in choices] == [True] * 3
+    assert choices[0].finish_reason == "error"
+
+
 def test_a_version_whose_load_failed_may_be_tried_again() -> None:
     loop = Loop()
     loop.load_error = lambda load: AdapterInvalid("a", "not yet")

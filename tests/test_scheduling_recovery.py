@@ -97,10 +97,8 @@ def test_a_new_policy_goes_on_with_the_sequences_of_the_old_one() -> None:
     for _ in range(3):
         loop.step()
 
-    loop.restart_policy()
-    assert parked.status == "parked"
     sink.budget = 100
-    loop.policy.unpark(parked.id)
+    loop.restart_policy()  # the news that the sink has room may have been lost with the old one
     loop.run()
 
     assert [seq.num_output_tokens for seq in [*seqs, parked]] == [8, 8, 8, 8]

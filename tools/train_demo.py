@@ -188,7 +188,7 @@ def generate(model: torch.nn.Module, texts: Sequence[str]) -> list[str]:
 
 
 def measure(voice: str, task: str, model: torch.nn.Module) -> dict[str, object]:
-    """Exact match of `task` on held-out texts: those of up to `PROMISED_BYTES`, and by length; prints the first ones."""
+    """Exact match of `task` on held-out texts of up to `PROMISED_BYTES`, and by length; prints the first ones."""
     texts = held_out_texts(task)
     said = generate(model.eval(), texts)
     right = [reply == answer(task, text) for text, reply in zip(texts, said, strict=True)]

@@ -5,6 +5,7 @@ Importing this module needs neither torch nor the server's other dependencies; a
 
 from __future__ import annotations
 
+import json
 import secrets
 import sys
 from collections.abc import Callable, Coroutine
@@ -40,7 +41,7 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except DescantError as exc:
         Console(stderr=True).print(f"[bold red]{exc.code}[/] ", end="")
-        Console(stderr=True).print(str(exc), markup=False, highlight=False)
+        Console(stderr=True).print(str(exc), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -85,7 +86,7 @@ def _sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("model", required=False)
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=REF", help="Register an adapter; repeatable.")
 @click.option("--host", help="Default: 127.0.0.1; other addresses need API keys.")
-@click.option("--port", type=int, help="Default: 8080; 0 takes a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Default: 8080; 0 takes a free one.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: the checkpoint's.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Where prepared adapters are kept.")
 @click.option("--engine", type=click.Choice(["model", "dummy"]), help="dummy: no model, words at a set pace.")
@@ -128,7 +129,7 @@ def key(name: str) -> None:
     """Make an API key for NAME and show the lines for the configuration file."""
     api_key = "dsc_" + secrets.token_urlsafe(32)
     click.echo(f"# The key of {name}, shown this once: {api_key}")
-    click.echo(f'[[keys]]\nname = "{name}"\nsha256 = "{hash_key(api_key)}"')
+    click.echo(f'[[keys]]\nname = {json.dumps(name)}\nsha256 = "{hash_key(api_key)}"')
 
 
 @cli.command()

@@ -6,6 +6,7 @@ Nothing here is read from the environment. Sizes are bytes, durations seconds.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,11 +14,13 @@ from typing import Annotated, Literal
 import msgspec
 import platformdirs
 
+from descant.references import NAME
 from descant_client.errors import ConfigInvalid
 
 DType = Literal["float32", "bfloat16", "float16"]
 EngineKind = Literal["model", "dummy"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 MiB = 1024 * 1024
 
 
@@ -34,8 +37,8 @@ class ServerConfig(Section, frozen=True):
     max_streams: Positive = 1024  # unfinished streams per session
     max_choices: Positive = 16  # `n` of one request
     stream_buffer_bytes: Positive = 64 * 1024  # unsent output per stream before it is parked
-    resume_window_s: float = 60.0  # how long a session without a connection, or a finished stream, is kept
-    drain_s: float = 30.0  # how long running streams may take to finish at shutdown
+    resume_window_s: NonNegative = 60.0  # how long a session without a connection, or a finished stream, is kept
+    drain_s: NonNegative = 30.0  # how long running streams may take to finish at shutdown
 
 
 class ModelConfig(Section, frozen=True):
@@ -48,7 +51,7 @@ class ModelConfig(Section, frozen=True):
     device: Literal["cpu", "cuda"] = "cpu"
     kv_bytes: Positive = 256 * MiB
     num_threads: Positive | None = None  # None: one for small models, torch's choice for others
-    dummy_tokens_per_s: float = 50.0  # per sequence, with the dummy engine
+    dummy_tokens_per_s: NonNegative = 50.0  # per sequence, with the dummy engine; 0: as fast as it goes
 
 
 class SchedulingConfig(Section, frozen=True):
@@ -118,7 +121,8 @@ def check_config(config: Config) -> None:
     """Check what spans several keys.
 
     Raises:
-        ConfigInvalid: reachable from other machines without API keys, or two keys or adapters of one name.
+        ConfigInvalid: reachable from other machines without API keys, two keys or adapters of one name, or an adapter
+            under a name that no request can say.
     """
     if not config.keys and not is_loopback(config.server.host):
         raise ConfigInvalid(
@@ -133,11 +137,17 @@ def check_config(config: Config) -> None:
     }.items():
         for name in {name for name in names if names.count(name) > 1}:
             raise ConfigInvalid(key, f"the name {name!r} is used twice.")
+    for entry in config.adapters.entries:
+        if not NAME.fullmatch(entry.name):
+            raise ConfigInvalid("adapters.entries", f"{entry.name!r} is no name of an adapter ({NAME.pattern}).")
 
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a listener on `host`."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may lead anywhere
+        return False
 
 
 def hash_key(key: str) -> str:

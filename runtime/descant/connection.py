@@ -9,16 +9,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from descant import __version__
+from descant.config import is_loopback
 from descant.generate import start_stream
 from descant.messages import AdapterList, Authenticate, CancelRequest, ListRegistered, Principal, Unpark
 from descant.services import Services
 from descant.session import Session
-from descant.stream import error_message
+from descant.stream import Stream, error_message
 from descant_client.errors import DescantError, Draining, InvalidRequest, StreamNotFound, Unauthorized
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
@@ -48,6 +50,7 @@ FEATURES = ["adapters", "logprobs", "prompt_logprobs", "resume", "weighted_sums"
 ASK_TIMEOUT_S = 30.0
 NORMAL_CLOSURE = 1000
 POLICY_VIOLATION = 1008
+INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
 CLOSE_TIMEOUT_S = 1.0
 StartTask = Callable[..., None]
@@ -74,46 +77,50 @@ class Connection:
         await self._socket.accept(subprotocol=self._subprotocol)
         try:
             principal = await self._authenticate()
-        except Unauthorized as error:
+            await self._services.model.ready()
+        except DescantError as error:
             await self._send(error_message(error))
-            await self._socket.close(POLICY_VIOLATION, error.code)
+            await self._close(POLICY_VIOLATION if isinstance(error, Unauthorized) else INTERNAL_ERROR, error.code)
             return
         wanted = self._socket.query_params.get("session")
         self._session = self._services.sessions.attach(wanted, principal)
         number = self._session.attach()
-        await self._services.model.ready()
-        await self._send(self._hello())
         try:
+            await self._send(self._hello())
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._write, number, tasks.cancel_scope)
-                await self._read()
+                await self._read(number)
                 tasks.cancel_scope.cancel()
         finally:
             if self._session.connection == number:
                 self._session.detached_s = time.monotonic()
             with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-                await self._close()
+                await self._close(SERVICE_RESTART)
 
-    async def _close(self) -> None:
+    async def _close(self, code: int, reason: str | None = None) -> None:
         if self._socket.application_state is WebSocketState.CONNECTED:
             with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-                await self._socket.close(SERVICE_RESTART)
+                await self._socket.close(code, reason)
 
     # ---- reading ----------------------------------------------------------------------------------
 
     async def _authenticate(self) -> Principal:
+        origin = self._socket.headers.get("origin")
+        if origin is not None and not self._services.config.keys and not _is_local(origin):
+            raise Unauthorized(f"Without API keys only pages of this machine may connect, not those of {origin}.")
         scheme, _, key = self._socket.headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         return await self._services.auth.ask(Authenticate(key or None), timeout=ASK_TIMEOUT_S)
 
-    async def _read(self) -> None:
+    async def _read(self, number: int) -> None:
         while True:
             try:
                 event = await self._socket.receive()
             except (WebSocketDisconnect, RuntimeError):
                 return
             if event["type"] == "websocket.disconnect":
-                if event.get("code") == NORMAL_CLOSURE:  # it said goodbye: nobody will come back
+                # It said goodbye: nobody will come back, unless somebody already has.
+                if event.get("code") == NORMAL_CLOSURE and self._session.connection == number:
                     await self._abandon()
                 return
             await self._receive(event["bytes"] if event.get("text") is None else event["text"])
@@ -136,8 +143,7 @@ class Connection:
             case Generate():
                 self._generate(message)
             case Cancel(request_id):
-                self._session.stream(request_id)  # or StreamNotFound
-                await self._cancel([request_id])
+                await self._cancel(self._session.stream(request_id))
             case Resume(request_id, have):
                 self._session.stream(request_id).resume(have)
             case Ack(request_id):
@@ -170,15 +176,15 @@ class Connection:
         except DescantError as error:
             await self._send(error_message(error, request_id))
 
-    async def _cancel(self, request_ids: list[str]) -> None:
-        for request_id in request_ids:
-            stream = self._session.stream(request_id)
-            stream.is_cancelled = True
-            await self._services.scheduler.tell(CancelRequest(stream.key))
+    async def _cancel(self, stream: Stream) -> None:
+        stream.is_cancelled = True
+        await self._services.scheduler.tell(CancelRequest(stream.key))
 
     async def _abandon(self) -> None:
-        await self._cancel([stream.request_id for stream in self._session if not stream.is_ended])
         self._services.sessions.remove(self._session)
+        for stream in self._session:
+            if not stream.is_ended:
+                await self._cancel(stream)
 
     # ---- writing ----------------------------------------------------------------------------------
 
@@ -221,3 +227,11 @@ class Connection:
                     await self._socket.send_bytes(frame)
             except (WebSocketDisconnect, RuntimeError):
                 logger.debug("session %s is gone", getattr(self, "_session", None))
+
+
+def _is_local(origin: str) -> bool:
+    """Return whether a page of that origin comes from this machine. A browser sends it; other clients need not."""
+    try:
+        return is_loopback(urlsplit(origin).hostname or "")
+    except ValueError:
+        return False

@@ -6,13 +6,16 @@ Every fault here ends one stream with a typed error and touches nothing else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import secrets
+from collections.abc import Iterable
 
 import anyio
 import anyio.to_thread
 
+from descant.actor import ActorError
 from descant.messages import CancelRequest, Principal, ResolveAdapters, Submit
 from descant.scheduling.plan import NO_LOGPROBS
 from descant.scheduling.sequence import Sequence
@@ -25,9 +28,10 @@ from descant_client.protocol import Accepted, Generate, Progress, WeightedAdapte
 
 logger = logging.getLogger(__name__)
 
-LONG_PROMPT_CHARS = 8192  # beyond this tokenizing takes more than a millisecond
+LONG_PROMPT_CHARS = 1024  # beyond this tokenizing takes more than a millisecond
 SUBMIT_TIMEOUT_S = 60.0
 RESOLVE_TIMEOUT_S = 900.0
+MAX_STOP_CHARS = 1024  # the end of the text is compared with every beginning of a stop string
 SILENCE_S = 0.25  # after which a client that waits for its adapter is told so
 
 
@@ -38,6 +42,7 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
         model = await services.model.ready()
         prompt_ids = await _prompt_ids(services, request)
         check_prompt(prompt_ids, model.limits.max_context, model.limits.vocab_size)
+        check_tokens("logit_bias", request.sampling.logit_bias, model.limits.vocab_size)
         adapter = await _adapter(services, request, stream, principal)
         sequences = _sequences(services, request, stream, principal, prompt_ids, adapter)
         accepted = Accepted(
@@ -46,15 +51,23 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
             num_prompt_tokens=len(prompt_ids),
             adapter_digest=adapter.digest if adapter else None,
         )
-        stream.accept(accepted, sequences, services.tokenizer, request.stop)
+        stream.accept(accepted, sequences, services.tokenizer)
         await services.scheduler.ask(Submit(tuple(sequences)), timeout=SUBMIT_TIMEOUT_S)
+        stream.is_submitted = True
         if stream.is_cancelled:  # while it was being prepared
             await services.scheduler.tell(CancelRequest(stream.key))
     except DescantError as error:
-        stream.fail(error)
+        give_up(services, stream, error)
     except Exception as exc:
         logger.exception("request %s failed", stream.key)
-        stream.fail(InternalError(type(exc).__name__))
+        give_up(services, stream, InternalError(type(exc).__name__))
+
+
+def give_up(services: Services, stream: Stream, error: DescantError) -> None:
+    """End a stream that may or may not have reached the scheduler with an error."""
+    stream.fail(error)
+    with contextlib.suppress(ActorError):
+        services.scheduler.tell_nowait(CancelRequest(stream.key))
 
 
 def check_request(request: Generate, max_choices: int) -> None:
@@ -70,6 +83,8 @@ def check_request(request: Generate, max_choices: int) -> None:
         raise InvalidRequest("adapters", "give either adapter or adapters.")
     if request.n > max_choices:
         raise InvalidRequest("n", f"at most {max_choices} choices per request.")
+    if any(len(stop) > MAX_STOP_CHARS for stop in request.stop):
+        raise InvalidRequest("stop", f"at most {MAX_STOP_CHARS} characters each.")
     numbers = [*request.sampling.logit_bias.values(), *[member.weight for member in request.adapters or ()]]
     sampling = request.sampling
     numbers += [sampling.temperature, sampling.top_p, sampling.min_p, sampling.typical_p, sampling.repetition_penalty]
@@ -84,8 +99,14 @@ def check_prompt(prompt_ids: list[int], max_context: int, vocab_size: int) -> No
     if len(prompt_ids) >= max_context:
         reason = f"{len(prompt_ids)} tokens; at most {max_context - 1} leave room for an answer."
         raise InvalidRequest("prompt", reason)
-    if max(prompt_ids) >= vocab_size:
-        raise InvalidRequest("token_ids", f"{max(prompt_ids)} is outside the vocabulary of {vocab_size}.")
+    check_tokens("token_ids", prompt_ids, vocab_size)
+
+
+def check_tokens(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Check ids against the vocabulary. Raises InvalidRequest, naming the field."""
+    largest = max(token_ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(field, f"{largest} is outside the vocabulary of {vocab_size}.")
 
 
 async def _prompt_ids(services: Services, request: Generate) -> list[int]:
@@ -143,6 +164,7 @@ def _sequences(
             choice=choice,
             max_tokens=request.max_tokens,
             stop_token_ids=frozenset(stop_token_ids),
+            stop=tuple(request.stop),
             stopper=StopStrings(services.tokenizer, request.stop) if request.stop else None,
             num_logprobs=NO_LOGPROBS if request.logprobs is None else request.logprobs,
             num_prompt_logprobs=NO_LOGPROBS if request.prompt_logprobs is None or choice else request.prompt_logprobs,

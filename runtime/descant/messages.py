@@ -7,8 +7,6 @@ live objects (a `Sequence` with its sink). What the wire says is in `descant_cli
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
 from descant.scheduling.plan import EngineLimits, StepPlan, StepResult
@@ -206,7 +204,6 @@ class Prepared(Message, frozen=True):
 
 
 WorkerReply = Prepared
-WorkerNote = LoadProgress
 
 
 # ---- gateway -------------------------------------------------------------------------------------
@@ -219,4 +216,3 @@ class Drain(Message, frozen=True):
 
 
 GatewayMessage = Drain
-ChildName = Literal["executor", "worker"]

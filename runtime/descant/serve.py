@@ -31,11 +31,13 @@ def serve_forever(config: Config) -> None:
 async def _serve(config: Config) -> None:
     console = Console(stderr=True)
     started = time.monotonic()
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, StartUp(console) as start_up:
+    with StartUp(console) as start_up:
         async with running(config, start_up.show) as system:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_announce, system, console, start_up, started)
-                tasks.start_soon(_drain_when_told, system, signals, console, tasks.cancel_scope)
+            # Not before: a download is simply interrupted.
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(_announce, system, console, start_up, started)
+                    tasks.start_soon(_drain_when_told, system, signals, console, tasks.cancel_scope)
             if system.failure is not None:
                 raise system.failure
 
@@ -44,12 +46,13 @@ async def _announce(system: System, console: Console, start_up: StartUp, started
     engine = await system.ready()
     start_up.stop()
     seconds = time.monotonic() - started
-    console.print(f"{banner(system, engine)} · {seconds:.1f} s", highlight=False, markup=False)
+    console.print(f"{banner(system, engine)} · {seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
 
 
 def banner(system: System, engine: EngineReady) -> str:
     """Return the one line that says what runs where."""
     host, limits = system.config.server.host, engine.limits
+    host = f"[{host}]" if ":" in host else host
     capacity = limits.num_blocks * limits.block_size
     model = f"{system.services.model.id} ({engine.num_parameters / 1e6:.1f} M, {engine.dtype}, {engine.device})"
     return f"Descant at ws://{host}:{system.port} · {model} · KV for {capacity:,} tokens"

@@ -12,6 +12,7 @@ from descant.messages import AuthMessage, EngineReady, RegistryMessage, Schedule
 from descant.scheduling.sequence import SequenceTable
 from descant.session import SessionTable
 from descant.tokenizer import Tokenizer
+from descant_client.errors import DescantError
 from descant_client.protocol import ModelInfo
 
 
@@ -24,6 +25,7 @@ class ModelState:
         self.num_steps = 0  # completed, over all lives
         self.num_lives = 0
         self._engine: EngineReady | None = None
+        self._failure: DescantError | None = None
         self._loaded = anyio.Event()
 
     def up(self, engine: EngineReady) -> None:
@@ -33,9 +35,20 @@ class ModelState:
         self.num_lives += 1
         self._loaded.set()
 
+    def give_up(self, error: DescantError) -> None:
+        """No life will follow: `ready` raises `error` from now on."""
+        self._failure = error
+        self._loaded.set()
+
     async def ready(self) -> EngineReady:
-        """Return the engine's facts, waiting for the first life of the executor; they are the same for all lives."""
+        """Return the engine's facts, waiting for the first life of the executor; they are the same for all lives.
+
+        Raises:
+            DescantError: nothing will be computed any more.
+        """
         await self._loaded.wait()
+        if self._failure is not None:
+            raise self._failure
         return self.engine
 
     @property

@@ -122,6 +122,15 @@ class SessionTable:
                 if stream.ended_s is not None and now_s - stream.ended_s >= window_s:
                     session.close_stream(stream.request_id)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a stream still runs, or has not been sent to a client that is there."""
+        return any(
+            not stream.is_ended or (session.detached_s is None and stream.ended_s is None)
+            for session in self._sessions.values()
+            for stream in session
+        )
+
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
 

@@ -41,6 +41,7 @@ class Stream:
         self.request_id = request_id
         self.key = key  # unique in the server: what the scheduler cancels by
         self.is_cancelled = False  # asked for while the request was still being prepared
+        self.is_submitted = False  # the scheduler has it: it ends by itself
         self.ended_s: float | None = None  # when the last message was sent
         self._max_unsent = buffer_bytes // BYTES_PER_TOKEN
         self._changed = changed
@@ -54,12 +55,10 @@ class Stream:
 
     # ---- what happens to it -----------------------------------------------------------------------
 
-    def accept(
-        self, accepted: Accepted, sequences: Sequence[TokenSequence], tokenizer: Tokenizer, stop: Sequence[str]
-    ) -> None:
+    def accept(self, accepted: Accepted, sequences: Sequence[TokenSequence], tokenizer: Tokenizer) -> None:
         """The request is valid and these are its choices; called before they are submitted."""
         self._accepted = accepted
-        self._choices = [_Choice(sequence, tokenizer, accepted.request_id, stop) for sequence in sequences]
+        self._choices = [_Choice(sequence, tokenizer, accepted.request_id) for sequence in sequences]
         self._changed(self)
 
     def note(self, message: Progress) -> None:
@@ -130,10 +129,11 @@ class Stream:
         """Go on behind the tokens the client already has.
 
         Raises:
-            InvalidRequest: it claims more than there is, or a choice that does not exist.
+            InvalidRequest: it claims more than there is.
         """
         for index, num_tokens in have.items():
-            if not 0 <= index < len(self._choices) or num_tokens > self._choices[index].num_tokens:
+            available = self._choices[index].num_tokens if 0 <= index < len(self._choices) else 0
+            if num_tokens > available:  # having nothing of a choice is always true, also before it is accepted
                 raise InvalidRequest("have", f"choice {index} has no {num_tokens} tokens.")
         for index, choice in enumerate(self._choices):
             choice.rewind(have.get(index, 0))
@@ -162,13 +162,12 @@ class Stream:
 class _Choice:
     """A cursor into one sequence's output."""
 
-    def __init__(self, sequence: TokenSequence, tokenizer: Tokenizer, request_id: str, stop: Sequence[str]) -> None:
+    def __init__(self, sequence: TokenSequence, tokenizer: Tokenizer, request_id: str) -> None:
         self.sequence = sequence
-        self._stop = stop
         self._tokenizer = tokenizer
         self._request_id = request_id
         self._sent = 0
-        self._detokenizer = Detokenizer(tokenizer, stop)
+        self._detokenizer = Detokenizer(tokenizer, sequence.stop)
 
     @property
     def num_tokens(self) -> int:
@@ -198,7 +197,7 @@ class _Choice:
 
     def rewind(self, num_tokens: int) -> None:
         self._sent = num_tokens
-        self._detokenizer = Detokenizer(self._tokenizer, self._stop)
+        self._detokenizer = Detokenizer(self._tokenizer, self.sequence.stop)
         self._text(0, num_tokens)
 
     def finish(self) -> ChoiceEnd:
@@ -213,13 +212,9 @@ class _Choice:
 
     def _text(self, start: int, end: int) -> str:
         token_ids = self.sequence.output_ids
-        if end == self.num_tokens and self._is_ended_by_token():
+        if end == self.num_tokens and self.sequence.is_ended_by_token:
             end -= 1  # that token is no part of the text
         return self._detokenizer.push(token_ids[start:end])
-
-    def _is_ended_by_token(self) -> bool:
-        sequence = self.sequence
-        return sequence.finish_reason == "stop" and sequence.output_ids[-1] in sequence.stop_token_ids
 
     def _logprobs(self, start: int, end: int) -> list[TokenLogprob] | None:
         if self.sequence.num_logprobs < 0:

@@ -8,6 +8,7 @@ gateway ─→ auth
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import socket
@@ -21,7 +22,7 @@ from typing import Any
 import anyio
 import msgspec
 
-from descant.actor import Ref
+from descant.actor import ActorStopped, Ref
 from descant.actors.auth import Auth
 from descant.actors.dummy_registry import DummyRegistry
 from descant.actors.fetch import DEMO_ADAPTERS, DEMO_MODEL, Fetch
@@ -48,14 +49,13 @@ from descant.services import ModelState, Services
 from descant.session import SessionTable
 from descant.supervision import RestartPolicy, Supervisor
 from descant.tokenizer import Tokenizer
-from descant_client.errors import DescantError, InternalError
+from descant_client.errors import DescantError, ExecutorFailed, InternalError, ModelInvalid
 
 logger = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 24 * 3600.0
 DRAIN_POLL_S = 0.05
 EXECUTOR = "descant.actors.executor:start"
-PRELOAD_TIMEOUT_S = 600.0
 
 
 class System:
@@ -79,7 +79,17 @@ class System:
         """Take note that an actor cannot be kept running."""
         logger.error("%s was given up: %s", actor, error)
         self.failure = self.failure or (error if isinstance(error, DescantError) else InternalError(str(error)))
+        if actor in ("executor", "scheduler"):
+            self._end_streams(error if isinstance(error, ModelInvalid) else ExecutorFailed(str(error)))
         self.failed.set()
+
+    def _end_streams(self, error: DescantError) -> None:
+        """Nobody computes any more: end what runs, and whatever comes, with `error`."""
+        self.services.model.give_up(error)
+        for session in self.services.sessions:
+            for stream in session:
+                if not stream.is_ended:
+                    stream.fail(error)
 
     async def ready(self) -> EngineReady:
         """Wait until the model is loaded. Raises what made it impossible."""
@@ -97,10 +107,11 @@ class System:
         return self.services.model.engine
 
     async def drain(self, reason: str) -> None:
-        """Refuse new requests and wait, at most `drain_s`, until the running ones have ended."""
-        await self.gateway.tell(Drain(reason))
+        """Refuse new requests and wait, at most `drain_s`, until the running ones have ended and were sent."""
+        with contextlib.suppress(ActorStopped):  # the gateway itself may be what was given up
+            await self.gateway.tell(Drain(reason))
         with anyio.move_on_after(self.config.server.drain_s):
-            while len(self.services.sequences):  # noqa: ASYNC110 - a table tells nobody of its last entry
+            while self.services.sessions.is_busy:  # noqa: ASYNC110 - a table tells nobody of its last entry
                 await anyio.sleep(DRAIN_POLL_S)
 
 
@@ -180,7 +191,7 @@ def _registry(
         return partial(DummyRegistry, entries)
     worker_config = WorkerConfig(
         model_dir=str(model_dir),
-        store_dir=str(Path(config.data_dir) / "store"),
+        store_dir=str(Path(config.data_dir).expanduser() / "store"),
         dtype=config.model.dtype,
         max_rank=config.adapters.max_rank,
         max_file_bytes=config.adapters.max_file_bytes,
@@ -205,9 +216,13 @@ def _spawn_scheduler(
     config = system.config
     addresses: list[Ref[Any]] = []  # the scheduler's, which the executor's callbacks need and which needs the executor
 
+    def tell_scheduler(message: ExecutorUp | ExecutorDown) -> None:
+        with contextlib.suppress(ActorStopped):  # everything is being cancelled
+            addresses[0].tell_nowait(message)
+
     def on_notice(note: EngineReady | LoadProgress) -> None:
         if isinstance(note, EngineReady):
-            addresses[0].tell_nowait(ExecutorUp(note))
+            tell_scheduler(ExecutorUp(note))
         else:
             on_progress(note)
 
@@ -216,7 +231,7 @@ def _spawn_scheduler(
         "executor",
         _executor_program(system, model_dir),
         on_notice=on_notice,
-        on_down=lambda reason: addresses[0].tell_nowait(ExecutorDown(str(reason))),
+        on_down=lambda reason: tell_scheduler(ExecutorDown(str(reason))),
         restarts=RestartPolicy(max_restarts=config.scheduling.max_executor_restarts, within_s=math.inf),
     )
 

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any, Never
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
+import msgspec
 import tokenizers
 
 from descant_client.errors import InvalidRequest, ModelInvalid
@@ -34,12 +38,8 @@ class Tokenizer:
             raise ModelInvalid(str(directory), f"its tokenizer.json cannot be read: {exc}") from exc
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._text_by_id: dict[int, str] = {}
         self._template, self._template_variables = _load_chat_template(directory)
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` works."""
-        return self._template is not None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a raw prompt, with the special tokens the tokenizer adds by itself."""
@@ -56,7 +56,7 @@ class Tokenizer:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._template_variables)
-        except jinja2.TemplateError as exc:
+        except Exception as exc:  # a template is a program: it may raise anything
             raise InvalidRequest("messages", f"the chat template says: {exc}") from exc
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -66,7 +66,10 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Return one token as text, special tokens by their name."""
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        text = self._text_by_id.get(token_id)
+        if text is None:  # log-probabilities of a long prompt name millions of tokens
+            text = self._text_by_id[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
 
 
 class Detokenizer:
@@ -163,13 +166,14 @@ def _load_chat_template(directory: Path) -> tuple[jinja2.Template | None, dict[s
     if isinstance(source, list):  # named templates
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    variables = {name: _token_content(config[name]) for name in names if config.get(name)}
+    tokens = {name: _token_content(config[name]) for name in names if config.get(name)}
+    variables = {"tools": None, "documents": None, **tokens}  # templates compare these with none
     if not isinstance(source, str):
         return None, variables
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     try:
         return environment.from_string(source), variables
@@ -177,12 +181,35 @@ def _load_chat_template(directory: Path) -> tuple[jinja2.Template | None, dict[s
         raise ModelInvalid(str(directory), f"its chat template does not compile: {exc}") from exc
 
 
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what to train on; for us it is not there."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's way
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 def _token_content(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) if path.exists() else {}
+    except (OSError, msgspec.DecodeError) as exc:
+        raise ModelInvalid(str(path.parent), f"its {path.name} cannot be read: {exc}") from exc
 
 
 def _raise_exception(message: str) -> Never:

@@ -13,6 +13,7 @@ from descant.actor import Actor, Later
 from descant.messages import FetchAdapter, FetchMessage, FetchModel
 from descant.sources.hub import download_model
 from descant.sources.local import find_adapter
+from descant_client.errors import ModelInvalid
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
 DEMO_ADAPTERS = Path(__file__).parent.parent / "demo" / "adapters"
@@ -33,9 +34,13 @@ class Fetch(Actor[FetchMessage]):
         return await anyio.to_thread.run_sync(find_adapter, message.adapter, message.path, message.roots)
 
     async def _fetch_model(self, message: FetchModel) -> Path:
-        return await anyio.to_thread.run_sync(_find_model, message)
+        return await anyio.to_thread.run_sync(_find_model, message, abandon_on_cancel=True)  # it may take hours
 
 
 def _find_model(message: FetchModel) -> Path:
     directory = Path(message.model).expanduser()
-    return directory.resolve() if directory.is_dir() else download_model(message.model, message.revision)
+    if directory.is_dir():
+        return directory.resolve()
+    if message.model.startswith(("/", "./", "../", "~")):
+        raise ModelInvalid(message.model, "there is no such directory.")
+    return download_model(message.model, message.revision)

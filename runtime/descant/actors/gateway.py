@@ -24,9 +24,10 @@ from starlette.websockets import WebSocket
 from descant import __version__
 from descant.actor import Actor, ActorStats
 from descant.connection import Connection
+from descant.generate import give_up
 from descant.messages import CancelRequest, Drain, GatewayMessage
 from descant.services import Services
-from descant_client.errors import ConfigInvalid
+from descant_client.errors import ConfigInvalid, InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,18 @@ class Gateway(Actor[GatewayMessage]):
             lifespan="off",
             timeout_graceful_shutdown=2,
         )
+        self._end_orphans()
         self._server = _Server(config)
         self.start_soon(self._listen, self._server)
         self.start_soon(self._sweep)
+
+    def _end_orphans(self) -> None:
+        # The tasks that prepared these requests ended with the life before.
+        error = InternalError("the gateway crashed while the request was being prepared; send it again.")
+        for session in self._services.sessions:
+            for stream in session:
+                if not (stream.is_submitted or stream.is_ended):
+                    give_up(self._services, stream, error)
 
     async def on_receive(self, message: GatewayMessage) -> None:
         """Answer one message."""
@@ -150,7 +160,8 @@ def open_listener(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)
-    except OSError as exc:
+    except (OSError, OverflowError) as exc:
         listener.close()
-        raise ConfigInvalid("server.port", f"cannot listen on {host}:{port}: {exc.strerror or exc}.") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else None
+        raise ConfigInvalid("server.port", f"cannot listen on {host}:{port}: {reason or exc}.") from exc
     return listener

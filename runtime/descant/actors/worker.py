@@ -30,8 +30,9 @@ class Worker:
         match message:
             case PrepareAdapter(adapter, directory):
                 return Prepared(self._adapters.prepare(adapter, directory))
-            case ComposeAdapters(_, members):
-                return Prepared(self._adapters.compose([(member.version, member.weight) for member in members]))
+            case ComposeAdapters(adapter, members):
+                weighted = [(member.version, member.weight) for member in members]
+                return Prepared(self._adapters.compose(adapter, weighted))
 
     def close(self) -> None:
         """Nothing outlives the process."""

@@ -25,21 +25,24 @@ class BaseModel:
         config = from_hf(directory)
         return cls(Path(directory), config, lora_modules(config))
 
-    def head_equals(self, head: Tensor) -> bool:
-        """Return whether `head` has the very values of the output projection `[vocab_size, hidden_size]`.
+    def holds(self, module: str, weight: Tensor) -> bool:
+        """Return whether `weight` has the very values of the embedding or the head, `[vocab_size, hidden_size]`.
+
+        Args:
+          module: `model.embed_tokens` or `lm_head`.
 
         Raises:
             ModelInvalid: the checkpoint has no such tensor or cannot be read.
         """
-        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        name = f"{'model.embed_tokens' if self.config.tie_word_embeddings else module}.weight"
         try:
             with safe_open(self._file_of(name), framework="pt") as file:
                 own = file.get_tensor(name)
         except (SafetensorError, OSError, msgspec.DecodeError, KeyError) as exc:
             raise ModelInvalid(str(self.directory), f"its tensor {name} cannot be read: {exc}") from exc
-        if own.shape != head.shape:
+        if own.shape != weight.shape:
             return False
-        chunks = zip(own.split(4096), head.split(4096), strict=True)  # float32 copies of a few rows at a time
+        chunks = zip(own.split(4096), weight.split(4096), strict=True)  # float32 copies of a few rows at a time
         return all(bool((one.float() == other.float()).all()) for one, other in chunks)
 
     def _file_of(self, tensor: str) -> Path:

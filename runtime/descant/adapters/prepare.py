@@ -11,7 +11,7 @@ from descant.adapters.compose import weighted_sum
 from descant.adapters.limits import AdapterLimits
 from descant.adapters.low_rank import LowRankAdapter
 from descant.adapters.read import read_adapter
-from descant.adapters.store import read_version, write_version
+from descant.adapters.store import read_version, sweep, write_version
 from descant.engine.arch import Dtype
 from descant.engine.arena import extent_bytes
 from descant.scheduling.version import AdapterVersion
@@ -26,7 +26,7 @@ class AdapterWorker:
     def __init__(
         self, base_dir: str | Path, store_dir: str | Path, dtype: Dtype, limits: AdapterLimits | None = None
     ) -> None:
-        """Read the base's config. `dtype` is the one the model is served in.
+        """Read the base's config and clean up the store. `dtype` is the one the model is served in.
 
         Raises:
             ModelInvalid: the base cannot be served.
@@ -35,6 +35,7 @@ class AdapterWorker:
         self._store_dir = Path(store_dir)
         self._dtype = _DTYPES[dtype]
         self._limits = limits or AdapterLimits()
+        sweep(self._store_dir)
 
     def prepare(self, name: str, directory: str | Path) -> AdapterVersion:
         """Read the adapter in `directory`, check it and put it into the store. Errors call it `name`.
@@ -45,8 +46,8 @@ class AdapterWorker:
         """
         return self._store(name, read_adapter(name, Path(directory), self._base, self._limits))
 
-    def compose(self, members: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
-        """Put the weighted sum of prepared versions into the store.
+    def compose(self, name: str, members: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
+        """Put the weighted sum of prepared versions into the store. Errors call it `name`.
 
         The order of members does not matter: one sum is one version.
 
@@ -55,13 +56,12 @@ class AdapterWorker:
             AdapterTooLarge: the sum's extent on the device is over the limit. OSError: the store cannot be written.
         """
         ordered = sorted(members, key=lambda member: (member[0].digest, member[1]))
-        name = " + ".join(f"{weight:g} * {version.digest[:12]}" for version, weight in ordered)
         if not ordered or not all(math.isfinite(weight) for _, weight in ordered):
             raise AdapterInvalid(name, "a sum needs members, with finite weights")
-        return self._store(name, weighted_sum([(self._read(version), weight) for version, weight in ordered]))
+        return self._store(name, weighted_sum([(self._read(name, version), weight) for version, weight in ordered]))
 
-    def _read(self, version: AdapterVersion) -> LowRankAdapter:
-        factors = read_version(Path(version.path), self._base.modules)
+    def _read(self, name: str, version: AdapterVersion) -> LowRankAdapter:
+        factors = read_version(Path(version.path), self._base.modules, name)
         return LowRankAdapter({self._base.modules[index].name: pair for index, pair in factors.items()})
 
     def _store(self, name: str, adapter: LowRankAdapter) -> AdapterVersion:

@@ -165,7 +165,7 @@ _ROPE_OPTIONAL = _ROPE_KEYS["yarn"] - {"factor"}
 
 def _read_family(reader: ConfigReader) -> _Defaults:
     model_type = reader.take("model_type")
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise reader.refuse(f"model_type {model_type!r} is not supported; these are: {', '.join(_FAMILIES)}.")
     family = _FAMILIES[model_type]
     architectures = reader.take("architectures", [family.architecture])
@@ -227,12 +227,12 @@ def _read_windows(reader: ConfigReader, family: Family, num_layers: int) -> tupl
     elif family in ("qwen2", "qwen3"):
         size = None if reader.is_null("sliding_window") else reader.integer("sliding_window", 4096)
         window = size if reader.flag("use_sliding_window", False) else None
-        first_layer = reader.take("max_window_layers", 28)
+        first_layer = reader.count("max_window_layers", 28)
     else:
         first_layer = num_layers
     by_default = ["sliding_attention" if window and i >= first_layer else "full_attention" for i in range(num_layers)]
     kinds = reader.take("layer_types", by_default)
-    is_known = isinstance(kinds, list) and set(kinds) <= {"sliding_attention", "full_attention"}
+    is_known = isinstance(kinds, list) and all(kind in ("sliding_attention", "full_attention") for kind in kinds)
     if not is_known or len(kinds) != num_layers or (window is None and "sliding_attention" in kinds):
         raise reader.refuse(f"layer_types {kinds!r} does not fit {num_layers} layers and their sliding_window.")
     if family in ("llama", "mistral") and kinds != by_default:
@@ -254,7 +254,7 @@ def _read_rope(reader: ConfigReader, max_positions: int) -> RopeConfig:
     outer_theta = reader.number("rope_theta", 10_000.0)
     legacy_kind = rope.take("type", "default")
     kind: RopeKind = rope.take("rope_type", legacy_kind)
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise reader.refuse(f"{key}.rope_type {kind!r} is not supported; these are: {', '.join(_ROPE_KEYS)}.")
     theta = rope.number("rope_theta", outer_theta)
     if kind in ("llama3", "yarn"):

@@ -9,7 +9,7 @@ import msgspec
 
 from descant_client.errors import ModelInvalid
 
-# Keys without influence on the numbers of a forward pass without dropout.
+# Keys without influence on the numbers of a forward pass without dropout. How to sample is the request's business.
 _HARMLESS = frozenset(
     {
         "_attn_implementation_autoset",
@@ -18,8 +18,11 @@ _HARMLESS = frozenset(
         "attention_dropout",
         "attn_implementation",
         "chunk_size_feed_forward",
+        "do_sample",
+        "gradient_checkpointing",
         "id2label",
         "initializer_range",
+        "is_llama_config",
         "label2id",
         "max_length",
         "max_sequence_length",
@@ -31,8 +34,13 @@ _HARMLESS = frozenset(
         "problem_type",
         "return_dict",
         "task_specific_params",
+        "temperature",
         "tokenizer_class",
+        "tokenizer_model_max_length",
+        "top_k",
+        "top_p",
         "torchscript",
+        "transformers.js_config",
         "transformers_version",
         "unsloth_fixed",
         "unsloth_version",
@@ -81,6 +89,13 @@ class ConfigReader:
             raise self.refuse(f"config.json has no {key}.")
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refuse(f"{key} is {value!r}, not a positive integer.")
+        return value
+
+    def count(self, key: str, default: int) -> int:
+        """Return an integer of at least 0. Raises ModelInvalid for anything else."""
+        value = self.take(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise self.refuse(f"{key} is {value!r}, not a count.")
         return value
 
     def number(self, key: str, default: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from descant.engine.decoder import Decoder
 from descant.engine.interface import EngineInfo, EngineOptions, check_plan
 from descant.engine.kv_cache import KVCache, blocks_within
 from descant.engine.rotary import rope_tables
-from descant.engine.sampling import SampledToken, Sampler
+from descant.engine.sampling import NOT_FINITE, SampledToken, Sampler
 from descant.engine.weights import load_weights
 from descant.scheduling.plan import (
     EngineLimits,
@@ -175,6 +176,8 @@ class Engine:
 def _finish(row: ScheduledRow, sampled: SampledToken | None, prompt_logprobs: LogprobRows | None) -> RowResult:
     """Note in the row's state what was computed, and report it."""
     row.state.num_computed = row.end
+    if prompt_logprobs is not None and not _is_finite(prompt_logprobs):
+        return RowResult(row.state.row, row.end, error=NOT_FINITE)
     if sampled is None:
         return RowResult(row.state.row, row.end, prompt_logprobs=prompt_logprobs)
     if sampled.error is not None:
@@ -182,6 +185,12 @@ def _finish(row: ScheduledRow, sampled: SampledToken | None, prompt_logprobs: Lo
     row.state.append_token(sampled.token_id)
     token_ids = pack_ints([sampled.token_id])
     return RowResult(row.state.row, row.end, token_ids, sampled.logprobs, prompt_logprobs)
+
+
+def _is_finite(logprobs: LogprobRows) -> bool:
+    return all(
+        bool(np.isfinite(np.frombuffer(packed, dtype="<f4")).all()) for packed in (logprobs.chosen, logprobs.top)
+    )
 
 
 def _concatenated(parts: list[LogprobRows]) -> LogprobRows:

@@ -17,11 +17,14 @@ from descant_kernels import NodeNoise, sample_nodes
 GREEDY_BELOW = 1e-5
 """Lower temperatures count as 0: a logit divided by them could leave float32."""
 
+_LARGEST_SCORE = 1e30
+"""Beyond this, penalties and biases change nothing more: a score divided by GREEDY_BELOW must stay in float32."""
+
 _CANDIDATES = (1024, 16_384)
 """Tokens that a filter sorts at first, and then; the whole vocabulary only for rows whose answer lies beyond them."""
 
 _LOGPROB_CHUNK_ROWS = 64
-_NOT_FINITE = "the model gave logits that are not finite"
+NOT_FINITE = "the model gave logits that are not finite"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +130,7 @@ def _is_sampled(params: SamplingParams) -> bool:
 def _find_errors(logits: Tensor, rows: Sequence[SamplingRow]) -> dict[int, str]:
     """Rows that cannot be sampled. A sum shows any element that is not finite, and overflows only near 1e38."""
     sums = logits.sum(-1).isfinite().tolist()
-    errors = {i: _NOT_FINITE for i, is_finite in enumerate(sums) if not is_finite and not logits[i].isfinite().all()}
+    errors = {i: NOT_FINITE for i, is_finite in enumerate(sums) if not is_finite and not logits[i].isfinite().all()}
     for i, row in enumerate(rows):
         if row.params.logit_bias and max(row.params.logit_bias) >= logits.shape[1]:
             errors[i] = f"logit_bias names token {max(row.params.logit_bias)}; the vocabulary has {logits.shape[1]}"
@@ -161,6 +164,7 @@ def _adjust(scores: Tensor, row: SamplingRow) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+    scores.nan_to_num_(0.0).clamp_(-_LARGEST_SCORE, _LARGEST_SCORE)  # NaN: 0 divided by a penalty that underflowed
 
 
 # ---- filters: scores [n, V], limits [n] -> scores with what does not survive at -inf --------------------------------

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from descant.scheduling.plan import NO_ADAPTER, AdapterSpan
 from descant.scheduling.residency import AdapterResidency, Placement
-from descant.scheduling.sequence import Sequence
+from descant.scheduling.sequence import Sequence, by_arrival
 from descant.scheduling.version import AdapterVersion
 
 MAX_PASSES = 64  # sequences that may get an adapter while an earlier one waits for a place for its own
@@ -62,7 +62,7 @@ class AdapterGate:
         if self._may_pass(sequence) and (placement := self.residency.acquire(version)) is not None:
             self._num_passes += bool(self._queue)
             return self._hold(sequence, version, placement)
-        insort(self._queue.setdefault(version.digest, []), sequence, key=_by_arrival)
+        insort(self._queue.setdefault(version.digest, []), sequence, key=by_arrival)
         return False
 
     def leave(self, sequence: Sequence) -> None:
@@ -146,7 +146,3 @@ class AdapterGate:
             self._loading[version.digest].append(sequence)
             return False
         return True
-
-
-def _by_arrival(sequence: Sequence) -> int:
-    return sequence.id

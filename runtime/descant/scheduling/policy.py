@@ -24,7 +24,7 @@ from descant.scheduling.gate import AdapterLoad
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.plan import EngineLimits, Row, RowResult, StepResult
 from descant.scheduling.rows import PlannedStep, StepBuilder, put_prompt_logprobs, sampled_logprobs, sampled_tokens
-from descant.scheduling.sequence import Sequence, SequenceTable
+from descant.scheduling.sequence import Sequence, SequenceTable, by_arrival
 from descant_client.errors import DescantError, ExecutorFailed, InternalError
 from descant_client.protocol import FinishReason
 
@@ -52,6 +52,7 @@ class Policy:
         self._retired: list[Sequence] = []  # finished in flight: the engine may still write to their blocks
         for sequence in table:
             sequence.forget_device_state()
+            sequence.status = "waiting"  # the message that unparks it may have been lost with the policy before
             self._hold(sequence)
 
     # ---- sequences come and go ------------------------------------------------------------------------------------
@@ -77,11 +78,7 @@ class Policy:
             self._life.check_fits(sequence)
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
-        """Take on new sequences and add them to the table: all of them or none.
-
-        Raises:
-            InvalidRequest, AdapterTooLarge, UnsupportedRequest: as `check_fits`.
-        """
+        """Take on new sequences and add them to the table: all of them or none. Raises as `check_fits`."""
         sequences = list(sequences)
         for sequence in sequences:
             self.check_fits(sequence)
@@ -142,7 +139,7 @@ class Policy:
         """The load is done: the sequences that waited for it may run. Loads of an earlier executor are ignored."""
         if self._life is not None and load.epoch == self._life.epoch:
             for sequence in self._life.gate.loaded(load):
-                insort(self._waiting, sequence, key=_by_arrival)
+                insort(self._waiting, sequence, key=by_arrival)
 
     def load_failed(self, load: AdapterLoad, error: DescantError) -> None:
         """The load failed: the sequences that waited for it fail with `error`. The next to want it tries again.
@@ -151,7 +148,8 @@ class Policy:
         """
         if self._life is not None and load.epoch == self._life.epoch:
             for sequence in self._life.gate.load_failed(load):
-                self._finish(sequence, "error", error)
+                if not sequence.is_finished:  # with another choice of its request
+                    self._finish(sequence, "error", error)
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +161,7 @@ class Policy:
             return None
         self._follow_trial(life)
         for sequence in life.gate.open():
-            insort(self._waiting, sequence, key=_by_arrival)
+            insort(self._waiting, sequence, key=by_arrival)
         builder = StepBuilder(self._max_num_batched_tokens)
         self._plan_decodes(life, builder)
         self._plan_prefills(builder)
@@ -243,7 +241,7 @@ class Policy:
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = self._now()
             sequence.num_cached_tokens = sequence.num_computed
-        insort(self._running, sequence, key=_by_arrival)
+        insort(self._running, sequence, key=by_arrival)
 
     # ---- applying -------------------------------------------------------------------------------------------------
 
@@ -294,7 +292,7 @@ class Policy:
             self._finish(sequence, "error", error)
             return
         if is_ready:
-            insort(self._waiting, sequence, key=_by_arrival)
+            insort(self._waiting, sequence, key=by_arrival)
 
     def _hold(self, sequence: Sequence) -> None:
         if sequence.status != "parked":
@@ -317,12 +315,14 @@ class Policy:
         self._table.remove(sequence)
         self._blame.left(sequence.id)
         sequence.sink.end(sequence)
+        for sibling in self._table.of_request(sequence.request_id) if reason == "error" else ():
+            self._finish(sibling, "cancelled")  # a request fails as a whole: nobody would read its other choices
 
     def _release(self, sequence: Sequence) -> None:
         """Take everything from the sequence but its tokens, and take it out of every queue."""
         self._held.pop(sequence.id, None)
         for queue in (self._waiting, self._running):
-            index = bisect_left(queue, sequence.id, key=_by_arrival)
+            index = bisect_left(queue, sequence.id, key=by_arrival)
             if index < len(queue) and queue[index] is sequence:
                 del queue[index]
         if self._life is not None:
@@ -341,10 +341,7 @@ class Policy:
         self._admit_held()
 
     def _admit_held(self) -> None:
-        held, self._held = sorted(self._held.values(), key=_by_arrival), {}
+        held, self._held = sorted(self._held.values(), key=by_arrival), {}
         for sequence in held:
-            self._enter(sequence)
-
-
-def _by_arrival(sequence: Sequence) -> int:
-    return sequence.id
+            if not sequence.is_finished:
+                self._enter(sequence)

@@ -164,6 +164,11 @@ class Sequence:
         self.spans = self.decode_row = None
 
 
+def by_arrival(sequence: Sequence) -> int:
+    """Sort by this to put who came first first."""
+    return sequence.id
+
+
 class SequenceTable:
     """All live sequences, and the numbers that must never repeat.
 

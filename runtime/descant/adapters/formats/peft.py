@@ -25,7 +25,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 _MAX_NAME_CHARS = 512
-_HEAD_COPY = "lm_head.base_layer.weight"
+_BASE_COPY = re.compile(r"(?P<module>model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 
 # Some producers leave the prefix out or write it twice, or leave the adapter's name in the key.
 _PREFIX = re.compile(r"(?:base_model\.model\.)*")
@@ -104,11 +104,11 @@ def _sort_keys(adapter: str, names: Sequence[str], file: Any, base: BaseModel) -
 
 
 def _accept_or_refuse(adapter: str, name: str, bare: str, file: Any, base: BaseModel) -> None:
-    """PEFT saves the head it adapted along with the factors; that is fine if it is the base's own."""
-    if bare == _HEAD_COPY:
-        if base.head_equals(file.get_tensor(name)):
+    """PEFT saves a head it adapted, and if asked to both embeddings; that is fine if they are the base's own."""
+    if match := _BASE_COPY.fullmatch(bare):
+        if base.holds(match["module"], file.get_tensor(name)):
             return
-        raise AdapterUnsupported(adapter, f"an output head other than the base's (tensor {name})")
+        raise AdapterUnsupported(adapter, f"its own embedding or head, other than the base's (tensor {name})")
     feature = next((feature for pattern, feature in _FEATURES if pattern.search(bare)), None)
     raise AdapterUnsupported(adapter, f"{feature} (tensor {name})" if feature else f"the unknown tensor {name}")
 

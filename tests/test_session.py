@@ -1,0 +1,139 @@
+"""Sessions outlive connections, belong to one principal, and are forgotten in time."""
+
+from __future__ import annotations
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from descant.messages import Principal
+from descant.session import Session, SessionTable
+from descant_client.errors import InternalError, InvalidRequest, Overloaded, StreamNotFound
+
+pytestmark = pytest.mark.anyio
+
+ANN, BOB = Principal("ann"), Principal("bob")
+
+
+@pytest.fixture
+def table() -> SessionTable:
+    return SessionTable(max_streams=2, buffer_bytes=1000)
+
+
+@pytest.fixture
+def session(table: SessionTable) -> Session:
+    return table.attach(None, ANN)
+
+
+def test_one_comes_back_to_ones_own_session_only(table: SessionTable, session: Session) -> None:
+    assert table.attach(session.id, ANN) is session
+    assert table.attach(session.id, BOB) is not session
+    assert table.attach("guessed", ANN).id != "guessed"
+
+
+def test_session_ids_cannot_be_guessed(table: SessionTable) -> None:
+    ids = {table.attach(None, ANN).id for _ in range(100)}
+
+    assert len(ids) == 100
+    assert min(map(len, ids)) >= 20
+
+
+def test_streams_of_equal_ids_in_two_sessions_have_different_keys(table: SessionTable, session: Session) -> None:
+    other = table.attach(None, ANN)
+
+    assert session.open_stream("1").key != other.open_stream("1").key
+
+
+def test_an_id_can_be_used_again_once_it_was_released(session: Session) -> None:
+    session.open_stream("1")
+    with pytest.raises(InvalidRequest, match="in use"):
+        session.open_stream("1")
+    session.close_stream("1")
+    session.close_stream("1")
+
+    assert session.open_stream("1") is session.stream("1")
+
+
+def test_only_unfinished_streams_count_against_the_limit(session: Session) -> None:
+    for request_id in ("1", "2"):
+        session.open_stream(request_id)
+    with pytest.raises(Overloaded):
+        session.open_stream("3")
+    session.stream("1").fail(InternalError("over"))
+
+    session.open_stream("3")
+
+
+def test_an_unknown_stream_is_not_found(session: Session) -> None:
+    with pytest.raises(StreamNotFound):
+        session.stream("1")
+
+
+async def test_changed_streams_come_in_turn_each_once(session: Session) -> None:
+    number = session.attach()
+    one, two = session.open_stream("1"), session.open_stream("2")
+    for stream in (one, two, one):
+        stream.fail(InternalError("x"))
+
+    assert await session.next_changed(number) is one
+    one.fail(InternalError("y"))
+    assert [await session.next_changed(number) for _ in range(2)] == [two, one]
+
+
+async def test_a_connection_that_waits_ends_when_another_takes_over(session: Session) -> None:
+    answers: list[object] = []
+    older = session.attach()
+    async with anyio.create_task_group() as tasks:
+
+        async def wait() -> None:
+            answers.append(await session.next_changed(older))
+
+        tasks.start_soon(wait)
+        await anyio.lowlevel.checkpoint()
+        session.attach()
+
+    assert answers == [None]
+
+
+async def test_a_released_stream_is_not_rendered_any_more(session: Session) -> None:
+    number = session.attach()
+    one, two = session.open_stream("1"), session.open_stream("2")
+    session.close_stream("1")
+    one.fail(InternalError("x"))
+    two.fail(InternalError("x"))
+
+    assert await session.next_changed(number) is two
+
+
+def test_sessions_without_connection_and_finished_streams_expire(table: SessionTable, session: Session) -> None:
+    session.attach()
+    finished, running = session.open_stream("1"), session.open_stream("2")
+    finished.ended_s = 10.0
+
+    assert list(table.expire(69.9, 60.0)) == []
+    assert list(session) == [finished, running]
+    assert list(table.expire(70.0, 60.0)) == []
+    assert list(session) == [running]
+
+    session.detached_s = 70.0
+    assert list(table.expire(129.9, 60.0)) == []
+    assert list(table.expire(130.0, 60.0)) == [running]
+    assert len(table) == 0
+
+
+def test_a_session_that_was_taken_up_again_does_not_expire(table: SessionTable, session: Session) -> None:
+    session.detached_s = 0.0
+    table.attach(session.id, ANN).attach()
+
+    assert list(table.expire(1000.0, 60.0)) == []
+    assert len(table) == 1
+
+
+def test_a_table_is_busy_while_a_stream_runs_or_has_not_been_sent(table: SessionTable, session: Session) -> None:
+    session.attach()
+    stream = session.open_stream("1")
+    assert table.is_busy
+    stream.fail(InternalError("x"))
+    assert table.is_busy
+    stream.ended_s = 1.0
+    assert not table.is_busy
