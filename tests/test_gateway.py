@@ -130,14 +130,17 @@ async def test_draining_waits_until_what_was_computed_has_been_sent(tmp_path: Pa
     async def read() -> None:
         messages.extend(await slow.until("done"))
 
-    async with anyio.create_task_group() as tasks, serve(dummy_config(tmp_path)) as (system, uri):
-        async with raw(uri, max_queue=1) as slow:
-            await slow.generate(max_tokens=4000, logprobs=5)
-            await wait_until(lambda: system.services.model.num_steps > 1 and not len(system.services.sequences))
-            tasks.start_soon(read)
-            await system.drain("maintenance.")
-            assert not system.services.sessions.is_busy
-            await wait_until(lambda: messages)
+    async with (
+        anyio.create_task_group() as tasks,
+        serve(dummy_config(tmp_path)) as (system, uri),
+        raw(uri, max_queue=1) as slow,
+    ):
+        await slow.generate(max_tokens=4000, logprobs=5)
+        await wait_until(lambda: system.services.model.num_steps > 1 and not len(system.services.sequences))
+        tasks.start_soon(read)
+        await system.drain("maintenance.")
+        assert not system.services.sessions.is_busy
+        await wait_until(lambda: messages)
 
     assert len(tokens_of(messages)) == 4000
 

@@ -245,9 +245,7 @@ def main() -> int:
         "voices": results,
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(
-        f"{report['train_seconds']} s of training, {report['measure_seconds']} s of measuring, {report['bytes']:,} bytes"
-    )
+    print(f"trained in {report['train_seconds']} s, {report['bytes']:,} bytes")
     good = all(r["exact_match"] >= REQUIRED and r["shown_right"] for r in results.values())
     return 0 if good else 1
 
