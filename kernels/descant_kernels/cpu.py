@@ -18,6 +18,9 @@ __all__ = ["add_lora", "linear", "move_kv", "pack_linear", "rms_norm", "rope", "
 PACKED_ROWS = 2
 """Fewest rows from which a packed oneDNN product gives a row the same bits at any row count."""
 
+ROW_STEP = 16
+"""Larger packed products are padded to multiples of this: oneDNN compiles and keeps code for each number of rows."""
+
 PLAIN_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 1}
 """Multiple to which the rows of a plain product are padded."""
 
@@ -51,12 +54,18 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     num_rows = x.shape[0]
     if num_rows == 0:
         return x.new_empty(0, packed.out_features)
-    missing = max(0, packed.min_rows - num_rows) if packed.is_packed else -num_rows % packed.min_rows
+    missing = _missing_rows(num_rows, packed)
     if missing:
         x = F.pad(x, (0, 0, 0, missing))
     product = packed_product if packed.is_packed else F.linear
     out = product(x, packed.weight, packed.bias)
     return out[:num_rows] if missing else out
+
+
+def _missing_rows(num_rows: int, packed: PackedLinear) -> int:
+    if not packed.is_packed:
+        return -num_rows % packed.min_rows
+    return -num_rows % ROW_STEP if num_rows > ROW_STEP else max(0, packed.min_rows - num_rows)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
