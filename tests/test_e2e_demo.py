@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import anyio
 import anyio.lowlevel
 import pytest
 
 import descant
-from descant.config import Config, ServerConfig
+from descant.config import Config, ModelConfig, ServerConfig
 from descant.system import System, running
 from descant_client import Client, connect
+from descant_client.errors import InvalidRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -91,3 +93,12 @@ async def test_a_chat_message_is_answered_like_a_prompt(system: System) -> None:
 async def test_a_program_can_serve_itself() -> None:
     async with descant.local() as client:
         assert await client.generate(PROMPT, adapter="reverse", temperature=0.0).text() == PROMPT[::-1]
+
+
+async def test_a_prompt_beyond_the_kv_cache_is_refused_and_a_shorter_one_answered(tmp_path: Path) -> None:
+    config = Config(data_dir=str(tmp_path), server=ServerConfig(port=0), model=ModelConfig(kv_bytes=64 * 1024))
+    async with running(config) as system, connect(f"ws://127.0.0.1:{system.port}") as client:
+        with pytest.raises(InvalidRequest):
+            await client.generate("too long " * 20).result()
+
+        assert await client.generate("short", temperature=0.0).text() == "short"
