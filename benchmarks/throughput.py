@@ -27,8 +27,8 @@ async def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as data_dir:
         async with running(Config(data_dir=data_dir, server=ServerConfig(port=0))) as system:
-            engine = await system.ready()
-            print(f"demo model, {engine.num_parameters / 1e6:.2f} M parameters, {engine.dtype}, {engine.device}")
+            info = (await system.ready()).info
+            print(f"demo model, {info.num_parameters / 1e6:.2f} M parameters, {info.dtype}, {info.device}")
             print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores; median of {REPEATS}")
             async with connect(f"ws://127.0.0.1:{system.port}") as client:
                 names = [adapter.name for adapter in await client.adapters.list()]

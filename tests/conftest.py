@@ -11,7 +11,10 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
-    from servers import Checkpoint
+    from collections.abc import AsyncIterator
+
+    from descant.system import System
+    from servers import Checkpoint, Neighbor
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     from servers import tiny_checkpoint  # what builds it takes seconds to import
 
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+async def neighbor(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
+    """A healthy stream beside every test of a module, on the module's own `server`."""
+    from descant_client import connect
+    from servers import Neighbor
+
+    async with connect(server[1]) as client:
+        yield await Neighbor.beside(client, num_tokens=50)

@@ -12,7 +12,6 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from descant.system import System
-from descant_client import connect
 from descant_client.protocol import MSGPACK_SUBPROTOCOL
 from servers import LONG, Neighbor, RawClient, decode, dummy_config, fetch, raw, serve, wait_until
 
@@ -27,12 +26,6 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tupl
     config = dummy_config(tmp_path_factory.mktemp("data"), 500, max_frame_bytes=MAX_FRAME_BYTES, resume_window_s=0.2)
     async with serve(config) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-async def neighbor(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
-    async with connect(server[1]) as client:
-        yield await Neighbor.beside(client, num_tokens=50)
 
 
 @pytest.fixture(autouse=True)

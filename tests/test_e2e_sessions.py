@@ -25,12 +25,6 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tupl
         yield running
 
 
-@pytest.fixture(scope="module")
-async def neighbor(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
-    async with connect(server[1]) as client:
-        yield await Neighbor.beside(client, num_tokens=50)
-
-
 @pytest.fixture(autouse=True)
 async def _undisturbed(neighbor: Neighbor, server: tuple[System, str]) -> AsyncIterator[None]:
     """Beside every test here a stream runs, and none of them may leave anything."""

@@ -93,7 +93,8 @@ class Cell:
                 tasks.cancel_scope.cancel()
             return None
         except Exception as exc:  # noqa: BLE001 - a life may end of anything; the supervisor decides
-            failure = _first_leaf(exc)
+            failure = first_leaf(exc)
+            assert isinstance(failure, Exception), "a group of Exceptions holds nothing else"
             self._failures += 1
             make_error = partial(failure_of, self.name, failure)
             if self.actor is not None and not self.actor.keeps_mailbox:
@@ -200,7 +201,8 @@ def failure_of(name: str, failure: BaseException) -> ActorFailed:
     return ActorFailed(name, f"{type(failure).__name__}: {failure}")
 
 
-def _first_leaf(exc: Exception) -> Exception:
-    while isinstance(exc, ExceptionGroup):
-        exc = exc.exceptions[0]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return exc  # pyright: ignore[reportUnknownVariableType]
+def first_leaf(exc: BaseException) -> BaseException:
+    """Return the first exception that is no group, of a group and the groups in it."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

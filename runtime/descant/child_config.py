@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import msgspec
 
-from descant.config import DType, EngineKind
+from descant.adapters.limits import AdapterLimits
+from descant.config import EngineKind
+from descant.engine.arch import Dtype
+from descant.engine.interface import EngineOptions
 
 
 class ExecutorConfig(msgspec.Struct, frozen=True):
-    """See `config.ModelConfig` and `config.AdapterConfig`."""
+    """Which engine to run, on what; `dummy_tokens_per_s` is the dummy's pace."""
 
     engine: EngineKind
     model_dir: str
-    dtype: DType | None
-    device: str
-    kv_bytes: int
-    num_adapter_slots: int
-    adapter_bytes: int
-    max_num_batched_tokens: int
-    num_threads: int | None
+    options: EngineOptions
     dummy_tokens_per_s: float
 
 
@@ -27,7 +24,5 @@ class WorkerConfig(msgspec.Struct, frozen=True):
 
     model_dir: str
     store_dir: str
-    dtype: DType | None
-    max_rank: int
-    max_file_bytes: int
-    max_extent_bytes: int  # the arena's size
+    dtype: Dtype | None
+    limits: AdapterLimits

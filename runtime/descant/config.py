@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 import msgspec
 import platformdirs
 
+from descant.engine.arch import Dtype
 from descant.references import NAME
 from descant_client.errors import ConfigInvalid
 
-DType = Literal["float32", "bfloat16", "float16"]
 EngineKind = Literal["model", "dummy"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -47,7 +47,7 @@ class ModelConfig(Section, frozen=True):
     path: str | None = None  # a directory or a Hub id; None: the embedded demo model
     revision: str | None = None  # of a Hub id
     engine: EngineKind = "model"
-    dtype: DType | None = None  # None: the checkpoint's
+    dtype: Dtype | None = None  # None: the checkpoint's
     device: Literal["cpu", "cuda"] = "cpu"
     kv_bytes: Positive = 256 * MiB
     num_threads: Positive | None = None  # None: one for small models, torch's choice for others

@@ -153,7 +153,6 @@ class Connection:
             case OpenAdapter(request_id, name):
                 self._start_task(self._list_adapters, request_id, name)
             case ListModels(request_id):
-                await self._services.model.ready()
                 await self._send(Models(request_id=request_id, models=[self._services.model.info]))
 
     def _generate(self, request: Generate) -> None:

@@ -6,14 +6,15 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from descant.config import AdapterConfig, AdapterEntry, Config, DType, ModelConfig, ServerConfig
+from descant.config import AdapterConfig, AdapterEntry, Config, ModelConfig, ServerConfig
+from descant.engine.arch import Dtype
 from descant.system import running
 from descant_client.client import Client, connect
 
 
 @asynccontextmanager
 async def local(
-    model: str | None = None, *, adapters: Mapping[str, str] | None = None, dtype: DType | None = None
+    model: str | None = None, *, adapters: Mapping[str, str] | None = None, dtype: Dtype | None = None
 ) -> AsyncIterator[Client]:
     """Serve `model` (a directory or Hub id; None: the demo model) to this program alone and yield a client.
 

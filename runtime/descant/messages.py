@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
+from descant.engine.interface import EngineInfo
 from descant.scheduling.plan import EngineLimits, StepPlan, StepResult
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion
@@ -154,12 +155,7 @@ class EngineReady(Message, frozen=True):
     """Upward from the executor once the model is loaded."""
 
     limits: EngineLimits
-    dtype: str
-    device: str
-    adapter_bytes: int
-    eos_token_ids: tuple[int, ...]
-    num_parameters: int = 0
-    is_invariant: bool = True  # the start-up probe found rows independent of their batch, bit for bit
+    info: EngineInfo
 
 
 class LoadProgress(Message, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 
 import anyio
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from descant.config import Config
 from descant.messages import EngineReady, LoadProgress
-from descant.system import System, running
+from descant.system import System, first_of, running
 
 
 def serve_forever(config: Config) -> None:
@@ -51,33 +51,21 @@ async def _announce(system: System, console: Console, start_up: StartUp, started
 
 def banner(system: System, engine: EngineReady) -> str:
     """Return the one line that says what runs where."""
-    host, limits = system.config.server.host, engine.limits
+    host, limits, info = system.config.server.host, engine.limits, engine.info
     host = f"[{host}]" if ":" in host else host
     capacity = limits.num_blocks * limits.block_size
-    model = f"{system.services.model.id} ({engine.num_parameters / 1e6:.1f} M, {engine.dtype}, {engine.device})"
+    model = f"{system.services.model.id} ({info.num_parameters / 1e6:.1f} M, {info.dtype}, {info.device})"
     return f"Descant at ws://{host}:{system.port} · {model} · KV for {capacity:,} tokens"
 
 
 async def _drain_when_told(
     system: System, signals: AsyncIterator[signal.Signals], console: Console, scope: anyio.CancelScope
 ) -> None:
-    await _first_of(partial(anext, signals), system.failed.wait)
+    await first_of(partial(anext, signals), system.failed.wait)
     reason = "it was told to stop." if system.failure is None else str(system.failure)
     console.print("Draining; a second signal ends it at once.")
-    await _first_of(partial(anext, signals), partial(system.drain, reason))
+    await first_of(partial(anext, signals), partial(system.drain, reason))
     scope.cancel()
-
-
-async def _first_of(*waits: Callable[[], Awaitable[object]]) -> None:
-    """Return when one of these has, cancelling the others."""
-
-    async def wait_for(wait: Callable[[], Awaitable[object]]) -> None:
-        await wait()
-        tasks.cancel_scope.cancel()
-
-    async with anyio.create_task_group() as tasks:
-        for wait in waits:
-            tasks.start_soon(wait_for, wait)
 
 
 class StartUp:

@@ -60,7 +60,7 @@ class ModelState:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end an answer."""
-        return self.engine.eos_token_ids
+        return self.engine.info.eos_token_ids
 
     @property
     def info(self) -> ModelInfo:
@@ -70,8 +70,8 @@ class ModelState:
             id=self.id,
             max_context=engine.limits.max_context,
             vocab_size=engine.limits.vocab_size,
-            dtype=engine.dtype,
-            device=engine.device,
+            dtype=engine.info.dtype,
+            device=engine.info.device,
         )
 
 

@@ -18,7 +18,7 @@ import anyio
 import msgspec
 
 from descant.actor import Actor, ActorError, ActorStats, Ref
-from descant.cell import Cell, failure_of
+from descant.cell import Cell, failure_of, first_leaf
 from descant_client.errors import DescantError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Supervisor:
             escalated = group.subgroup(Escalated)
             if escalated is None:
                 raise
-            raise _leaf(escalated) from None
+            raise first_leaf(escalated) from None
 
     def spawn(
         self,
@@ -148,11 +148,3 @@ class Supervisor:
         if self._on_escalate is None:
             raise Escalated(cell.name, f"{type(failure).__name__}: {failure}") from failure
         self._on_escalate(cell.name, failure)
-
-
-def _leaf(group: BaseExceptionGroup[Escalated]) -> Escalated:
-    exc: BaseException = group
-    while isinstance(exc, BaseExceptionGroup):
-        exc = exc.exceptions[0]
-    assert isinstance(exc, Escalated)
-    return exc

@@ -13,7 +13,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,10 @@ from descant.actors.fetch import DEMO_ADAPTERS, DEMO_MODEL, Fetch
 from descant.actors.gateway import Gateway, open_listener
 from descant.actors.registry import Registry
 from descant.actors.scheduler import Scheduler, make_probe
+from descant.adapters.limits import AdapterLimits
 from descant.child_config import ExecutorConfig, WorkerConfig
 from descant.config import AdapterEntry, Config, check_config
+from descant.engine.interface import EngineOptions
 from descant.messages import (
     Drain,
     EngineReady,
@@ -93,15 +95,7 @@ class System:
 
     async def ready(self) -> EngineReady:
         """Wait until the model is loaded. Raises what made it impossible."""
-        async with anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                await self.failed.wait()
-                tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            await self.services.model.ready()
-            tasks.cancel_scope.cancel()
+        await first_of(self.failed.wait, self.services.model.ready)
         if self.failure is not None:
             raise self.failure
         return self.services.model.engine
@@ -150,6 +144,18 @@ def unwrapped() -> Iterator[None]:
         raise leaf from None
 
 
+async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
+    """Return when one of these has, cancelling the others."""
+
+    async def wait_for(wait: Callable[[], Awaitable[object]]) -> None:
+        await wait()
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        for wait in waits:
+            tasks.start_soon(wait_for, wait)
+
+
 async def _assemble(
     system: System, supervisor: Supervisor, listener: socket.socket, on_progress: Callable[[LoadProgress], None]
 ) -> None:
@@ -193,9 +199,11 @@ def _registry(
         model_dir=str(model_dir),
         store_dir=str(Path(config.data_dir).expanduser() / "store"),
         dtype=config.model.dtype,
-        max_rank=config.adapters.max_rank,
-        max_file_bytes=config.adapters.max_file_bytes,
-        max_extent_bytes=config.adapters.memory_bytes,
+        limits=AdapterLimits(
+            max_rank=config.adapters.max_rank,
+            max_file_bytes=config.adapters.max_file_bytes,
+            max_extent_bytes=config.adapters.memory_bytes,
+        ),
     )
     program = Program(
         factory="descant.actors.worker:start", config=msgspec.msgpack.encode(worker_config), replies=WorkerReply
@@ -254,13 +262,15 @@ def _executor_program(system: System, model_dir: Path) -> Program:
     executor_config = ExecutorConfig(
         engine=config.model.engine,
         model_dir=str(model_dir),
-        dtype=config.model.dtype,
-        device=config.model.device,
-        kv_bytes=config.model.kv_bytes,
-        num_adapter_slots=config.adapters.num_slots,
-        adapter_bytes=config.adapters.memory_bytes,
-        max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
-        num_threads=config.model.num_threads,
+        options=EngineOptions(
+            dtype=config.model.dtype,
+            device=config.model.device,
+            num_kv_bytes=config.model.kv_bytes,
+            num_adapter_slots=config.adapters.num_slots,
+            num_adapter_bytes=config.adapters.memory_bytes,
+            max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
+            num_threads=config.model.num_threads,
+        ),
         dummy_tokens_per_s=config.model.dummy_tokens_per_s,
     )
     return Program(

@@ -7,13 +7,11 @@ Its code runs in the child; the server process holds a `Ref` and never imports t
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import msgspec
 
 from descant.child_config import ExecutorConfig
 from descant.engine.dummy import DummyEngine, DummyOptions
-from descant.engine.interface import EngineOptions, StepEngine
+from descant.engine.interface import StepEngine
 from descant.messages import EngineReady, ExecutorMessage, LoadAdapter, Loaded, LoadProgress, Step, StepDone
 from descant.remote_child import Notify
 
@@ -43,28 +41,18 @@ def start(config: bytes, notify: Notify) -> Executor:
     """Build the engine the configuration asks for, telling the parent how far it is."""
     settings = msgspec.msgpack.decode(config, type=ExecutorConfig)
     engine = _dummy_engine(settings) if settings.engine == "dummy" else _model_engine(settings, notify)
-    info = engine.info
-    notify(
-        EngineReady(
-            limits=engine.limits,
-            dtype=info.dtype,
-            device=info.device,
-            adapter_bytes=info.num_adapter_bytes,
-            eos_token_ids=info.eos_token_ids,
-            num_parameters=info.num_parameters,
-            is_invariant=info.is_invariant,
-        )
-    )
+    notify(EngineReady(engine.limits, engine.info))
     return Executor(engine)
 
 
 def _dummy_engine(settings: ExecutorConfig) -> StepEngine:
+    options = settings.options
     return DummyEngine(
         DummyOptions(
             tokens_per_s=settings.dummy_tokens_per_s,
-            num_adapter_slots=settings.num_adapter_slots,
-            num_adapter_bytes=settings.adapter_bytes,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
+            num_adapter_slots=options.num_adapter_slots,
+            num_adapter_bytes=options.num_adapter_bytes,
+            max_num_batched_tokens=options.max_num_batched_tokens,
         )
     )
 
@@ -73,13 +61,4 @@ def _model_engine(settings: ExecutorConfig, notify: Notify) -> StepEngine:
     notify(LoadProgress("importing torch", 0.0))
     from descant.engine.runner import Engine
 
-    options = EngineOptions(
-        dtype=settings.dtype,
-        device=settings.device,
-        num_kv_bytes=settings.kv_bytes,
-        num_adapter_slots=settings.num_adapter_slots,
-        num_adapter_bytes=settings.adapter_bytes,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        num_threads=settings.num_threads,
-    )
-    return Engine(Path(settings.model_dir), options, lambda at: notify(LoadProgress("loading weights", at)))
+    return Engine(settings.model_dir, settings.options, lambda at: notify(LoadProgress("loading weights", at)))

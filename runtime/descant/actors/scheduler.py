@@ -59,7 +59,7 @@ class Scheduler(Actor[SchedulerMessage]):
         """Go on with the executor as it is: a restart of this actor alone loses its rows, not the process."""
         self.start_soon(self._run)
         if self._model.is_up:
-            self._policy.executor_up(self._model.engine.limits, self._model.engine.adapter_bytes)
+            self._policy.executor_up(self._model.engine.limits, self._model.engine.info.num_adapter_bytes)
 
     async def on_receive(self, message: SchedulerMessage) -> None:
         """Answer one message."""
@@ -79,7 +79,7 @@ class Scheduler(Actor[SchedulerMessage]):
 
     def _up(self, engine: EngineReady) -> None:
         self._model.up(engine)
-        self._policy.executor_up(engine.limits, engine.adapter_bytes)
+        self._policy.executor_up(engine.limits, engine.info.num_adapter_bytes)
         if self._model.num_steps == 0:
             self._policy.submit([self._probe()])
 

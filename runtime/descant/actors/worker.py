@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import msgspec
 
-from descant.adapters.limits import AdapterLimits
 from descant.adapters.prepare import AdapterWorker
 from descant.child_config import WorkerConfig
 from descant.engine.arch import from_hf
@@ -41,10 +40,5 @@ class Worker:
 def start(config: bytes, notify: Notify) -> Worker:
     """Open the store."""
     settings = msgspec.msgpack.decode(config, type=WorkerConfig)
-    limits = AdapterLimits(
-        max_rank=settings.max_rank,
-        max_file_bytes=settings.max_file_bytes,
-        max_extent_bytes=settings.max_extent_bytes,
-    )
     dtype = settings.dtype or from_hf(settings.model_dir).dtype
-    return Worker(AdapterWorker(settings.model_dir, settings.store_dir, dtype, limits))
+    return Worker(AdapterWorker(settings.model_dir, settings.store_dir, dtype, settings.limits))
