@@ -20,12 +20,11 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from descant_client.errors import AdapterNotFound, DescantError, InvalidRequest, StreamNotFound
+from descant_client.lifecycle import AdapterInfo, Adapters
 from descant_client.protocol import (
     SUBPROTOCOLS,
     Accepted,
     Ack,
-    AdapterInfo,
-    Adapters,
     Cancel,
     ChoiceEnd,
     ClientMessage,

@@ -17,12 +17,12 @@ from descant_client.errors import (
     Overloaded,
     Unauthorized,
 )
+from descant_client.lifecycle import Adapters
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
     MSGPACK_SUBPROTOCOL,
     Accepted,
     Ack,
-    Adapters,
     Cancel,
     ChatMessage,
     Delta,
@@ -30,8 +30,8 @@ from descant_client.protocol import (
     Progress,
     SamplingParams,
     ServerMessage,
-    WeightedAdapter,
 )
+from descant_client.wire import WeightedAdapter
 from fake_server import MODEL, SEED, FakeServer, error_frame, text_of
 
 pytestmark = pytest.mark.anyio

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from descant_client import errors
 from descant_client.errors import DescantError, InvalidRequest, from_wire
+from descant_client.lifecycle import AdapterInfo, Adapters
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
     MSGPACK_SUBPROTOCOL,
     Accepted,
     Ack,
-    AdapterInfo,
-    Adapters,
     Cancel,
     ChatMessage,
     ChoiceEnd,
@@ -40,12 +39,12 @@ from descant_client.protocol import (
     TokenLogprob,
     TopLogprob,
     Usage,
-    WeightedAdapter,
     decode_client,
     decode_server,
     encoder_for,
     request_id_of,
 )
+from descant_client.wire import WeightedAdapter
 
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLING = SamplingParams(0.5, 40, 0.9, 0.05, 0.95, 1.1, 0.2, -0.2, {7: -1.5})

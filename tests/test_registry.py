@@ -18,7 +18,7 @@ from descant.messages import ComposeAdapters, ListRegistered, PrepareAdapter, Pr
 from descant.scheduling.version import AdapterVersion
 from descant.supervision import Supervisor
 from descant_client.errors import AdapterForbidden, AdapterInvalid, AdapterNotFound, DescantError
-from descant_client.protocol import WeightedAdapter
+from descant_client.wire import WeightedAdapter
 
 pytestmark = pytest.mark.anyio
 

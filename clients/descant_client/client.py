@@ -13,11 +13,10 @@ import msgspec
 
 from descant_client.connection import Backoff, Connection
 from descant_client.errors import InvalidRequest
+from descant_client.lifecycle import AdapterInfo, Adapters
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
     SUBPROTOCOLS,
-    AdapterInfo,
-    Adapters,
     ChatMessage,
     Generate,
     Hello,
@@ -27,11 +26,11 @@ from descant_client.protocol import (
     Models,
     OpenAdapter,
     SamplingParams,
-    WeightedAdapter,
 )
 from descant_client.question import Question
 from descant_client.stream import Stream
 from descant_client.transcript import Transcript
+from descant_client.wire import WeightedAdapter
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage | Mapping[str, Any]]
 

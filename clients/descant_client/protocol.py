@@ -3,7 +3,8 @@
 One tagged message per frame. The subprotocol chosen in the handshake fixes the encoding: `descant.v1.json` (text
 frames) or `descant.v1.msgpack` (binary frames). The first message is the server's `hello`. Many streams share a
 connection and are told apart by `request_id`, which the client chooses, unique within its session. The server refuses
-unknown fields by name; a client ignores unknown fields and messages, so that it can talk to a newer server.
+unknown fields by name; a client ignores unknown fields and messages, so that it can talk to a newer server. The
+messages that change adapters are in `lifecycle`.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from descant_client.errors import InvalidRequest
+from descant_client.lifecycle import AdapterChange, Adapters, Combination, Members
+from descant_client.wire import (
+    AdapterSource,
+    ClientMessageBase,
+    Count,
+    RequestId,
+    Seconds,
+    ServerMessageBase,
+    Strict,
+    TokenId,
+    Wire,
+)
 
 JSON_SUBPROTOCOL = "descant.v1.json"
 MSGPACK_SUBPROTOCOL = "descant.v1.msgpack"
 SUBPROTOCOLS = (MSGPACK_SUBPROTOCOL, JSON_SUBPROTOCOL)
 PROTOCOL_VERSION = "1.0"
 
-RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Base of everything on the wire that is no message itself."""
-
-
-class Strict(Wire, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Base of what clients send: an unknown field is refused by name."""
 
 
 class SamplingParams(Strict, frozen=True):
@@ -59,23 +61,23 @@ class ChatMessage(Strict, frozen=True):
     content: str
 
 
-class WeightedAdapter(Strict, frozen=True, array_like=True):
-    """A member of a weighted sum of adapters: `[adapter, weight]`."""
-
-    adapter: str
-    weight: float
-
-
 # ---- client messages ----------------------------------------------------------------------------------------------
 
 
-class ClientMessageBase(Strict, frozen=True, tag_field="type", tag=str.lower):
-    """Base of the client's messages; the tag is the class name in lower case."""
+class MergedAdapters(Strict, frozen=True):
+    """LoRAX's way to ask for a combination. Descant reads it with PEFT's maths; no weights: all 1."""
+
+    ids: Annotated[list[str], msgspec.Meta(min_length=1, max_length=64)]
+    weights: list[float] = []
+    merge_strategy: str | None = None  # "linear" (the default), "ties", "dare_linear" or "dare_ties", in any case
+    density: float = 0.0  # needed by all but "linear"
+    majority_sign_method: str | None = None  # "total" (the default) or "frequency"
 
 
 class Generate(ClientMessageBase, frozen=True):
-    """Start a stream: exactly one of `prompt`, `token_ids`, `messages`; at most one of `adapter`, `adapters`.
+    """Start a stream: exactly one of `prompt`, `token_ids`, `messages`.
 
+    At most one of `adapter`, `adapters` (with a `combination`, if not their weighted sum) and `merged_adapters`.
     Answered by `accepted`, then `delta`s, then `done`; or by one `error`.
     """
 
@@ -84,8 +86,10 @@ class Generate(ClientMessageBase, frozen=True):
     token_ids: list[TokenId] | None = None
     messages: list[ChatMessage] | None = None
     adapter: str | None = None
-    adapters: Annotated[list[WeightedAdapter], msgspec.Meta(min_length=1, max_length=64)] | None = None
-    adapter_source: Literal["local", "hub", "s3", "pbase"] | None = None
+    adapters: Members | None = None
+    combination: Combination | None = None
+    merged_adapters: MergedAdapters | None = None
+    adapter_source: AdapterSource | None = None
     sampling: SamplingParams = SamplingParams()
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None  # None: as many as the context holds
     n: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
@@ -95,6 +99,8 @@ class Generate(ClientMessageBase, frozen=True):
     ignore_eos: bool = False
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None  # alternatives per output token
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None  # likewise per prompt token
+    queue_timeout_s: Seconds | None = None  # until it first runs; None: the server's
+    timeout_s: Seconds | None = None  # until its end; None: the server's
 
 
 class Cancel(ClientMessageBase, frozen=True):
@@ -135,13 +141,9 @@ class ListModels(ClientMessageBase, frozen=True, tag="models.list"):
     request_id: RequestId
 
 
-ClientMessage = Generate | Cancel | Resume | Ack | ListAdapters | OpenAdapter | ListModels
+ClientMessage = Generate | Cancel | Resume | Ack | ListAdapters | OpenAdapter | ListModels | AdapterChange
 
 # ---- server messages ----------------------------------------------------------------------------------------------
-
-
-class ServerMessageBase(Wire, frozen=True, tag_field="type", tag=str.lower):
-    """Base of the server's messages; the tag is the class name in lower case."""
 
 
 class ModelInfo(Wire, frozen=True):
@@ -266,23 +268,6 @@ class Error(ServerMessageBase, frozen=True):
     message: str
     request_id: str | None = None
     data: dict[str, Any] = {}
-
-
-class AdapterInfo(Wire, frozen=True):
-    """A registered adapter."""
-
-    name: str
-    source: str
-    digest: str | None = None  # None until it is first prepared
-    rank: int | None = None  # the largest over its modules
-    num_bytes: int | None = None  # on the device
-
-
-class Adapters(ServerMessageBase, frozen=True):
-    """Answer to `adapter.list` and `adapter.open`."""
-
-    request_id: str
-    adapters: list[AdapterInfo]
 
 
 class Models(ServerMessageBase, frozen=True):

@@ -26,8 +26,11 @@ PLAIN_ROWS = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 1}
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a packed product for the dtype here. It has none for float16 on most CPUs."""
-    return dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    """Whether oneDNN has a packed product for the dtype here: for bfloat16 only on CPUs that compute with it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    has_bfloat16 = dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 — as below
+    return dtype is torch.float32 or has_bfloat16
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -22,12 +22,12 @@ from descant.services import Services
 from descant.session import Session
 from descant.stream import Stream, error_message
 from descant_client.errors import DescantError, Draining, InvalidRequest, StreamNotFound, Unauthorized
+from descant_client.lifecycle import Adapters
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
     PROTOCOL_VERSION,
     SUBPROTOCOLS,
     Ack,
-    Adapters,
     Cancel,
     ClientMessage,
     Generate,

@@ -24,7 +24,8 @@ from descant.services import Services
 from descant.stream import Stream
 from descant.tokenizer import StopStrings
 from descant_client.errors import DescantError, InternalError, InvalidRequest
-from descant_client.protocol import Accepted, Generate, Progress, WeightedAdapter
+from descant_client.protocol import Accepted, Generate, Progress
+from descant_client.wire import WeightedAdapter
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from descant.engine.interface import EngineInfo
 from descant.scheduling.plan import EngineLimits, StepPlan, StepResult
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion
-from descant_client.protocol import AdapterInfo, WeightedAdapter
+from descant_client.lifecycle import AdapterInfo
+from descant_client.wire import WeightedAdapter
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):

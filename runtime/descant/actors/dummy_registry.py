@@ -12,7 +12,7 @@ from descant.config import AdapterEntry
 from descant.messages import AdapterList, ListRegistered, RegistryMessage, ResolveAdapters
 from descant.references import parse_reference
 from descant.scheduling.version import AdapterVersion
-from descant_client.protocol import AdapterInfo
+from descant_client.lifecycle import AdapterInfo
 
 NUM_BYTES = 64
 

@@ -31,7 +31,8 @@ from descant.messages import (
 from descant.references import Reference, parse_reference
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterInvalid, AdapterNotFound, DeadlineExceeded, InvalidRequest
-from descant_client.protocol import AdapterInfo, WeightedAdapter
+from descant_client.lifecycle import AdapterInfo
+from descant_client.wire import WeightedAdapter
 
 PREPARE_TIMEOUT_S = 600.0
 FETCH_TIMEOUT_S = 60.0

@@ -1,0 +1,36 @@
+"""What every message on the wire is made of: base classes and constrained values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
+AdapterSource = Literal["local", "hub", "s3", "pbase"]
+
+
+class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Base of everything on the wire that is no message itself."""
+
+
+class Strict(Wire, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """Base of what clients send: an unknown field is refused by name."""
+
+
+class ClientMessageBase(Strict, frozen=True, tag_field="type", tag=str.lower):
+    """Base of the client's messages; the tag is the class name in lower case."""
+
+
+class ServerMessageBase(Wire, frozen=True, tag_field="type", tag=str.lower):
+    """Base of the server's messages; the tag is the class name in lower case."""
+
+
+class WeightedAdapter(Strict, frozen=True, array_like=True):
+    """A member of a weighted sum of adapters: `[adapter, weight]`."""
+
+    adapter: str
+    weight: float
