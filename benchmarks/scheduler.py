@@ -3,6 +3,7 @@
     python benchmarks/scheduler.py [--num-steps 300]
 
 Every sequence decodes one token per step; prompts have 512 tokens and blocks 16. Printed are microseconds per step.
+Those who wait are spread over principals, who hold all seats in equal shares.
 """
 
 from __future__ import annotations
@@ -47,32 +48,33 @@ def answer(plan: StepPlan, policy: Policy, table: SequenceTable) -> StepResult:
     return StepResult(plan.epoch, plan.step, tuple(rows))
 
 
-def start(num_seqs: int) -> tuple[Policy, SequenceTable]:
-    """Return a policy with that many sequences past their prompts, most of them with adapters."""
+def start(num_seqs: int, num_waiting: int, num_principals: int) -> tuple[Policy, SequenceTable]:
+    """Return a policy with that many sequences past their prompts, most of them with adapters, and others waiting."""
     rng = random.Random(0)
     table = SequenceTable()
     policy = Policy(table, max_num_seqs=num_seqs, max_num_batched_tokens=8192, now=time.perf_counter)
     policy.executor_up(LIMITS, 1 << 30)
     adapters = [None, *(AdapterVersion(str(i), "", 1 << 20, 8, 28) for i in range(NUM_ADAPTERS))]
-    for i in range(num_seqs):
+    for i in range(num_seqs + num_waiting):
         prompt_ids = [rng.randrange(32000) for _ in range(NUM_PROMPT_TOKENS + i % 16)]
         adapter, sink = rng.choice(adapters), NullSink()
         sequence = Sequence(
             table.next_id(), str(i), prompt_ids, SamplingParams(), i, sink, adapter=adapter, max_tokens=MAX_TOKENS
         )
+        sequence.principal = str(i % num_principals)
         policy.submit([sequence])
-    for load in policy.loads():
+    for load in policy.adapter_work().loads:
         policy.loaded(load)
-    while any(sequence.num_output_tokens == 0 for sequence in table):
+    while sum(sequence.num_output_tokens > 0 for sequence in table) < num_seqs:
         planned = policy.plan()
         assert planned is not None, "there is something to prefill"
         policy.apply(planned, answer(planned.plan, policy, table))
     return policy, table
 
 
-def measure(num_seqs: int, num_steps: int) -> tuple[list[float], list[float]]:
-    """Return the microseconds of plan and of apply, one entry per step."""
-    policy, table = start(num_seqs)
+def measure(num_steps: int, *sizes: int) -> tuple[list[float], list[float]]:
+    """Return the microseconds of plan and of apply, one entry per step; `sizes` are those of `start`."""
+    policy, table = start(*sizes)
     plan_us, apply_us = [], []
     for _ in range(num_steps):
         begin = time.perf_counter()
@@ -92,12 +94,13 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=300)
     num_steps = parser.parse_args().num_steps
     gc.freeze()
-    print(f"{'sequences':>9} {'median us':>10} {'min us':>8} {'plan us':>8} {'apply us':>9}   (plan, apply: medians)")
-    for num_seqs in (1, 64, 256):
-        plan_us, apply_us = measure(num_seqs, num_steps)
+    heads = ("running", "waiting", "principals", "median us", "min us", "plan us", "apply us")
+    print("{:>9} {:>9} {:>10} {:>10} {:>8} {:>8} {:>9}   (plan, apply: medians)".format(*heads))
+    for sizes in ((1, 0, 1), (64, 0, 1), (256, 0, 1), (256, 4000, 1), (256, 4000, 8), (256, 4000, 1000)):
+        plan_us, apply_us = measure(num_steps, *sizes)
         total = [a + b for a, b in zip(plan_us, apply_us, strict=True)]
         medians = statistics.median(total), min(total), statistics.median(plan_us), statistics.median(apply_us)
-        print("{:>9} {:>10.1f} {:>8.1f} {:>8.1f} {:>9.1f}".format(num_seqs, *medians))
+        print("{:>9} {:>9} {:>10} {:>10.1f} {:>8.1f} {:>8.1f} {:>9.1f}".format(*sizes, *medians))
 
 
 if __name__ == "__main__":

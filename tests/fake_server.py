@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from descant_client.errors import AdapterNotFound, DescantError, InvalidRequest, StreamNotFound
-from descant_client.lifecycle import AdapterInfo, Adapters
+from descant_client.lifecycle import AdapterChange, Adapters
 from descant_client.protocol import (
     SUBPROTOCOLS,
     Accepted,
@@ -48,10 +48,12 @@ from descant_client.protocol import (
     decode_client,
     encoder_for,
 )
+from fake_catalog import FakeCatalog
 
 SEED = 1234
 DEADLINE_S = 30.0  # for the body of an `async with FakeServer()`: what would hang fails instead
 ADAPTER_NAMES = ("reverse", "upper")
+Kept = Generate | Adapters | Error  # what a session holds for a request id: what can be resumed
 MODEL = ModelInfo("demo", 512, 256, "float32", "cpu")
 
 
@@ -65,6 +67,7 @@ class FakeServer:
 
     `drops`: connection number i is aborted once it has sent `drops[i]` frames after its hello (0: when it receives
     its first message, unread); later connections live. `hold`: outputs stop after that many tokens until cancelled.
+    `holds_answers`: adapters are changed, and the client gets the answer only when it resumes the request.
     `tamper` may replace each outgoing message by any messages and raw frames. `refusal` is sent in place of a hello.
     """
 
@@ -91,7 +94,9 @@ class FakeServer:
         self.hold = hold
         self.max_frame_bytes = max_frame_bytes
         self.rng = random.Random(rng_seed)
-        self._sessions: dict[str, dict[str, Generate]] = {}
+        self.holds_answers = False
+        self.catalog = FakeCatalog(ADAPTER_NAMES)
+        self._sessions: dict[str, dict[str, Kept]] = {}
         self._num_sessions = 0
         self._news = anyio.Event()
         self._stack = AsyncExitStack()
@@ -173,7 +178,7 @@ class _Peer:
         websocket: ServerConnection,
         group: TaskGroup,
         session: str,
-        requests: dict[str, Generate],
+        requests: dict[str, Kept],
         budget: int | None,
     ) -> None:
         self._server = server
@@ -207,27 +212,39 @@ class _Peer:
             case Generate():
                 await self._on_generate(message)
             case Resume():
-                if message.request_id in self._requests:
-                    self._start(self._requests[message.request_id], dict(message.have))
+                kept = self._requests.get(message.request_id)
+                if isinstance(kept, Generate):
+                    self._start(kept, dict(message.have))
                 else:
-                    await self._send(error_frame(StreamNotFound(message.request_id), message.request_id))
+                    await self._send(kept or error_frame(StreamNotFound(message.request_id), message.request_id))
             case Cancel():
                 if message.request_id in self._cancelled:
                     self._cancelled[message.request_id].set()
             case Ack():
                 self._requests.pop(message.request_id, None)
             case ListAdapters():
-                await self._send(Adapters(message.request_id, [AdapterInfo(name, "local") for name in ADAPTER_NAMES]))
+                await self._send(Adapters(message.request_id, self._server.catalog.all()))
             case OpenAdapter():
-                names = [name for name in ADAPTER_NAMES if name == message.name]
-                await self._send(Adapters(message.request_id, [AdapterInfo(name, "local") for name in names]))
+                await self._send(Adapters(message.request_id, self._server.catalog.all(message.name)))
             case ListModels():
                 await self._send(Models(message.request_id, [MODEL]))
+            case _:
+                await self._on_change(message)
+
+    async def _on_change(self, change: AdapterChange) -> None:
+        try:
+            answer: Adapters | Error = Adapters(change.request_id, self._server.catalog.change(change))
+        except DescantError as error:
+            answer = error_frame(error, change.request_id)
+        self._requests[change.request_id] = answer
+        await self._send(Progress(change.request_id, "changing"))
+        if not self._server.holds_answers:
+            await self._send(answer)
 
     async def _on_generate(self, request: Generate) -> None:
         if request.request_id in self._requests:
             await self._send(error_frame(InvalidRequest("request_id", "it is in use."), request.request_id))
-        elif request.adapter is not None and request.adapter not in ADAPTER_NAMES:
+        elif request.adapter is not None and not self._server.catalog.all(request.adapter):
             await self._send(error_frame(AdapterNotFound(request.adapter), request.request_id))
         else:
             self._requests[request.request_id] = request

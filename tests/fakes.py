@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from descant.scheduling.gate import AdapterLoad
 from descant.scheduling.plan import (
@@ -26,6 +27,7 @@ from descant.scheduling.sequence import Sequence, SequenceTable, Stopper
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError
 from descant_client.protocol import SamplingParams
+from fake_arena import FakeArena
 
 PRIME = 2**61 - 1
 LIMITS = EngineLimits(num_blocks=64, block_size=4, max_context=200, vocab_size=1000, num_adapter_slots=4)
@@ -97,18 +99,7 @@ class FakeEngine:
         self.rows.clear()
         self._step = 0
         self._cache: dict[tuple[int, int], int] = {}
-        self._loaded: dict[int, AdapterLoad] = {}
-
-    def load(self, load: AdapterLoad) -> None:
-        """Put a version into its slot; what its bytes overlap is destroyed."""
-        begin, end = load.offset, load.offset + load.version.num_bytes
-        assert begin % 64 == 0, "extents are aligned"
-        self._loaded = {
-            slot: other
-            for slot, other in self._loaded.items()
-            if end <= other.offset or other.offset + other.version.num_bytes <= begin
-        }
-        self._loaded[load.adapter_slot] = load
+        self.arena = FakeArena()
 
     def __call__(self, plan: StepPlan) -> StepResult:
         """Carry out a plan. Raises EngineDied, or AssertionError and InvalidRequest if the plan is wrong."""
@@ -156,9 +147,9 @@ class FakeEngine:
 
     def _read(self, row: Row) -> list[int]:
         state = self.rows[row.row]
-        slot = row.spans[0].adapter_slot
         state.blocks += unpack_ints(row.blocks)
-        histories = self.history(state, "" if slot == NO_ADAPTER else self._loaded[slot].version.digest)
+        slot = row.spans[0].adapter_slot
+        histories = self.history(state, "" if slot == NO_ADAPTER else self.arena.digest_in(slot))
         for position in range(state.num_computed):
             assert self._cache[self._slot(state, position)] == histories[position], f"position {position} is wrong"
         return histories
@@ -238,12 +229,17 @@ class Loop:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 64,
         adapter_bytes: int = 1024,
+        max_queued: int | None = None,
     ) -> None:
         self.engine = engine or FakeEngine()
         self.adapter_bytes = adapter_bytes
         self.table = SequenceTable()
         self.clock = 0.0
-        self.budgets = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_batched_tokens}
+        self.budgets: dict[str, Any] = {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_queued": max_queued,
+        }
         self.lives: list[bool] = []  # of executors that died: were they of use?
         self.loads: list[AdapterLoad] = []  # started, not done
         self.load_error: Callable[[AdapterLoad], DescantError | None] = lambda load: None
@@ -269,8 +265,9 @@ class Loop:
         scope: str = "",
         num_logprobs: int = -1,
         num_prompt_logprobs: int = -1,
+        **fields: Any,
     ) -> list[Sequence]:
-        """Submit a request and return its choices."""
+        """Submit a request and return its choices; `fields` are more of `Sequence`'s."""
         sequences = [
             Sequence(
                 id=(sequence_id := self.table.next_id()),
@@ -287,6 +284,7 @@ class Loop:
                 num_prompt_logprobs=num_prompt_logprobs,
                 adapter=adapter,
                 cache_scope=scope,
+                **fields,
             )
             for choice in range(n)
         ]
@@ -294,8 +292,11 @@ class Loop:
         return sequences
 
     def start_loads(self) -> None:
-        """Take the loads that are due."""
-        self.loads += self.policy.loads()
+        """Move what is to be moved and take the loads that are due."""
+        work = self.policy.adapter_work()
+        for move in work.moves:
+            self.engine.arena.move(move)
+        self.loads += work.loads
 
     def finish_load(self, index: int = 0) -> None:
         """Carry out a started load."""
@@ -303,7 +304,7 @@ class Loop:
         if (error := self.load_error(load)) is not None:
             self.policy.load_failed(load, error)
         else:
-            self.engine.load(load)
+            self.engine.arena.load(load)
             self.policy.loaded(load)
 
     def crash(self, reason: str = "killed") -> None:

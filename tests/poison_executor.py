@@ -7,7 +7,7 @@ import signal
 
 from descant.actors.executor import Executor
 from descant.actors.executor import start as start_executor
-from descant.messages import ExecutorMessage, Loaded, Step, StepDone
+from descant.messages import ExecutorMessage, Loaded, Staged, Step, StepDone
 from descant.remote_child import Notify
 from descant.scheduling.plan import unpack_ints
 
@@ -19,11 +19,12 @@ class PoisonedExecutor:
     """The real one, except that a step which admits a poisoned prompt kills the process."""
 
     messages = ExecutorMessage
+    beside = Executor.beside
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
-    def handle(self, message: ExecutorMessage) -> Loaded | StepDone:
+    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | None:
         """Carry out one message, or die of it."""
         if isinstance(message, Step) and any(POISON in unpack_ints(admit.token_ids) for admit in message.plan.admit):
             os.kill(os.getpid(), signal.SIGKILL)

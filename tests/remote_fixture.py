@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -47,6 +48,13 @@ class Report(Message, frozen=True):
     texts: list[str]
 
 
+class Beside(Message, frozen=True):
+    """Handled beside the others: waits for the file, then does what the name of `then` says."""
+
+    path: str
+    then: str = "reply"
+
+
 class Echoed(msgspec.Struct, frozen=True, tag=True):
     """Reply to Echo."""
 
@@ -66,7 +74,7 @@ class Noticed(msgspec.Struct, frozen=True, tag=True):
     text: str
 
 
-MESSAGES = Echo | Spin | Refuse | Fault | Exit | Report
+MESSAGES = Echo | Spin | Refuse | Fault | Exit | Report | Beside
 REPLIES = Echoed | Done
 
 
@@ -74,6 +82,7 @@ class FixtureHandler:
     """See the messages."""
 
     messages = MESSAGES
+    beside = (Beside,)
 
     def __init__(self, notify: Notify) -> None:
         self._notify = notify
@@ -91,6 +100,12 @@ class FixtureHandler:
                 raise ValueError("a fault")
             case Exit(status):
                 os._exit(status)
+            case Beside(path, then):
+                self._notify(Noticed(threading.current_thread().name))
+                while not os.path.exists(path):
+                    time.sleep(0.001)
+                if then != "reply":
+                    return self.handle({"refuse": Refuse(), "fault": Fault()}[then])
             case Report(texts):
                 for text in texts:
                     self._notify(Noticed(text))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import peft_fixture
 from descant.adapters.base import BaseModel
@@ -75,7 +76,21 @@ def test_every_module_gets_the_update_that_peft_gives_it(family: str, name: str,
     expected = peft_fixture.peft_deltas(hf_base, directory)
     assert set(adapter.factors) == set(expected)
     for module, pair in adapter.factors.items():
-        torch.testing.assert_close(pair.b.double() @ pair.a.double(), expected[module], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pair.scaled_b().double() @ pair.a.double(), expected[module], rtol=1e-6, atol=1e-6)
+
+
+def test_factors_are_those_of_the_file_and_scalings_are_apart(tmp_path: Path) -> None:
+    hf_base = peft_fixture.tiny_base()
+    hf_base.save_pretrained(tmp_path / "base")
+    directory = peft_fixture.save_peft(hf_base, tmp_path / "adapter", r=3, lora_alpha=1, target_modules=["q_proj"])
+    tensors = load_file(directory / peft_fixture.TENSORS)
+
+    adapter = read_adapter("a", directory, BaseModel.open(tmp_path / "base"), AdapterLimits())
+
+    for name, pair in adapter.factors.items():
+        assert torch.equal(pair.a, tensors[f"{peft_fixture.PREFIX}{name}.lora_A.weight"])
+        assert torch.equal(pair.b, tensors[f"{peft_fixture.PREFIX}{name}.lora_B.weight"])
+        assert pair.scaling == torch.tensor(1 / 3, dtype=torch.float32).item()
 
 
 @pytest.mark.parametrize(

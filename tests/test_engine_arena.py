@@ -6,27 +6,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from descant.adapters.extent import ALIGNMENT, extent_bytes
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.adapters.store import write_version
+from descant.engine import arena as arena_module
 from descant.engine.arch import LoraModule
-from descant.engine.arena import ALIGNMENT_BYTES, Arena, extent_bytes
+from descant.engine.arena import Arena
 from descant_client.errors import AdapterInvalid
 from descant_kernels import Segments, add_lora
 
 MODULES = (LoraModule("q", 6, 4), LoraModule("k", 6, 2), LoraModule("head", 6, 10))
 
 
-def stored(directory: Path, ranks: dict[int, int], seed: int) -> tuple[Path, dict[int, Factors]]:
+def stored(directory: Path, ranks: dict[int, int], seed: int, scaling: float = 1.0) -> tuple[Path, dict[int, Factors]]:
     generator = torch.Generator().manual_seed(seed)
     factors = {
         index: Factors(
             torch.randn(rank, MODULES[index].in_features, generator=generator),
             torch.randn(MODULES[index].out_features, rank, generator=generator),
+            scaling,
         )
         for index, rank in ranks.items()
     }
     adapter = LowRankAdapter({MODULES[index].name: pair for index, pair in factors.items()})
-    return write_version(directory, adapter, MODULES)[1], factors
+    return write_version(directory, adapter, MODULES).path, factors
 
 
 def resident(arena: Arena, slot: int, index: int) -> tuple[Tensor, Tensor]:
@@ -36,19 +39,32 @@ def resident(arena: Arena, slot: int, index: int) -> tuple[Tensor, Tensor]:
     return tables.arena[start:middle].view(rank, -1), tables.arena[middle:end].view(-1, rank)
 
 
+def assert_resident(arena: Arena, slot: int, factors: dict[int, Factors], dtype: torch.dtype = torch.float32) -> None:
+    for index, pair in factors.items():
+        a, b = resident(arena, slot, index)
+        assert torch.equal(a, pair.a.to(dtype))
+        assert torch.equal(b, pair.scaled_b().to(dtype))
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.30000001192092896])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loaded_version_lies_where_the_tables_say(dtype: torch.dtype, tmp_path: Path) -> None:
-    path, factors = stored(tmp_path, {0: 3, 2: 5}, seed=0)
+def test_a_loaded_version_lies_where_the_tables_say(dtype: torch.dtype, scaling: float, tmp_path: Path) -> None:
+    path, factors = stored(tmp_path, {0: 3, 2: 5}, seed=0, scaling=scaling)
     arena = Arena(MODULES, num_slots=4, num_bytes=4096, dtype=dtype)
 
     arena.load(2, 640, path)
 
     assert arena.tables().host_ranks[2] == [3, 0, 5]
     assert int(arena.tables().offsets[2, 0]) * dtype.itemsize == 640
-    for index, pair in factors.items():
-        a, b = resident(arena, 2, index)
-        assert torch.equal(a, pair.a.to(dtype))
-        assert torch.equal(b, pair.b.to(dtype))
+    assert_resident(arena, 2, factors, dtype)
+
+
+def test_a_staged_version_says_what_it_takes(tmp_path: Path) -> None:
+    path, _ = stored(tmp_path, {0: 3, 2: 5}, seed=0)
+
+    staged = Arena(MODULES, num_slots=1, num_bytes=4096, dtype=torch.bfloat16).stage(path)
+
+    assert staged.num_bytes == extent_bytes([3, 0, 5], MODULES, 2)
 
 
 def test_host_and_device_tables_agree(tmp_path: Path) -> None:
@@ -70,14 +86,13 @@ def test_versions_side_by_side_do_not_touch_each_other(tmp_path: Path) -> None:
     arena.load(0, 0, one)
     arena.load(1, size, two)
 
-    assert torch.equal(resident(arena, 0, 0)[0], kept[0].a)
-    assert torch.equal(resident(arena, 0, 0)[1], kept[0].b)
+    assert_resident(arena, 0, kept)
 
 
 def test_an_extent_aligns_every_module() -> None:
     assert extent_bytes([0, 0, 0], MODULES, 4) == 0
-    assert extent_bytes([1, 1, 0], MODULES, 4) == 2 * ALIGNMENT_BYTES
-    assert extent_bytes([3, 0, 5], MODULES, 2) == 64 + 192
+    assert extent_bytes([1, 1, 0], MODULES, 4) == 2 * ALIGNMENT * 4
+    assert extent_bytes([3, 0, 5], MODULES, 2) == (64 + 128) * 2
 
 
 def test_an_unloaded_slot_has_no_ranks(tmp_path: Path) -> None:
@@ -101,6 +116,64 @@ def test_tables_change_by_becoming_a_new_object_on_the_same_tensors(tmp_path: Pa
     assert arena.tables() is not before
     assert arena.tables().ranks.data_ptr() == before.ranks.data_ptr()
     assert before.host_ranks[0] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("at_once_bytes", [4, 100, 1 << 20])
+@pytest.mark.parametrize("offset", [0, 64, 960, 1024, 1088, 2048, 3072])
+def test_a_version_moves_to_any_place_even_one_it_overlaps(
+    offset: int, at_once_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena_module, "_MOVED_AT_ONCE_BYTES", at_once_bytes)
+    path, factors = stored(tmp_path, {0: 9, 2: 5}, seed=0, scaling=0.5)
+    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena.load(1, 1024, path)
+    before = arena.tables()
+
+    arena.move(1, offset)
+
+    assert arena.tables() is not before
+    assert arena.tables().offsets[1, 0] * 4 == offset
+    assert arena.tables().offsets.data_ptr() == before.offsets.data_ptr()
+    assert arena.tables().offsets.tolist() == arena.tables().host_offsets
+    assert before.host_offsets[1][0] * 4 == 1024
+    assert_resident(arena, 1, factors)
+
+
+def test_a_move_leaves_its_neighbors_alone(tmp_path: Path) -> None:
+    (one, kept), (two, moved) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
+    arena = Arena(MODULES, num_slots=3, num_bytes=4096, dtype=torch.float32)
+    arena.load(0, 0, one)
+    arena.load(1, 512, two)
+    arena.load(2, 1024, one)
+
+    arena.move(1, 256)
+
+    assert_resident(arena, 0, kept)
+    assert_resident(arena, 1, moved)
+    assert_resident(arena, 2, kept)
+
+
+def test_an_emptied_slot_moves_nothing(tmp_path: Path) -> None:
+    (one, kept), (two, _) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
+    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena.load(0, 0, one)
+    arena.load(1, 512, two)
+    arena.unload(1)
+
+    arena.move(1, 0)
+
+    assert_resident(arena, 0, kept)
+
+
+def test_a_version_moves_only_within_the_arena(tmp_path: Path) -> None:
+    path, _ = stored(tmp_path, {0: 3}, seed=0)
+    arena = Arena(MODULES, num_slots=1, num_bytes=512, dtype=torch.float32)
+    arena.load(0, 0, path)
+
+    with pytest.raises(AssertionError):
+        arena.move(0, 320)
+    with pytest.raises(AssertionError):
+        arena.move(0, 4)
 
 
 def test_a_damaged_version_leaves_the_slot_empty(tmp_path: Path) -> None:

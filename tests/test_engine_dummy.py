@@ -67,8 +67,10 @@ def test_every_step_that_samples_waits_for_its_turn(monkeypatch: pytest.MonkeyPa
 
 def test_every_adapter_loads_and_changes_nothing() -> None:
     engine = DummyEngine(DummyOptions(tokens_per_s=0))
-    engine.load_adapter(5, 0, "/nowhere")
-    engine.unload_adapter(5)
+    staged = engine.stage_adapter("/nowhere")
+    engine.place_adapter(5, 0, staged)
+    engine.move_adapter(5, 64)
+    assert staged.num_bytes == 0
     assert engine.step(StepPlan(0, 0, admit=(admit(),), rows=(Row(0, 4),))).rows[0].token_ids
 
 

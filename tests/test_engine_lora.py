@@ -12,6 +12,7 @@ import tiny_models
 from descant.adapters.prepare import AdapterWorker
 from descant.scheduling.plan import NO_ADAPTER
 from descant.scheduling.version import AdapterVersion
+from descant_client.lifecycle import Combination
 from engine_driver import Driver, Voice, engine_for
 
 MIN_GAP = 1e-4  # between the reference's two best tokens: closer ones float rounding may swap
@@ -57,7 +58,7 @@ def prepare_all(directory: Path) -> dict[str, AdapterVersion]:
     for seed, (name, config) in enumerate(ADAPTERS.items()):
         tiny_models.save_adapter(directory / name, directory / "base", seed, **config)
         versions[name] = worker.prepare(name, directory / name)
-    versions["sum"] = worker.compose("sum", [(versions[member], weight) for member, weight in SUM])
+    versions["sum"] = worker.compose("sum", [(versions[member], weight) for member, weight in SUM], Combination())
     return versions
 
 

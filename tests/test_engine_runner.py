@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tiny_models
+from descant.adapters.prepare import AdapterWorker
 from descant.engine.runner import Engine
 from descant.scheduling.plan import AdapterSpan, Admit, Row, StepPlan, TokenDraft, pack_ints, unpack_floats, unpack_ints
 from descant_client.errors import ConfigInvalid, InvalidRequest, UnsupportedRequest
@@ -170,8 +171,6 @@ def test_penalties_see_the_tokens_of_the_row(engine: Engine) -> None:
 
 
 def test_an_unloaded_adapter_changes_nothing_any_more(engine: Engine, tmp_path: Path) -> None:
-    from descant.adapters.prepare import AdapterWorker
-
     tiny_models.save_model(tmp_path / "base", tiny_models.tiny_config("llama"))
     adapter = tiny_models.save_adapter(tmp_path / "adapter", tmp_path / "base")
     version = AdapterWorker(tmp_path / "base", tmp_path / "store", "float32").prepare("adapter", adapter)
@@ -181,6 +180,25 @@ def test_an_unloaded_adapter_changes_nothing_any_more(engine: Engine, tmp_path: 
     engine.unload_adapter(2)
     (unloaded,) = Driver(engine).run([Voice(PROMPT, adapter_slot=2)])
     assert adapted.output != base.output == unloaded.output
+
+
+def test_a_version_is_staged_placed_and_moved_between_steps_and_stays_what_it_is(
+    engine: Engine, tmp_path: Path
+) -> None:
+    tiny_models.save_model(tmp_path / "base", tiny_models.tiny_config("llama"))
+    adapter = tiny_models.save_adapter(tmp_path / "adapter", tmp_path / "base")
+    version = AdapterWorker(tmp_path / "base", tmp_path / "store", "float32").prepare("adapter", adapter)
+    engine.load_adapter(1, 0, version.path)
+    (expected,) = Driver(engine).run([Voice(PROMPT, adapter_slot=1)])
+
+    staged = engine.stage_adapter(version.path)
+    assert staged.num_bytes == version.num_bytes
+    engine.place_adapter(3, 64 * 50, staged)
+    (placed,) = Driver(engine).run([Voice(PROMPT, adapter_slot=3)])
+    engine.unload_adapter(1)
+    engine.move_adapter(3, 64)
+    (moved,) = Driver(engine).run([Voice(PROMPT, adapter_slot=3)])
+    assert expected.output == placed.output == moved.output
 
 
 def test_limits_and_info_describe_the_engine(engine: Engine) -> None:

@@ -10,7 +10,22 @@ from hypothesis import strategies as st
 
 from descant_client import errors
 from descant_client.errors import DescantError, InvalidRequest, from_wire
-from descant_client.lifecycle import AdapterInfo, Adapters
+from descant_client.lifecycle import (
+    AdapterInfo,
+    Adapters,
+    Combination,
+    CreateAdapter,
+    DestroyAdapter,
+    DisableAdapter,
+    EnableAdapter,
+    ForkAdapter,
+    LoadAdapter,
+    MergeAdapters,
+    MergeAndSave,
+    PinAdapter,
+    SaveAdapter,
+    UnpinAdapter,
+)
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
     MSGPACK_SUBPROTOCOL,
@@ -28,6 +43,7 @@ from descant_client.protocol import (
     Limits,
     ListAdapters,
     ListModels,
+    MergedAdapters,
     ModelInfo,
     Models,
     OpenAdapter,
@@ -54,6 +70,9 @@ MODEL = ModelInfo("demo", 2048, 512, "float32", "cpu")
 LOGPROB = TokenLogprob(5, "a", -0.25, [TopLogprob(5, "a", -0.25), TopLogprob(6, "b", -1.5)])
 USAGE, TIMINGS = Usage(3, 2, 1), Timings(0.125, 0.25, 0.5, 1)
 
+MEMBERS = [WeightedAdapter("a", 0.5), WeightedAdapter("b", -1.0)]
+TIES = Combination("ties_svd", 4, 0.75, 0.5, "frequency", 7)
+
 # File name in tests/golden -> what it says. A frame once released is never changed: add another.
 CLIENT_FRAMES: dict[str, ClientMessage] = {
     "generate_prompt": Generate("1", prompt="hé"),
@@ -61,7 +80,11 @@ CLIENT_FRAMES: dict[str, ClientMessage] = {
         "1", token_ids=[1, 2, 3], adapter="reverse", sampling=SAMPLING, max_tokens=9, **FULL
     ),
     "generate_messages": Generate("1", messages=[ChatMessage("user", "hi")], adapter="org/repo", adapter_source="hub"),
-    "generate_sum": Generate("1", prompt="x", adapters=[WeightedAdapter("a", 0.5), WeightedAdapter("b", -1.0)]),
+    "generate_sum": Generate("1", prompt="x", adapters=MEMBERS),
+    "generate_combination": Generate("1", prompt="x", adapters=MEMBERS, combination=TIES),
+    "generate_merged": Generate("1", prompt="x", merged_adapters=MergedAdapters(["a"], [0.5], "ties", 0.5, "total")),
+    "generate_merged_plain": Generate("1", prompt="x", merged_adapters=MergedAdapters(["a", "b"])),
+    "generate_deadlines": Generate("1", prompt="x", queue_timeout_s=0.5, timeout_s=60.0),
     "cancel": Cancel("1"),
     "resume": Resume("1", {0: 5, 1: 0}),
     "resume_from_start": Resume("1"),
@@ -69,6 +92,20 @@ CLIENT_FRAMES: dict[str, ClientMessage] = {
     "adapter_list": ListAdapters("2"),
     "adapter_open": OpenAdapter("2", "reverse"),
     "models_list": ListModels("2"),
+    "adapter_create": CreateAdapter("3", "a", 4, 8.0, ["q_proj", "o_proj"], True),
+    "adapter_create_plain": CreateAdapter("3", "a"),
+    "adapter_fork": ForkAdapter("3", "a", "b", True),
+    "adapter_load": LoadAdapter("3", "a", "org/repo@main", "hub", True),
+    "adapter_load_plain": LoadAdapter("3", "a", "/adapters/a"),
+    "adapter_merge": MergeAdapters("3", "c", MEMBERS, "local", TIES, True),
+    "adapter_merge_plain": MergeAdapters("3", "c", MEMBERS),
+    "adapter_save": SaveAdapter("3", "a", "/saved/a"),
+    "adapter_merge_and_save": MergeAndSave("3", "a", "/saved/é"),
+    "adapter_pin": PinAdapter("3", "a"),
+    "adapter_unpin": UnpinAdapter("3", "a"),
+    "adapter_enable": EnableAdapter("3", "a"),
+    "adapter_disable": DisableAdapter("3", "a"),
+    "adapter_destroy": DestroyAdapter("3", "a"),
 }
 SERVER_FRAMES: dict[str, ServerMessage] = {
     "hello": Hello("1.0", "descant/0.1.0", "s1", ["resume"], Limits(4194304, 256, 16, 60.0), MODEL),
@@ -82,6 +119,8 @@ SERVER_FRAMES: dict[str, ServerMessage] = {
     "error": Error("adapter_not_found", "No adapter.", "1", {"adapter": "x"}),
     "error_connection": Error("draining", "Going away."),
     "adapters": Adapters("2", [AdapterInfo("a", "local", "abc", 8, 1024), AdapterInfo("b", "hub")]),
+    "adapters_marks": Adapters("3", [AdapterInfo("a", "fork", "abc", 8, 1024, True, True, False)]),
+    "adapters_none": Adapters("3", []),
     "models": Models("2", [MODEL]),
 }
 
@@ -137,6 +176,14 @@ def test_both_encodings_say_the_same(name: str) -> None:
         ('{"type":"generate","request_id":"1","token_ids":[1,-2]}', "token_ids"),
         ('{"type":"generate","request_id":""}', "request_id"),
         ('{"type":"resume","request_id":"1","have":{"0":-1}}', "have"),
+        ('{"type":"adapter.create","request_id":"1","name":"a","ranks":4}', "ranks"),
+        ('{"type":"adapter.create","request_id":"1","name":"a","rank":0}', "rank"),
+        ('{"type":"adapter.merge","request_id":"1","name":"a","adapters":[]}', "adapters"),
+        (
+            '{"type":"adapter.merge","request_id":"1","name":"a","adapters":[["b",1]],"combination":{"type":"x"}}',
+            "type",
+        ),
+        ('{"type":"generate","request_id":"1","prompt":"x","timeout_s":0}', "timeout_s"),
         ('{"type":"sing","request_id":"1"}', "type"),
         ('{"type":"generate"}', "request_id"),
         ("[]", "frame"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from descant.references import MAX_LENGTH, Reference, parse_reference
+from descant.references import MAX_LENGTH, Reference, check_name, parse_reference
 from descant_client.errors import AdapterUnsupported, InvalidRequest
 
 
@@ -56,3 +56,12 @@ def test_an_explicit_source_wins_over_the_grammar() -> None:
 def test_any_text_is_a_reference_or_refused(text: str) -> None:
     with contextlib.suppress(InvalidRequest, AdapterUnsupported):
         assert parse_reference(text).source in ("name", "local")
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a/b", "local:a", "x" * 129, "a\n", "naïve", "x" * 10**6])
+def test_what_is_no_name_is_refused_without_repeating_all_of_it(name: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_name(name)
+
+    assert len(str(caught.value)) < 400
+    assert check_name("x" * 128) == "x" * 128

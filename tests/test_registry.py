@@ -3,153 +3,127 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
-from descant.actor import Actor, ActorFailed, Ref
-from descant.actors.fetch import Fetch
-from descant.actors.registry import Registry, SingleFlight
-from descant.config import AdapterEntry
-from descant.messages import ComposeAdapters, ListRegistered, PrepareAdapter, Prepared, Principal, ResolveAdapters
-from descant.scheduling.version import AdapterVersion
-from descant.supervision import Supervisor
-from descant_client.errors import AdapterForbidden, AdapterInvalid, AdapterNotFound, DescantError
-from descant_client.wire import WeightedAdapter
+from descant.actor import ActorFailed
+from descant.catalog import versions
+from descant.messages import ComposeAdapters, PrepareAdapter, Principal
+from descant_client.errors import (
+    AdapterForbidden,
+    AdapterInvalid,
+    AdapterNotFound,
+    DeadlineExceeded,
+    DescantError,
+    InvalidRequest,
+)
+from descant_client.lifecycle import Combination
+from registry_desk import ADMIN, Desk, digest_of, open_desk, wait_until, write_adapter
 
 pytestmark = pytest.mark.anyio
-
-ANYBODY = Principal("local")
-
-
-class FakeWorker(Actor[Any]):
-    """Prepares whatever it is given, unless told what goes wrong."""
-
-    def __init__(self, asked: list[Any], failures: list[Exception]) -> None:
-        self._asked = asked
-        self._failures = failures
-
-    async def on_receive(self, message: PrepareAdapter | ComposeAdapters) -> Prepared:
-        self._asked.append(message)
-        if self._failures:
-            raise self._failures.pop(0)
-        name = Path(message.directory).name if isinstance(message, PrepareAdapter) else message.adapter
-        return Prepared(AdapterVersion(f"digest of {name}", "/file", 64, 8, 1))
-
-
-class Desk:
-    """A registry of two names between a real fetch and a fake worker."""
-
-    def __init__(self, registry: Ref[Any], asked: list[Any], failures: list[Exception]) -> None:
-        self.registry = registry
-        self.asked = asked
-        self.failures = failures
-
-    async def resolve(self, *members: str | tuple[str, float], principal: Principal = ANYBODY) -> AdapterVersion:
-        weighted = [WeightedAdapter(*(m if isinstance(m, tuple) else (m, 1.0))) for m in members]
-        return await self.registry.ask(ResolveAdapters(tuple(weighted), principal), timeout=30)
-
-    async def listed(self, name: str | None = None) -> list[Any]:
-        answer = await self.registry.ask(ListRegistered(ANYBODY, name), timeout=30)
-        return [(info.name, info.digest) for info in answer.adapters]
-
-
-@asynccontextmanager
-async def _desk(tmp_path: Path) -> AsyncIterator[Desk]:
-    for name in ("one", "two", "three"):
-        (tmp_path / name).mkdir()
-    entries = [AdapterEntry(name=name, ref=f"local:{tmp_path / name}") for name in ("two", "one")]
-    asked: list[Any] = []
-    failures: list[Exception] = []
-    async with Supervisor() as supervisor:
-        worker = supervisor.spawn(lambda: FakeWorker(asked, failures), "worker")
-        fetch = supervisor.spawn(Fetch, "fetch")
-        yield Desk(supervisor.spawn(lambda: Registry(entries, fetch, worker), "registry"), asked, failures)
 
 
 @pytest.fixture
 async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
-    async with _desk(tmp_path) as desk:
+    for name in ("one", "two", "three"):
+        write_adapter(tmp_path, name, name)
+    async with open_desk(tmp_path, ("two", "one")) as desk:
         yield desk
 
 
+async def endings(desk: Desk, *names: str) -> dict[str, str]:
+    """Resolve all of these at once; return their digests or the codes of their errors."""
+    found: dict[str, str] = {}
+
+    async def resolve(name: str) -> None:
+        try:
+            version = await desk.resolve(name)
+            found[name] = "base" if version is None else version.digest
+        except DescantError as error:
+            found[name] = error.code
+
+    async with anyio.create_task_group() as tasks:
+        for name in names:
+            tasks.start_soon(resolve, name)
+    return found
+
+
 async def test_names_are_listed_in_order_of_registration_with_what_is_known_of_them(desk: Desk) -> None:
-    assert await desk.listed() == [("two", None), ("one", None)]
+    assert [(info.name, info.digest) for info in await desk.listed()] == [("two", None), ("one", None)]
 
     await desk.resolve("one")
 
-    assert await desk.listed() == [("two", None), ("one", "digest of one")]
-    assert await desk.listed("one") == [("one", "digest of one")]
+    assert [(info.name, info.digest) for info in await desk.listed()] == [("two", None), ("one", digest_of("one"))]
+    (info,) = await desk.listed("one")
+    assert (info.source, info.rank, info.num_bytes, info.is_shared) == ("local", 8, 3, True)
     assert await desk.listed("nobody") == []
 
 
 async def test_one_content_is_prepared_once_for_all_who_want_it(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "one")
-    found: list[AdapterVersion] = []
-    async with anyio.create_task_group() as tasks:
+    references = ("one", str(tmp_path / "one"), f"local:{tmp_path}/link", f"{tmp_path}/two/../one")
 
-        async def resolve(reference: str) -> None:
-            found.append(await desk.resolve(reference))
+    found = await endings(desk, *references)
 
-        for reference in ("one", str(tmp_path / "one"), f"local:{tmp_path}/link", f"{tmp_path}/two/../one"):
-            tasks.start_soon(resolve, reference)
-
-    assert {version.digest for version in found} == {"digest of one"}
+    assert set(found.values()) == {digest_of("one")}
     assert len(desk.asked) == 1
 
 
 async def test_a_sum_asks_for_each_member_and_then_for_the_sum_once(desk: Desk) -> None:
     for _ in range(2):
-        version = await desk.resolve(("one", 0.5), ("two", -2.0))
+        found = await desk.content(("one", 0.5), ("two", -2.0))
 
-    assert version.digest == "digest of 0.5*one + -2*two"
+    assert found == f"cat {[(digest_of('one'), 0.5), (digest_of('two'), -2.0)]}".encode()
     assert [type(message) for message in desk.asked] == [PrepareAdapter, PrepareAdapter, ComposeAdapters]
-    assert [member.weight for member in desk.asked[-1].members] == [0.5, -2.0]
+    assert desk.asked[-1].adapter == "0.5*one + -2*two"
+
+
+async def test_one_member_with_weight_one_is_itself_unless_it_is_combined_otherwise(desk: Desk) -> None:
+    assert await desk.content("one") == b"one"
+    assert (await desk.content(("one", 2.0)) or b"").startswith(b"cat")
+
+    svd = await desk.resolve("one", combination=Combination(type="svd"))
+    ties = await desk.resolve("one", combination=Combination(type="ties", density=0.5))
+
+    assert svd is not None
+    assert ties is not None
+    assert len({svd.digest, ties.digest, digest_of("one")}) == 3
 
 
 async def test_a_failure_is_not_remembered(desk: Desk) -> None:
-    desk.failures.append(AdapterInvalid("one", "half written"))
+    desk.bench.failures.append(AdapterInvalid("one", "half written"))
     with pytest.raises(AdapterInvalid):
         await desk.resolve("one")
 
-    assert (await desk.resolve("one")).digest == "digest of one"
+    assert await desk.content("one") == b"one"
 
 
-async def test_a_worker_that_dies_once_is_asked_again_and_twice_is_the_adapters_fault(desk: Desk) -> None:
-    desk.failures.append(ActorFailed("worker", "killed by SIGKILL"))
-    assert (await desk.resolve("one")).digest == "digest of one"
-
-    desk.failures.extend([ActorFailed("worker", "killed by SIGSEGV")] * 2)
-    with pytest.raises(AdapterInvalid, match=r"two.*SIGSEGV"):
-        await desk.resolve("two")
-
-
-async def test_who_waits_behind_an_adapter_that_kills_the_worker_is_not_blamed(desk: Desk) -> None:
-    desk.failures.extend([ActorFailed("worker", "killed by SIGSEGV")] * 2)
-    endings: dict[str, object] = {}
+async def test_a_caller_that_goes_away_fails_nobody_else(desk: Desk) -> None:
+    gate = desk.bench.gates["one"] = anyio.Event()
+    with anyio.move_on_after(0):
+        await desk.resolve("one")
+    found: dict[str, str] = {}
     async with anyio.create_task_group() as tasks:
 
-        async def resolve(name: str) -> None:
-            try:
-                endings[name] = (await desk.resolve(name)).digest
-            except DescantError as error:
-                endings[name] = error.code
+        async def wait() -> None:
+            found.update(await endings(desk, "one"))
 
-        for name in ("one", "two"):
-            tasks.start_soon(resolve, name)
+        tasks.start_soon(wait)
+        await wait_until(lambda: desk.asked)
+        gate.set()
 
-    assert sorted(map(str, endings.values())) in (
-        ["adapter_invalid", "digest of one"],
-        ["adapter_invalid", "digest of two"],
-    )
+    assert found == {"one": digest_of("one")}
+    assert len(desk.asked) == 1
 
 
 async def test_unknown_names_are_not_found_and_ask_nobody(desk: Desk) -> None:
     with pytest.raises(AdapterNotFound):
         await desk.resolve("nobody")
+    with pytest.raises(InvalidRequest):
+        await desk.resolve("no name")
 
     assert desk.asked == []
 
@@ -168,23 +142,73 @@ async def test_roots_hold_for_paths_but_not_for_names_and_for_what_others_have_l
         await desk.resolve("one", str(tmp_path / "three"), principal=guarded)
 
 
-async def test_the_first_of_a_flight_failing_fails_those_who_waited_with_it() -> None:
-    flights, release = SingleFlight(), anyio.Event()
-    endings: list[str] = []
+# ---- the worker ----------------------------------------------------------------------------------------------------
 
-    async def work() -> str:
-        await release.wait()
-        raise AdapterNotFound("x")
 
-    async def fly() -> None:
-        with pytest.raises(AdapterNotFound):
-            await flights.run("key", work)
-        endings.append("failed")
+async def test_a_worker_that_dies_once_is_asked_again_and_twice_is_the_adapters_fault(desk: Desk) -> None:
+    desk.bench.failures.append(ActorFailed("worker", "killed by SIGKILL"))
+    assert await desk.content("one") == b"one"
 
+    desk.bench.killers.add("two")
+    with pytest.raises(AdapterInvalid, match=r"two.*SIGSEGV"):
+        await desk.resolve("two")
+
+
+async def test_only_the_adapter_that_kills_the_worker_is_blamed_by_all_it_took_along(desk: Desk) -> None:
+    names = [desk.write(f"good{index}", f"good {index}") for index in range(20)]
+    killers = [desk.write("bad0", ""), desk.write("bad1", "")]
+    desk.bench.killers.update(killers)
+
+    found = await endings(desk, *names[:10], *killers, *names[10:])
+
+    assert {found[name] for name in killers} == {"adapter_invalid"}
+    assert [found[name] for name in names] == [digest_of(f"good {index}") for index in range(20)]
+
+
+async def test_several_are_prepared_at_once_but_not_any_number(desk: Desk) -> None:
+    names = [desk.write(f"many{index}", f"{index}") for index in range(30)]
+    gate = anyio.Event()
+    desk.bench.gates.update(dict.fromkeys(names, gate))
     async with anyio.create_task_group() as tasks:
-        for _ in range(3):
-            tasks.start_soon(fly)
-        await anyio.lowlevel.checkpoint()
-        release.set()
+        tasks.start_soon(endings, desk, *names)
+        await wait_until(lambda: len(desk.bench.in_flight) == 8)
+        gate.set()
 
-    assert endings == ["failed"] * 3
+    assert len(desk.asked) == 30
+    assert desk.bench.most_in_flight == 8
+
+
+async def test_a_slow_adapter_delays_nobody_else(desk: Desk) -> None:
+    gate = desk.bench.gates["two"] = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(desk.resolve, "two")
+
+        assert await desk.content("one") == b"one"
+        assert await desk.change("create", "new")
+        gate.set()
+
+
+async def test_a_preparation_that_takes_too_long_is_given_up(desk: Desk, monkeypatch: Any) -> None:
+    monkeypatch.setattr(versions, "PREPARE_TIMEOUT_S", 0.001)
+    desk.bench.gates["one"] = anyio.Event()
+
+    with pytest.raises(DeadlineExceeded):
+        await desk.resolve("one")
+
+
+# ---- disabled members ----------------------------------------------------------------------------------------------
+
+
+async def test_a_disabled_adapter_is_the_base_and_is_left_out_of_sums(desk: Desk) -> None:
+    await desk.change("disable", "one")
+
+    assert await desk.resolve("one") is None
+    assert await desk.content(("one", 0.5), ("two", 1.0)) == b"two"
+    assert await desk.content(("one", 0.5), ("two", 0.5)) == f"cat {[(digest_of('two'), 0.5)]}".encode()
+    await desk.change("disable", "two")
+    assert await desk.resolve(("one", 0.5), ("two", 0.5)) is None
+    with pytest.raises(AdapterNotFound):
+        await desk.resolve("one", "nobody")
+
+    await desk.change("enable", "one")
+    assert await desk.content("one", principal=ADMIN) == b"one"

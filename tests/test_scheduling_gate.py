@@ -18,7 +18,7 @@ def sequence(number: int, adapter: str | None = None, num_bytes: int = 64) -> Se
 
 def finish_loads(gate: AdapterGate) -> list[int]:
     """Finish all loads; return the ids of the sequences that may run then."""
-    return [ready.id for load in gate.take_loads() for ready in gate.loaded(load)]
+    return [ready.id for load in gate.take_work().loads for ready in gate.loaded(load)]
 
 
 def test_the_base_model_needs_no_gate() -> None:
@@ -29,11 +29,11 @@ def test_sequences_of_one_version_wait_for_one_load() -> None:
     gate = AdapterGate(2, 128, 7)
 
     assert not any(gate.enter(sequence(number, "a")) for number in (1, 2))
-    (load,) = gate.take_loads()
+    (load,) = gate.take_work().loads
     assert (load.epoch, load.version.digest, gate.num_sequences) == (7, "a", 2)
     assert [ready.id for ready in gate.loaded(load)] == [1, 2]
     assert gate.enter(sequence(3, "a"))
-    assert gate.take_loads() == []
+    assert gate.take_work().loads == ()
 
 
 def test_a_version_without_a_place_does_not_hold_up_the_others() -> None:
@@ -149,7 +149,7 @@ def test_a_failed_load_fails_those_who_waited_for_it() -> None:
     gate = AdapterGate(1, 64, 1)
     gate.enter(first := sequence(1, "a"))
     gate.enter(sequence(2, "b"))
-    (load,) = gate.take_loads()
+    (load,) = gate.take_work().loads
 
     assert gate.load_failed(load) == [first]
 

@@ -78,6 +78,8 @@ class World:
             stop=frozenset(range(pick(0, 100))),
             adapter=self.random.choice(ADAPTERS),
             scope=self.random.choice(["", "other"]),
+            principal=(principal := self.random.choice("abc")),
+            weight={"a": 1.0, "b": 3.0, "c": 0.5}[principal],
             num_logprobs=pick(-1, 2),
             num_prompt_logprobs=self.random.choice([-1, -1, 1]),
         )

@@ -9,6 +9,7 @@ import pytest
 from descant.messages import Principal
 from descant.session import Session, SessionTable
 from descant_client.errors import InternalError, InvalidRequest, Overloaded, StreamNotFound
+from descant_client.lifecycle import Adapters
 
 pytestmark = pytest.mark.anyio
 
@@ -17,7 +18,7 @@ ANN, BOB = Principal("ann"), Principal("bob")
 
 @pytest.fixture
 def table() -> SessionTable:
-    return SessionTable(max_streams=2, buffer_bytes=1000)
+    return SessionTable(max_streams=2, buffer_bytes=1000, max_sessions=3)
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def test_one_comes_back_to_ones_own_session_only(table: SessionTable, session: S
     assert table.attach("guessed", ANN).id != "guessed"
 
 
-def test_session_ids_cannot_be_guessed(table: SessionTable) -> None:
+def test_session_ids_cannot_be_guessed() -> None:
+    table = SessionTable(max_streams=2, buffer_bytes=1000)
     ids = {table.attach(None, ANN).id for _ in range(100)}
 
     assert len(ids) == 100
@@ -48,10 +50,10 @@ def test_an_id_can_be_used_again_once_it_was_released(session: Session) -> None:
     session.open_stream("1")
     with pytest.raises(InvalidRequest, match="in use"):
         session.open_stream("1")
-    session.close_stream("1")
-    session.close_stream("1")
+    session.release("1")
+    session.release("1")
 
-    assert session.open_stream("1") is session.stream("1")
+    assert session.open_stream("1") is session.outgoing("1")
 
 
 def test_only_unfinished_streams_count_against_the_limit(session: Session) -> None:
@@ -59,14 +61,52 @@ def test_only_unfinished_streams_count_against_the_limit(session: Session) -> No
         session.open_stream(request_id)
     with pytest.raises(Overloaded):
         session.open_stream("3")
-    session.stream("1").fail(InternalError("over"))
+    session.outgoing("1").fail(InternalError("over"))
 
     session.open_stream("3")
 
 
+def test_operations_count_as_streams_and_share_their_ids(session: Session) -> None:
+    operation = session.open_operation("1")
+    with pytest.raises(InvalidRequest, match="in use"):
+        session.open_stream("1")
+    session.open_stream("2")
+    with pytest.raises(Overloaded):
+        session.open_operation("3")
+    operation.finish(Adapters("1", []))
+
+    assert session.open_operation("3") is session.outgoing("3")
+
+
+def test_of_what_was_sent_and_never_acknowledged_the_oldest_is_forgotten(session: Session) -> None:
+    operation = session.open_operation("0")
+    operation.finish(Adapters("0", []))
+    operation.ended_s = 0.0
+    stream = None
+    for number in range(1, 1000):
+        stream = session.open_stream(str(number))
+        stream.fail(InternalError("over"))
+        stream.ended_s = float(number)
+        assert len(session) <= 10
+
+    assert session.outgoing("999") is stream
+    assert session.outgoing("0") is operation  # it goes last: doing it again is not the same
+    with pytest.raises(StreamNotFound):
+        session.outgoing("1")
+
+
+def test_what_was_not_sent_yet_is_not_forgotten_but_new_streams_are_refused(session: Session) -> None:
+    for number in range(10):
+        session.open_stream(str(number)).fail(InternalError("over"))
+
+    with pytest.raises(Overloaded, match="does not read"):
+        session.open_stream("10")
+    assert len(list(session)) == 10
+
+
 def test_an_unknown_stream_is_not_found(session: Session) -> None:
     with pytest.raises(StreamNotFound):
-        session.stream("1")
+        session.outgoing("1")
 
 
 async def test_changed_streams_come_in_turn_each_once(session: Session) -> None:
@@ -98,7 +138,7 @@ async def test_a_connection_that_waits_ends_when_another_takes_over(session: Ses
 async def test_a_released_stream_is_not_rendered_any_more(session: Session) -> None:
     number = session.attach()
     one, two = session.open_stream("1"), session.open_stream("2")
-    session.close_stream("1")
+    session.release("1")
     one.fail(InternalError("x"))
     two.fail(InternalError("x"))
 
@@ -119,6 +159,37 @@ def test_sessions_without_connection_and_finished_streams_expire(table: SessionT
     assert list(table.expire(129.9, 60.0)) == []
     assert list(table.expire(130.0, 60.0)) == [running]
     assert len(table) == 0
+
+
+def test_the_answer_of_an_operation_is_kept_as_long_as_its_session(table: SessionTable, session: Session) -> None:
+    session.attach()
+    operation = session.open_operation("1")
+    operation.finish(Adapters("1", []))
+    operation.ended_s = 0.0
+
+    assert list(table.expire(1000.0, 60.0)) == []
+    assert session.outgoing("1") is operation
+
+
+def test_ones_idle_sessions_make_room_the_oldest_first_and_nobody_elses(table: SessionTable, session: Session) -> None:
+    older, newer, others = table.attach(None, ANN), table.attach(None, ANN), table.attach(None, BOB)
+    running = older.open_stream("1")
+    older.detached_s, newer.detached_s, others.detached_s = 1.0, 2.0, 0.0
+
+    latest = table.attach(None, ANN)
+
+    assert {one.id for one in table} == {session.id, newer.id, latest.id, others.id}
+    assert list(table.expire(3.0, 60.0)) == [running]
+    assert list(table.expire(3.0, 60.0)) == []
+
+
+def test_nobody_has_more_connections_than_the_limit(table: SessionTable, session: Session) -> None:
+    sessions = [table.attach(None, ANN) for _ in range(2)]
+    with pytest.raises(Overloaded, match="ann already has 3"):
+        table.attach(None, ANN)
+
+    assert table.attach(sessions[0].id, ANN) is sessions[0]
+    table.attach(None, BOB)
 
 
 def test_a_session_that_was_taken_up_again_does_not_expire(table: SessionTable, session: Session) -> None:

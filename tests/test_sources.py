@@ -15,8 +15,8 @@ from typing import ClassVar
 
 import pytest
 
-from descant.sources.local import find_adapter
-from descant_client.errors import AdapterForbidden, AdapterNotFound
+from descant.sources.local import find_adapter, find_target
+from descant_client.errors import AdapterForbidden, AdapterNotFound, InvalidRequest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -132,3 +132,38 @@ def test_a_directory_outside_the_roots_is_forbidden_whether_it_exists_or_not(tmp
 def test_a_directory_that_does_not_exist_is_not_found(tmp_path: Path, path: str) -> None:
     with pytest.raises(AdapterNotFound):
         find_adapter("a", path.format(root=tmp_path), None)
+
+
+def test_a_directory_whose_name_is_no_text_is_not_found(tmp_path: Path) -> None:
+    target = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    os.mkdir(target)
+    (tmp_path / "link").symlink_to(target)
+
+    with pytest.raises(AdapterNotFound):
+        find_adapter("a", f"{tmp_path}/link", None)
+    with pytest.raises(InvalidRequest):
+        find_target("a", f"{tmp_path}/link/new", None)
+
+
+def test_a_target_need_not_exist_and_is_what_links_lead_to(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+
+    assert find_target("a", f"{tmp_path}/link/new/dir", [f"{tmp_path}/root"]) == tmp_path / "root/new/dir"
+    assert find_target("a", f"{tmp_path}/anywhere", None) == tmp_path / "anywhere"
+
+
+@pytest.mark.parametrize("path", ["root/../new", "new", "root/link/new", "root/link", "root/loop/new"])
+def test_a_target_outside_the_roots_is_forbidden(tmp_path: Path, path: str) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link").symlink_to(tmp_path)
+    (tmp_path / "root/loop").symlink_to(tmp_path / "root/loop")
+
+    with pytest.raises(AdapterForbidden):
+        find_target("a", f"{tmp_path}/{path}", [f"{tmp_path}/root"])
+
+
+@pytest.mark.parametrize("path", ["", "relative", "./x", "~/x", "/nul\0"])
+def test_a_target_is_an_absolute_path(path: str) -> None:
+    with pytest.raises(InvalidRequest):
+        find_target("a", path, ["/"])

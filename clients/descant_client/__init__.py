@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from descant_client import errors, protocol
-    from descant_client.client import Adapter, Client, connect
+    from descant_client.adapters import Adapter
+    from descant_client.client import Client, connect
+    from descant_client.lifecycle import Combination
     from descant_client.stream import Choice, Result, Stream
 
-__all__ = ["Adapter", "Choice", "Client", "Result", "Stream", "connect", "errors", "protocol"]
+__all__ = ["Adapter", "Choice", "Client", "Combination", "Result", "Stream", "connect", "errors", "protocol"]
 
 _MODULE_OF_NAME = {
-    "Adapter": "client",
+    "Adapter": "adapters",
     "Choice": "stream",
     "Client": "client",
+    "Combination": "lifecycle",
     "Result": "stream",
     "Stream": "stream",
     "connect": "client",

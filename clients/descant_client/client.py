@@ -1,4 +1,4 @@
-"""What a program talks to: a client, its adapters, and how to get one."""
+"""What a program talks to: a client, and how to get one."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 import anyio
 import msgspec
 
+from descant_client.adapters import Adapter, AdapterCatalog, reference, weighted
 from descant_client.connection import Backoff, Connection
 from descant_client.errors import InvalidRequest
-from descant_client.lifecycle import AdapterInfo, Adapters
+from descant_client.lifecycle import Combination
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
     SUBPROTOCOLS,
     ChatMessage,
     Generate,
     Hello,
-    ListAdapters,
     ListModels,
     ModelInfo,
     Models,
-    OpenAdapter,
     SamplingParams,
 )
 from descant_client.question import Question
 from descant_client.stream import Stream
 from descant_client.transcript import Transcript
-from descant_client.wire import WeightedAdapter
+from descant_client.wire import AdapterSource
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage | Mapping[str, Any]]
 
@@ -47,42 +46,6 @@ class SamplingOptions(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     logit_bias: dict[int, float]
-
-
-class Adapter:
-    """An adapter of the server, as it was when asked for."""
-
-    def __init__(self, info: AdapterInfo) -> None:
-        self.info = info
-
-    @property
-    def name(self) -> str:
-        """The name requests use."""
-        return self.info.name
-
-    def __repr__(self) -> str:
-        return f"Adapter({self.name!r})"
-
-
-class AdapterCatalog:
-    """The adapters of the server that this client may use."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def open(self, name: str) -> Adapter | None:
-        """Return the adapter of that name, None if there is none. Cancelling is safe; raises as `list`."""
-        answer = await Question(OpenAdapter(self._connection.new_request_id(), name), Adapters).ask(self._connection)
-        return Adapter(answer.adapters[0]) if answer.adapters else None
-
-    async def list(self) -> list[Adapter]:
-        """Return all adapters in order of registration. Cancelling is safe.
-
-        Raises:
-            DescantError: what the server refused, or `ConnectionLost`.
-        """
-        answer = await Question(ListAdapters(self._connection.new_request_id()), Adapters).ask(self._connection)
-        return [Adapter(info) for info in answer.adapters]
 
 
 class Client:
@@ -108,7 +71,8 @@ class Client:
         *,
         adapter: str | Adapter | None = None,
         adapters: Sequence[tuple[str | Adapter, float]] | None = None,
-        adapter_source: Literal["local", "hub", "s3", "pbase"] | None = None,
+        combination: Combination | None = None,
+        adapter_source: AdapterSource | None = None,
         max_tokens: int | None = None,
         n: int = 1,
         seed: int | None = None,
@@ -117,18 +81,22 @@ class Client:
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        queue_timeout_s: float | None = None,
+        timeout_s: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
         """Start a generation and return its stream; the request is on its way when this returns.
 
         `prompt` is text, token ids or chat messages (`ChatMessage`, or mappings of `role` and `content`; a malformed
-        one raises `InvalidRequest`). `protocol.Generate` and `protocol.SamplingParams` document the other fields;
-        `adapters` is a weighted sum. What the server refuses, the stream raises.
+        one raises `InvalidRequest`). `adapters` are weighted members, summed or put together as `combination` says; a
+        local path is made absolute (`adapters.reference`). `protocol.Generate` and `protocol.SamplingParams` document
+        the other fields. What the server refuses, the stream raises.
         """
         request = Generate(
             request_id=self._connection.new_request_id(),
-            adapter=None if adapter is None else _name(adapter),
-            adapters=None if adapters is None else [WeightedAdapter(_name(one), weight) for one, weight in adapters],
+            adapter=None if adapter is None else reference(adapter, adapter_source),
+            adapters=None if adapters is None else weighted(adapters, adapter_source),
+            combination=combination,
             adapter_source=adapter_source,
             sampling=SamplingParams(**sampling),
             max_tokens=max_tokens,
@@ -139,6 +107,8 @@ class Client:
             ignore_eos=ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            queue_timeout_s=queue_timeout_s,
+            timeout_s=timeout_s,
         )
         return self._start(_with_prompt(request, prompt))
 
@@ -185,10 +155,6 @@ async def connect(
         await connection.close()
     if failure is not None:
         raise failure
-
-
-def _name(adapter: str | Adapter) -> str:
-    return adapter.name if isinstance(adapter, Adapter) else adapter
 
 
 def _with_prompt(request: Generate, prompt: Prompt) -> Generate:

@@ -18,10 +18,12 @@ from websockets.exceptions import ConnectionClosed
 from descant_client.errors import ConnectionLost, DescantError, InternalError, InvalidRequest, Unauthorized, from_wire
 from descant_client.handshake import CLOSE_S, endpoint, shake_hands
 from descant_client.protocol import (
+    Ack,
+    Cancel,
     ClientMessage,
     Error,
-    Generate,
     Hello,
+    Resume,
     ServerMessage,
     decode_server,
     encoder_for,
@@ -102,6 +104,11 @@ class Connection:
     def hello(self) -> Hello:
         """What the server said last about itself."""
         return self._current.hello
+
+    @property
+    def uri(self) -> str:
+        """Where the server is."""
+        return self._uri
 
     def new_request_id(self) -> str:
         """Return an id no request of this session has had."""
@@ -281,7 +288,7 @@ class Connection:
 
     def _reopen(self, *, is_same_session: bool) -> None:
         """Say again what the server has to know. Lost acknowledgements do no harm: it forgets in time by itself."""
-        unsent = {message.request_id for message in self._outbox if isinstance(message, Generate)}
+        unsent = {message.request_id for message in self._outbox if not isinstance(message, Resume | Cancel | Ack)}
         self._outbox.clear()
         for receiver in list(self._receivers.values()):
             receiver.reopen(is_same_session=is_same_session, was_sent=receiver.request_id not in unsent)

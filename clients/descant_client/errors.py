@@ -7,9 +7,11 @@
     ├── AdapterError
     │   ├── AdapterNotFound     adapter_not_found    404
     │   ├── AdapterForbidden    adapter_forbidden    403
+    │   ├── AdapterExists       adapter_exists       409
     │   ├── AdapterInvalid      adapter_invalid      422
     │   ├── AdapterUnsupported  adapter_unsupported  422
-    │   └── AdapterTooLarge     adapter_too_large    413
+    │   ├── AdapterTooLarge     adapter_too_large    413
+    │   └── StoreFull           store_full           507
     ├── Overloaded              overloaded           429
     ├── DeadlineExceeded        deadline_exceeded    504
     ├── Draining                draining             503
@@ -121,6 +123,14 @@ class AdapterForbidden(AdapterError):
     sentence = "Adapter {adapter!r} may not be used: {reason}"
 
 
+class AdapterExists(AdapterError):
+    """The name is taken."""
+
+    code = "adapter_exists"
+    http_status = 409
+    sentence = "There is an adapter {adapter!r} already. Choose another name, load into it, or destroy it first."
+
+
 class AdapterInvalid(AdapterError):
     """The files are not a readable adapter for this base model."""
 
@@ -146,6 +156,18 @@ class AdapterTooLarge(AdapterError):
     sentence = (
         "Adapter {adapter!r} takes {num_bytes} bytes on the device, {max_bytes} are allowed. "
         "Raise `adapter_memory_bytes` or lower its rank."
+    )
+
+
+class StoreFull(AdapterError):
+    """The store has no room for another version: everything in it has a name or is in use."""
+
+    code = "store_full"
+    http_status = 507
+    fields = ("adapter", "num_bytes", "max_bytes")
+    sentence = (
+        "Adapter {adapter!r} takes {num_bytes} bytes, and the store of {max_bytes} is full of adapters that have names "
+        "or are in use. Destroy some, or raise `adapters.store_bytes`."
     )
 
 

@@ -248,6 +248,7 @@ class Timings(Wire, frozen=True):
     ttft_s: float
     e2e_s: float
     num_preemptions: int = 0
+    is_cold: bool = False  # it had to wait for its adapter to come to the device
 
 
 class Done(ServerMessageBase, frozen=True):

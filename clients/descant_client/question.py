@@ -8,7 +8,8 @@ import anyio
 
 from descant_client.connection import Connection
 from descant_client.errors import DescantError, InternalError, from_wire
-from descant_client.protocol import Error, ListAdapters, ListModels, OpenAdapter, ServerMessage
+from descant_client.lifecycle import AdapterChange
+from descant_client.protocol import Error, ListAdapters, ListModels, OpenAdapter, Progress, ServerMessage
 
 Answer = TypeVar("Answer")
 
@@ -16,7 +17,7 @@ Answer = TypeVar("Answer")
 class Question(Generic[Answer]):
     """One thing to ask; asked again after a reconnect, since asking changes nothing."""
 
-    def __init__(self, question: ListAdapters | OpenAdapter | ListModels, kind: type[Answer]) -> None:
+    def __init__(self, question: ListAdapters | OpenAdapter | ListModels | AdapterChange, kind: type[Answer]) -> None:
         self._question = question
         self._kind = kind
         self._answer: Answer | None = None
@@ -34,8 +35,9 @@ class Question(Generic[Answer]):
         connection.add(self)
         try:
             await self._finished.wait()
-        finally:
-            connection.drop(self)
+        except BaseException:
+            self.forget()
+            raise
         if self._error is not None:
             raise self._error
         assert self._answer is not None, "finished without an answer"
@@ -53,14 +55,21 @@ class Question(Generic[Answer]):
     def is_finished(self) -> bool:
         return self._finished.is_set()
 
-    def open(self) -> None:
+    @property
+    def connection(self) -> Connection:
+        """Where it was asked."""
         assert self._connection is not None, "ask() comes first"
-        self._connection.send(self._question)
+        return self._connection
+
+    def open(self) -> None:
+        self.connection.send(self._question)
 
     def reopen(self, *, is_same_session: bool, was_sent: bool) -> None:
         self.open()
 
     def receive(self, message: ServerMessage) -> None:
+        if isinstance(message, Progress):
+            return
         if isinstance(message, self._kind):
             self._answer = message
         elif isinstance(message, Error):
@@ -75,3 +84,7 @@ class Question(Generic[Answer]):
 
     def cancel(self) -> None:
         """Nothing runs at the server that could be stopped."""
+
+    def forget(self) -> None:
+        """Nobody waits any more."""
+        self.connection.drop(self)

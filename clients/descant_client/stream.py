@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from descant_client.protocol import Delta, Done, FinishReason, Timings, TokenLogprob, Usage
+from descant_client.protocol import Delta, Done, FinishReason, ServerMessage, Timings, TokenLogprob, Usage
 from descant_client.transcript import Transcript
 
 
@@ -29,6 +29,7 @@ class Result(msgspec.Struct, frozen=True):
     usage: Usage
     timings: Timings
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    adapter_digest: str | None = None  # the version that answered; None: the base model
 
     @property
     def text(self) -> str:
@@ -86,6 +87,13 @@ class Stream:
         """Start a pass over all deltas; it raises what `result()` raises, after the deltas that came before."""
         return _Deltas(self._transcript, asyncio.get_running_loop())
 
+    def listen(self, listener: Callable[[ServerMessage], None]) -> None:
+        """Call `listener` with every message for this request as it is read from the socket, for measuring.
+
+        It runs before any reader wakes, must neither wait nor raise, and after a reconnect may hear a message again.
+        """
+        self._transcript.listener = listener
+
     async def result(self) -> Result:
         """Wait for the end and return everything.
 
@@ -129,7 +137,9 @@ class Stream:
                     logprobs=[one for delta in deltas for one in delta.logprobs or []] if wants_logprobs else None,
                 )
             )
-        return Result(choices, done.seed, done.usage, done.timings, done.prompt_logprobs)
+        accepted = self._transcript.accepted
+        digest = accepted.adapter_digest if accepted else None
+        return Result(choices, done.seed, done.usage, done.timings, done.prompt_logprobs, digest)
 
 
 class _Deltas:

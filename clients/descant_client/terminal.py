@@ -202,7 +202,7 @@ async def chat(
     console.print(f"{client.hello.model.id} at your service. /help lists the commands.", highlight=False, markup=False)
     while True:
         try:
-            with _on_interrupt(lambda: console.print("\nCtrl-D or /quit leaves.")):
+            with on_interrupt(lambda: console.print("\nCtrl-D or /quit leaves.")):
                 line = await anyio.to_thread.run_sync(read_line, conversation.prompt, abandon_on_cancel=True)
         except EOFError:
             console.print()
@@ -241,7 +241,7 @@ class _Conversation:
         messages = [*self._messages, ChatMessage("user", line)]
         stream = self._client.generate(line if self._is_plain else messages, adapter=self._adapter, **self._options)
         texts: list[str] = []
-        with anyio.CancelScope() as scope, _on_interrupt(scope.cancel):
+        with anyio.CancelScope() as scope, on_interrupt(scope.cancel):
             async for delta in stream:
                 if delta.choice == 0:
                     texts.append(delta.text)
@@ -289,7 +289,7 @@ class _Conversation:
 
 
 @contextmanager
-def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
+def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
     """Let Ctrl-C do `act` on the event loop. Outside the main thread, which signals never reach, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield

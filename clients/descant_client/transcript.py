@@ -42,6 +42,7 @@ class Transcript:
         self.stage: str | None = None
         self.done: Done | None = None
         self.is_answered = False  # the server has shown that it knows this request
+        self.listener: Callable[[ServerMessage], None] | None = None
         self._send = send
         self._error: DescantError | None = None
         self._num_tokens: defaultdict[int, int] = defaultdict(int)  # by choice
@@ -118,6 +119,8 @@ class Transcript:
         """Take in one message for this request."""
         if self.is_finished:
             return
+        if self.listener is not None:
+            self.listener(message)
         match message:
             case Accepted():
                 self.accepted = message

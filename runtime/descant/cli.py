@@ -1,5 +1,6 @@
-"""The command line: `descant serve | chat | generate | adapter list | demo | key | doctor`.
+"""The command line: `descant serve | chat | generate | adapter … | loadtest | demo | key | doctor`.
 
+A group of commands that is a file of its own, such as `cli_adapters`, is added at the end.
 Importing this module needs neither torch nor the server's other dependencies; a command imports what it uses.
 """
 
@@ -8,25 +9,24 @@ from __future__ import annotations
 import json
 import secrets
 import sys
-from collections.abc import Callable, Coroutine
-from functools import wraps
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anyio
 import click
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from descant import __version__
+from descant.cli_adapters import adapter
+from descant.cli_loadtest import loadtest
+from descant.cli_options import WeightedName, asyncly, connection_options
 from descant.config import AdapterEntry, Config, hash_key, load_config
 from descant_client.client import connect
 from descant_client.errors import ConfigInvalid, DescantError
 from descant_client.terminal import chat as converse
 from descant_client.terminal import print_stream
 
-DEFAULT_URI = "ws://127.0.0.1:8080"
 INTERRUPTED = 130
 
 
@@ -49,21 +49,6 @@ def main() -> None:
 @click.version_option(__version__)
 def cli() -> None:
     """One base language model, any number of LoRA voices, streamed over WebSocket."""
-
-
-def _asyncly(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        anyio.run(lambda: function(*args, **kwargs))
-
-    return run
-
-
-def _connection_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    function = click.option("--token", envvar="DESCANT_API_KEY", help="The API key, if the server asks for one.")(
-        function
-    )
-    return click.option("--url", "uri", default=DEFAULT_URI, show_default=True, help="The server.")(function)
 
 
 def _sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,7 +128,7 @@ def doctor() -> None:
 
 @cli.command()
 @click.option("--prompt", default=None, help="What every voice is given.")
-@_asyncly
+@asyncly
 async def demo(prompt: str | None) -> None:
     """Stream one prompt through every demo voice, kill the executor in the middle, then chat."""
     from descant.show import show
@@ -156,10 +141,10 @@ async def demo(prompt: str | None) -> None:
 
 
 @cli.command()
-@_connection_options
+@connection_options
 @_sampling_options
 @click.option("--plain", "is_plain", is_flag=True, help="Send each line as a prompt of its own.")
-@_asyncly
+@asyncly
 async def chat(uri: str, token: str | None, adapter: str | None, is_plain: bool, **options: Any) -> None:
     """Talk to a running server."""
     async with connect(uri, token) as client:
@@ -168,31 +153,20 @@ async def chat(uri: str, token: str | None, adapter: str | None, is_plain: bool,
 
 @cli.command()
 @click.argument("prompt")
-@_connection_options
+@connection_options
 @_sampling_options
-@_asyncly
-async def generate(prompt: str, uri: str, token: str | None, **options: Any) -> None:
+@click.option(
+    "--blend", multiple=True, type=WeightedName(), help="In place of --adapter: a member of a weighted sum; repeatable."
+)
+@asyncly
+async def generate(
+    prompt: str, uri: str, token: str | None, blend: tuple[tuple[str, float], ...], **options: Any
+) -> None:
     """Stream the answer to PROMPT; - reads it from standard input."""
     text = sys.stdin.read() if prompt == "-" else prompt
     async with connect(uri, token) as client:
-        await print_stream(client.generate(text, **options), Console())
+        await print_stream(client.generate(text, adapters=blend or None, **options), Console())
 
 
-@cli.group()
-def adapter() -> None:
-    """Adapters of a running server."""
-
-
-@adapter.command("list")
-@_connection_options
-@_asyncly
-async def adapter_list(uri: str, token: str | None) -> None:
-    """List the adapters you may use, in order of registration."""
-    async with connect(uri, token) as client:
-        adapters = await client.adapters.list()
-    table = Table("name", "source", "rank", "bytes", "version")
-    for entry in adapters:
-        info = entry.info
-        cells = (info.rank, info.num_bytes, info.digest and info.digest[:12])
-        table.add_row(info.name, info.source, *("" if cell is None else str(cell) for cell in cells))
-    Console().print(table)
+cli.add_command(adapter)
+cli.add_command(loadtest)

@@ -21,6 +21,7 @@ from descant_client.errors import ConfigInvalid
 EngineKind = Literal["model", "dummy"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
 MiB = 1024 * 1024
 
 
@@ -34,6 +35,7 @@ class ServerConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     max_frame_bytes: Positive = 4 * MiB
+    max_sessions: Positive = 1024  # of one principal; beyond, those without a connection go, the oldest first
     max_streams: Positive = 1024  # unfinished streams per session
     max_choices: Positive = 16  # `n` of one request
     stream_buffer_bytes: Positive = 64 * 1024  # unsent output per stream before it is parked
@@ -61,6 +63,9 @@ class SchedulingConfig(Section, frozen=True):
     max_num_batched_tokens: Positive = 1024
     cache_scope: Literal["principal", "shared"] = "principal"
     max_executor_restarts: Positive = 5  # lives in a row that complete no step
+    max_queued: Positive = 4096  # sequences of one principal that wait for their turn; more are refused
+    queue_timeout_s: Seconds | None = None  # until a request first runs, unless it says otherwise
+    timeout_s: Seconds | None = None  # until a request has ended, unless it says otherwise
 
 
 class AdapterEntry(Section, frozen=True):
@@ -73,8 +78,11 @@ class AdapterEntry(Section, frozen=True):
 class AdapterConfig(Section, frozen=True):
     """Adapters: what is registered, what may be read, how much memory they get."""
 
-    memory_bytes: Positive = 256 * MiB
+    memory_bytes: Positive = 256 * MiB  # on the device
     num_slots: Positive = 64  # adapters resident at once
+    host_bytes: Annotated[int, msgspec.Meta(ge=0)] = 512 * MiB  # in host memory, ready for the device
+    store_bytes: Positive = 64 * 1024 * MiB  # on disk
+    max_pinned_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # of device memory and of slots
     max_rank: Positive = 1024
     max_file_bytes: Positive = 4096 * MiB
     roots: list[str] | None = None  # where local references may point; None: anywhere while no API keys exist
@@ -87,6 +95,9 @@ class KeyConfig(Section, frozen=True):
     name: str
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     roots: list[str] = []  # local directories this principal may name
+    is_admin: bool = False  # may change shared adapters
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0  # of its share of the device against others'
+    max_queued: Positive | None = None  # None: `scheduling.max_queued`
 
 
 class Config(Section, frozen=True):

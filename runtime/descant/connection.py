@@ -15,14 +15,16 @@ import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from descant import __version__
+from descant.change import operate
 from descant.config import is_loopback
 from descant.generate import start_stream
 from descant.messages import AdapterList, Authenticate, CancelRequest, ListRegistered, Principal, Unpark
+from descant.outgoing import Outgoing
 from descant.services import Services
 from descant.session import Session
-from descant.stream import Stream, error_message
-from descant_client.errors import DescantError, Draining, InvalidRequest, StreamNotFound, Unauthorized
-from descant_client.lifecycle import Adapters
+from descant.stream import error_message
+from descant_client.errors import DescantError, Draining, InvalidRequest, Overloaded, StreamNotFound, Unauthorized
+from descant_client.lifecycle import AdapterChange, Adapters
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
     PROTOCOL_VERSION,
@@ -46,12 +48,23 @@ from descant_client.protocol import (
 
 logger = logging.getLogger(__name__)
 
-FEATURES = ["adapters", "logprobs", "prompt_logprobs", "resume", "weighted_sums"]
+FEATURES = [
+    "adapters",
+    "deadlines",
+    "lifecycle",
+    "logprobs",
+    "merges",
+    "prompt_logprobs",
+    "resume",
+    "weighted_sums",
+]
 ASK_TIMEOUT_S = 30.0
 NORMAL_CLOSURE = 1000
 POLICY_VIOLATION = 1008
 INTERNAL_ERROR = 1011
 SERVICE_RESTART = 1012
+TRY_AGAIN_LATER = 1013
+CLOSE_CODES = {Unauthorized: POLICY_VIOLATION, Overloaded: TRY_AGAIN_LATER}
 CLOSE_TIMEOUT_S = 1.0
 StartTask = Callable[..., None]
 
@@ -78,12 +91,11 @@ class Connection:
         try:
             principal = await self._authenticate()
             await self._services.model.ready()
+            self._session = self._services.sessions.attach(self._socket.query_params.get("session"), principal)
         except DescantError as error:
             await self._send(error_message(error))
-            await self._close(POLICY_VIOLATION if isinstance(error, Unauthorized) else INTERNAL_ERROR, error.code)
+            await self._close(CLOSE_CODES.get(type(error), INTERNAL_ERROR), error.code)
             return
-        wanted = self._socket.query_params.get("session")
-        self._session = self._services.sessions.attach(wanted, principal)
         number = self._session.attach()
         try:
             await self._send(self._hello())
@@ -141,11 +153,13 @@ class Connection:
     async def _handle(self, message: ClientMessage) -> None:
         match message:
             case Generate():
-                self._generate(message)
+                self._refuse_if_draining()
+                stream = self._session.open_stream(message.request_id)
+                self._start_task(start_stream, self._services, message, stream, self._session.principal)
             case Cancel(request_id):
-                await self._cancel(self._session.stream(request_id))
+                await self._cancel(self._session.outgoing(request_id))
             case Resume(request_id, have):
-                self._session.stream(request_id).resume(have)
+                self._session.outgoing(request_id).resume(have)
             case Ack(request_id):
                 self._acknowledge(request_id)
             case ListAdapters(request_id):
@@ -154,18 +168,23 @@ class Connection:
                 self._start_task(self._list_adapters, request_id, name)
             case ListModels(request_id):
                 await self._send(Models(request_id=request_id, models=[self._services.model.info]))
+            case _:
+                self._operate(message)
 
-    def _generate(self, request: Generate) -> None:
+    def _operate(self, change: AdapterChange) -> None:
+        self._refuse_if_draining()
+        operation = self._session.open_operation(change.request_id)
+        self._start_task(operate, self._services, change, operation, self._session.principal)
+
+    def _refuse_if_draining(self) -> None:
         reason = self._draining()
         if reason is not None:
             raise Draining(reason)
-        stream = self._session.open_stream(request.request_id)
-        self._start_task(start_stream, self._services, request, stream, self._session.principal)
 
     def _acknowledge(self, request_id: str) -> None:
         with contextlib.suppress(StreamNotFound):  # released already: nothing to complain about
-            if self._session.stream(request_id).is_ended:
-                self._session.close_stream(request_id)
+            if self._session.outgoing(request_id).is_ended:
+                self._session.release(request_id)
 
     async def _list_adapters(self, request_id: str, name: str | None) -> None:
         question = ListRegistered(self._session.principal, name)
@@ -175,25 +194,25 @@ class Connection:
         except DescantError as error:
             await self._send(error_message(error, request_id))
 
-    async def _cancel(self, stream: Stream) -> None:
-        stream.is_cancelled = True
-        await self._services.scheduler.tell(CancelRequest(stream.key))
+    async def _cancel(self, outgoing: Outgoing) -> None:
+        outgoing.is_cancelled = True
+        await self._services.scheduler.tell(CancelRequest(outgoing.key))
 
     async def _abandon(self) -> None:
         self._services.sessions.remove(self._session)
-        for stream in self._session:
-            if not stream.is_ended:
-                await self._cancel(stream)
+        for outgoing in self._session:
+            if not outgoing.is_ended:
+                await self._cancel(outgoing)
 
     # ---- writing ----------------------------------------------------------------------------------
 
     async def _write(self, number: int, scope: anyio.CancelScope) -> None:
-        while (stream := await self._session.next_changed(number)) is not None:
-            for message in stream.render():
+        while (outgoing := await self._session.next_changed(number)) is not None:
+            for message in outgoing.render():
                 await self._send(message)
-            if stream.is_end_sent:
-                stream.ended_s = time.monotonic()
-            unparked = stream.take_unparked()
+            if outgoing.is_end_sent:
+                outgoing.ended_s = time.monotonic()
+            unparked = outgoing.take_unparked()
             if unparked:
                 await self._services.scheduler.tell(Unpark(unparked))
         scope.cancel()  # another connection has taken over

@@ -5,25 +5,30 @@ Every fault here ends one stream with a typed error and touches nothing else.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
 import secrets
+import time
 from collections.abc import Iterable
 
 import anyio
 import anyio.to_thread
 
 from descant.actor import ActorError
+from descant.combination import check, from_lorax
 from descant.messages import CancelRequest, Principal, ResolveAdapters, Submit
+from descant.outgoing import Outgoing
 from descant.scheduling.plan import NO_LOGPROBS
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion
 from descant.services import Services
+from descant.silence import break_silence
 from descant.stream import Stream
+from descant.time_limits import TimeLimits
 from descant.tokenizer import StopStrings
 from descant_client.errors import DescantError, InternalError, InvalidRequest
+from descant_client.lifecycle import Combination
 from descant_client.protocol import Accepted, Generate, Progress
 from descant_client.wire import WeightedAdapter
 
@@ -33,28 +38,26 @@ LONG_PROMPT_CHARS = 1024  # beyond this tokenizing takes more than a millisecond
 SUBMIT_TIMEOUT_S = 60.0
 RESOLVE_TIMEOUT_S = 900.0
 MAX_STOP_CHARS = 1024  # the end of the text is compared with every beginning of a stop string
-SILENCE_S = 0.25  # after which a client that waits for its adapter is told so
 
 
 async def start_stream(services: Services, request: Generate, stream: Stream, principal: Principal) -> None:
     """Bring one request to the scheduler; whatever goes wrong ends its stream with an error."""
     try:
+        time_limits = TimeLimits.of(request, services.config.scheduling, time.monotonic())
         check_request(request, services.config.server.max_choices)
-        model = await services.model.ready()
-        prompt_ids = await _prompt_ids(services, request)
-        check_prompt(prompt_ids, model.limits.max_context, model.limits.vocab_size)
-        check_tokens("logit_bias", request.sampling.logit_bias, model.limits.vocab_size)
-        adapter = await _adapter(services, request, stream, principal)
-        sequences = _sequences(services, request, stream, principal, prompt_ids, adapter)
+        with time_limits.bounding_the_wait():
+            prompt_ids, adapter = await _prepare(services, request, stream, principal)
+        sequences = _sequences(services, request, stream, principal, prompt_ids, adapter, time_limits)
         accepted = Accepted(
             request_id=request.request_id,
             seed=sequences[0].seed,
             num_prompt_tokens=len(prompt_ids),
             adapter_digest=adapter.digest if adapter else None,
         )
-        stream.accept(accepted, sequences, services.tokenizer)
+        stream.expect(sequences, services.tokenizer)
         await services.scheduler.ask(Submit(tuple(sequences)), timeout=SUBMIT_TIMEOUT_S)
         stream.is_submitted = True
+        stream.accept(accepted, sequences, services.tokenizer)
         if stream.is_cancelled:  # while it was being prepared
             await services.scheduler.tell(CancelRequest(stream.key))
     except DescantError as error:
@@ -64,11 +67,11 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
         give_up(services, stream, InternalError(type(exc).__name__))
 
 
-def give_up(services: Services, stream: Stream, error: DescantError) -> None:
-    """End a stream that may or may not have reached the scheduler with an error."""
-    stream.fail(error)
+def give_up(services: Services, outgoing: Outgoing, error: DescantError) -> None:
+    """End what may or may not have reached the scheduler with an error."""
+    outgoing.fail(error)
     with contextlib.suppress(ActorError):
-        services.scheduler.tell_nowait(CancelRequest(stream.key))
+        services.scheduler.tell_nowait(CancelRequest(outgoing.key))
 
 
 def check_request(request: Generate, max_choices: int) -> None:
@@ -80,17 +83,17 @@ def check_request(request: Generate, max_choices: int) -> None:
     given = [name for name in ("prompt", "token_ids", "messages") if getattr(request, name) is not None]
     if len(given) != 1:
         raise InvalidRequest("prompt", f"give exactly one of prompt, token_ids and messages, not {given or 'none'}.")
-    if request.adapter is not None and request.adapters is not None:
-        raise InvalidRequest("adapters", "give either adapter or adapters.")
+    members, combination = _members(request)
     if request.n > max_choices:
         raise InvalidRequest("n", f"at most {max_choices} choices per request.")
     if any(len(stop) > MAX_STOP_CHARS for stop in request.stop):
         raise InvalidRequest("stop", f"at most {MAX_STOP_CHARS} characters each.")
-    numbers = [*request.sampling.logit_bias.values(), *[member.weight for member in request.adapters or ()]]
     sampling = request.sampling
-    numbers += [sampling.temperature, sampling.top_p, sampling.min_p, sampling.typical_p, sampling.repetition_penalty]
+    numbers = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.typical_p, sampling.repetition_penalty]
+    numbers += [*sampling.logit_bias.values(), *[member.weight for member in members]]
     if not all(math.isfinite(number) for number in numbers):
         raise InvalidRequest("sampling", "every number must be finite.")
+    check(combination, members)
 
 
 def check_prompt(prompt_ids: list[int], max_context: int, vocab_size: int) -> None:
@@ -110,6 +113,16 @@ def check_tokens(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
         raise InvalidRequest(field, f"{largest} is outside the vocabulary of {vocab_size}.")
 
 
+async def _prepare(
+    services: Services, request: Generate, stream: Stream, principal: Principal
+) -> tuple[list[int], AdapterVersion | None]:
+    model = await services.model.ready()
+    prompt_ids = await _prompt_ids(services, request)
+    check_prompt(prompt_ids, model.limits.max_context, model.limits.vocab_size)
+    check_tokens("logit_bias", request.sampling.logit_bias, model.limits.vocab_size)
+    return prompt_ids, await _adapter(services, request, stream, principal)
+
+
 async def _prompt_ids(services: Services, request: Generate) -> list[int]:
     tokenizer = services.tokenizer
     if request.token_ids is not None:
@@ -122,23 +135,33 @@ async def _prompt_ids(services: Services, request: Generate) -> list[int]:
     return tokenizer.encode(request.prompt)
 
 
+def _members(request: Generate) -> tuple[tuple[WeightedAdapter, ...], Combination]:
+    """Return the adapters a request names, none for the base alone, and how they become one. Raises InvalidRequest."""
+    given = [name for name in ("adapter", "adapters", "merged_adapters") if getattr(request, name) is not None]
+    if len(given) > 1:
+        raise InvalidRequest(given[1], f"give at most one of adapter, adapters and merged_adapters, not {given}.")
+    if request.combination is not None and request.adapters is None:
+        raise InvalidRequest("combination", "it says how `adapters` become one, and there are none.")
+    if request.merged_adapters is not None:
+        return from_lorax(request.merged_adapters)
+    if request.adapter is not None:
+        return (WeightedAdapter(request.adapter, 1.0),), Combination()
+    return tuple(request.adapters or ()), request.combination or Combination()
+
+
 async def _adapter(
     services: Services, request: Generate, stream: Stream, principal: Principal
 ) -> AdapterVersion | None:
-    members = tuple(request.adapters or ())
-    if request.adapter is not None:
-        members = (WeightedAdapter(request.adapter, 1.0),)
+    members, combination = _members(request)
     if not members:
         return None
-    resolve = ResolveAdapters(members, principal, request.adapter_source)
-    reply = asyncio.ensure_future(services.registry.ask(resolve, timeout=RESOLVE_TIMEOUT_S))
-    try:
-        done, _ = await asyncio.wait([reply], timeout=SILENCE_S)
-        if not done:
-            stream.note(Progress(request_id=stream.request_id, stage="preparing_adapter"))
-        return await reply
-    finally:
-        reply.cancel()
+    lease = services.leases.lease()
+    stream.hold(lease)
+    resolve = ResolveAdapters(members, principal, lease, combination, request.adapter_source)
+    return await break_silence(
+        services.registry.ask(resolve, timeout=RESOLVE_TIMEOUT_S),
+        lambda: stream.note(Progress(request_id=stream.request_id, stage="preparing_adapter")),
+    )
 
 
 def _sequences(
@@ -148,6 +171,7 @@ def _sequences(
     principal: Principal,
     prompt_ids: list[int],
     adapter: AdapterVersion | None,
+    time_limits: TimeLimits,
 ) -> list[Sequence]:
     seed = secrets.randbits(63) if request.seed is None else request.seed
     stop_token_ids = set(request.stop_token_ids)
@@ -171,6 +195,12 @@ def _sequences(
             num_prompt_logprobs=NO_LOGPROBS if request.prompt_logprobs is None or choice else request.prompt_logprobs,
             adapter=adapter,
             cache_scope=scope,
+            principal=principal.name,
+            weight=principal.weight,
+            max_queued=principal.max_queued,
+            received_s=time_limits.received_s,
+            queue_deadline_s=time_limits.queue_deadline_s,
+            deadline_s=time_limits.deadline_s,
         )
         for choice in range(request.n)
     ]

@@ -10,11 +10,13 @@ from __future__ import annotations
 import msgspec
 
 from descant.engine.interface import EngineInfo
+from descant.leases import Lease
+from descant.scheduling.gate import AdapterMove
 from descant.scheduling.plan import EngineLimits, StepPlan, StepResult
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion
-from descant_client.lifecycle import AdapterInfo
-from descant_client.wire import WeightedAdapter
+from descant_client.lifecycle import AdapterChange, AdapterInfo, Combination
+from descant_client.wire import AdapterSource, WeightedAdapter
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -22,10 +24,17 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Principal(msgspec.Struct, frozen=True):
-    """Who a connection speaks for, and which local directories it may name (None: any)."""
+    """Who a connection speaks for.
+
+    `roots` are the local directories it may name (None: any). An administrator may change shared adapters. `weight`
+    is its share of the device against others', `max_queued` how many of its sequences may wait (None: the server's).
+    """
 
     name: str
     roots: tuple[str, ...] | None = None
+    is_admin: bool = False
+    weight: float = 1.0
+    max_queued: int | None = None
 
 
 # ---- auth ----------------------------------------------------------------------------------------
@@ -63,11 +72,17 @@ FetchMessage = FetchAdapter | FetchModel
 
 
 class ResolveAdapters(Message, frozen=True):
-    """Which version is this weighted sum of adapters? Reply: AdapterVersion, prepared and on disk."""
+    """Which version is this combination of adapters?
+
+    Reply: AdapterVersion, prepared and on disk, and held by the lease; or None if the base alone is meant, because
+    its members are disabled.
+    """
 
     members: tuple[WeightedAdapter, ...]
     principal: Principal
-    source: str | None = None
+    lease: Lease
+    combination: Combination = Combination()
+    source: AdapterSource | None = None
 
 
 class ListRegistered(Message, frozen=True):
@@ -83,7 +98,26 @@ class AdapterList(Message, frozen=True):
     adapters: tuple[AdapterInfo, ...]
 
 
-RegistryMessage = ResolveAdapters | ListRegistered
+class ChangeAdapter(Message, frozen=True):
+    """Do this to an adapter for this principal. Reply: AdapterList of it as it is now, empty once it is destroyed."""
+
+    principal: Principal
+    change: AdapterChange
+
+
+class VersionFailed(Message, frozen=True):
+    """The device could not take this version: its stored file is to be made again before it is next used."""
+
+    digest: str
+
+
+class VersionFree(Message, frozen=True):
+    """The last request that used this version has ended."""
+
+    digest: str
+
+
+RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFailed | VersionFree
 
 # ---- scheduler -----------------------------------------------------------------------------------
 
@@ -118,17 +152,53 @@ class ExecutorDown(Message, frozen=True):
     reason: str
 
 
-SchedulerMessage = Submit | CancelRequest | Unpark | ExecutorUp | ExecutorDown
+class PinVersions(Message, frozen=True):
+    """These versions, and no others, are to be on the device always."""
+
+    versions: tuple[AdapterVersion, ...]
+
+
+class ForgetVersion(Message, frozen=True):
+    """No request will name this version again: let go of what is kept of it once nothing uses it."""
+
+    digest: str
+
+
+SchedulerMessage = Submit | CancelRequest | Unpark | ExecutorUp | ExecutorDown | PinVersions | ForgetVersion
 
 # ---- executor and worker (child processes) -------------------------------------------------------
 
 
-class LoadAdapter(Message, frozen=True):
-    """Read a version into the arena at `offset` bytes and point the adapter slot at it. Reply: Loaded."""
+class StageAdapter(Message, frozen=True):
+    """Read a version into host memory and verify it, beside the steps. Reply: Staged.
+
+    With `is_placed` it stays there until its `PlaceAdapter` comes or a later epoch begins, otherwise as long as there
+    is room.
+    """
+
+    version: AdapterVersion
+    is_placed: bool
+    epoch: int
+
+
+class PlaceAdapter(Message, frozen=True):
+    """Copy a version, staged or not, into the arena at `offset` bytes and put it in the slot. Reply: Loaded."""
 
     adapter_slot: int
     offset: int
     version: AdapterVersion
+
+
+class MoveAdapters(Message, frozen=True):
+    """Move these versions within the arena, one after the other; the next step finds them there. No reply."""
+
+    moves: tuple[AdapterMove, ...]
+
+
+class DropAdapter(Message, frozen=True):
+    """Forget what is kept of a version in host memory. No reply."""
+
+    digest: str
 
 
 class Step(Message, frozen=True):
@@ -137,7 +207,13 @@ class Step(Message, frozen=True):
     plan: StepPlan
 
 
-ExecutorMessage = LoadAdapter | Step
+ExecutorMessage = StageAdapter | PlaceAdapter | MoveAdapters | DropAdapter | Step
+
+
+class Staged(Message, frozen=True):
+    """The version is in host memory."""
+
+    digest: str
 
 
 class Loaded(Message, frozen=True):
@@ -166,7 +242,7 @@ class LoadProgress(Message, frozen=True):
     fraction: float
 
 
-ExecutorReply = Loaded | StepDone
+ExecutorReply = Staged | Loaded | StepDone
 ExecutorNote = EngineReady | LoadProgress
 
 
@@ -185,13 +261,39 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ComposeAdapters(Message, frozen=True):
-    """Write the weighted sum of versions as a version of its own. Reply: Prepared."""
+    """Write a combination of versions as a version of its own. Reply: Prepared."""
 
     adapter: str
     members: tuple[Member, ...]
+    combination: Combination
 
 
-WorkerMessage = PrepareAdapter | ComposeAdapters
+class CreateVersion(Message, frozen=True):
+    """Write a version that changes nothing: B is zero. Reply: Prepared."""
+
+    adapter: str
+    rank: int
+    alpha: float | None
+    target_modules: tuple[str, ...] | None
+
+
+class ExportAdapter(Message, frozen=True):
+    """Write a version as a PEFT directory. Reply: Exported."""
+
+    adapter: str
+    version: AdapterVersion
+    directory: str
+
+
+class ExportMerged(Message, frozen=True):
+    """Write the base with a version merged into it as a Hugging Face checkpoint. Reply: Exported."""
+
+    adapter: str
+    version: AdapterVersion
+    directory: str
+
+
+WorkerMessage = PrepareAdapter | ComposeAdapters | CreateVersion | ExportAdapter | ExportMerged
 
 
 class Prepared(Message, frozen=True):
@@ -200,7 +302,14 @@ class Prepared(Message, frozen=True):
     version: AdapterVersion
 
 
-WorkerReply = Prepared
+class Exported(Message, frozen=True):
+    """A directory that is whole and on disk."""
+
+    directory: str
+    num_bytes: int
+
+
+WorkerReply = Prepared | Exported
 
 
 # ---- gateway -------------------------------------------------------------------------------------

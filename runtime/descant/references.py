@@ -16,6 +16,7 @@ from descant_client.errors import AdapterUnsupported, InvalidRequest
 Source = Literal["name", "local", "hub", "s3", "pbase"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_LENGTH = 4096
+MAX_SHOWN = 200  # characters of what was sent that an error repeats
 SERVED: tuple[Source, ...] = ("name", "local")
 
 
@@ -41,6 +42,13 @@ def parse_reference(text: str, source: str | None = None) -> Reference:
     if reference.source == "name" and not NAME.fullmatch(text):
         raise InvalidRequest("adapter", f"{text!r} is neither a name ({NAME.pattern}) nor a reference.")
     return reference
+
+
+def check_name(name: str) -> str:
+    """Return `name` if an adapter may be called so. Raises InvalidRequest."""
+    if not NAME.fullmatch(name):
+        raise InvalidRequest("name", f"{name[:MAX_SHOWN]!r} is no name of an adapter ({NAME.pattern}).")
+    return name
 
 
 _SOURCES: dict[str, Source] = {"local": "local", "hub": "hub", "s3": "s3", "pbase": "pbase"}

@@ -11,8 +11,10 @@ PULSE_FD is one end of a second socket: every byte that comes is sent back by a 
 thread works; at its end of file the parent is gone and the process exits at once, whatever it is doing.
 
 The factory is `FACTORY(config, notify) -> Handler`: it may take its time (imports, weights). Both it and
-`Handler.handle` run on the main thread; handling goes in order of arrival. A DescantError of the factory is the
-refusal to start, one of the handler is the reply; any other exception ends the process.
+`Handler.handle` run on the main thread; handling goes in order of arrival. Only messages of the types a handler lists
+in `beside` are handled on other threads, while the main thread goes on, and answered whenever they are done. A
+DescantError of the factory is the refusal to start, one of the handler is the reply; any other exception, on whatever
+thread, ends the process.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import enum
 import importlib
 import logging
 import os
+import queue
 import signal
 import socket
 import struct
@@ -36,12 +39,14 @@ from descant_client.errors import DescantError
 logger = logging.getLogger(__name__)
 
 HEADER = struct.Struct("<I")
+NUM_SIDE_THREADS = 8  # messages handled beside the main thread at once; more wait their turn
 
 
 class Handler(Protocol):
     """What a factory returns: a synchronous actor."""
 
-    # The closed union of messages it takes.
+    # The closed union of messages it takes. A handler may also have `beside: tuple[type, ...]`: those of them that
+    # `handle` takes on any thread, several at a time.
     messages: Any
 
     def handle(self, message: Any) -> Any:
@@ -174,18 +179,57 @@ def _receive_start(uplink: Uplink) -> Start:
 
 def _handle_messages(uplink: Uplink, handler: Handler) -> None:
     decode = msgspec.msgpack.Decoder(handler.messages).decode
+    side = _SideThreads(uplink, handler)
+    beside: tuple[type, ...] = getattr(handler, "beside", ())
     while (frame := uplink.receive()) is not None and frame.kind is not Kind.STOP:
         message = decode(frame.payload)
-        try:
-            reply = handler.handle(message)
-        except DescantError as error:
-            if frame.kind is Kind.ASK:
-                uplink.refuse(frame.ask_id, error)
-            else:
-                logger.warning("%s refused: %s", type(message).__name__, error)
+        if isinstance(message, beside):
+            side.handle(frame, message)
         else:
-            if frame.kind is Kind.ASK:
-                uplink.send(Kind.REPLY, frame.ask_id, reply)
+            _handle(uplink, handler, frame, message)
+
+
+def _handle(uplink: Uplink, handler: Handler, frame: Frame, message: Any) -> None:
+    try:
+        reply = handler.handle(message)
+    except DescantError as error:
+        if frame.kind is Kind.ASK:
+            uplink.refuse(frame.ask_id, error)
+        else:
+            logger.warning("%s refused: %s", type(message).__name__, error)
+    else:
+        if frame.kind is Kind.ASK:
+            uplink.send(Kind.REPLY, frame.ask_id, reply)
+
+
+class _SideThreads:
+    """Daemons, started as they are needed: the process ends without waiting for what they are doing."""
+
+    def __init__(self, uplink: Uplink, handler: Handler) -> None:
+        self._uplink = uplink
+        self._handler = handler
+        self._work: queue.SimpleQueue[tuple[Frame, Any]] = queue.SimpleQueue()
+        self._num_idle = threading.Semaphore(0)
+        self._num_threads = 0
+
+    def handle(self, frame: Frame, message: Any) -> None:
+        """Let a thread handle a message; the main thread calls this."""
+        self._work.put((frame, message))
+        if not self._num_idle.acquire(blocking=False) and self._num_threads < NUM_SIDE_THREADS:
+            self._num_threads += 1
+            threading.Thread(target=self._run, name=f"side {self._num_threads}", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                _handle(self._uplink, self._handler, *self._work.get())
+                self._num_idle.release()
+        except SystemExit:
+            os._exit(0)  # the parent is gone
+        except BaseException as exc:
+            logger.exception("%s failed", threading.current_thread().name)
+            self._uplink.send(Kind.FATAL, 0, f"{type(exc).__name__}: {exc}")
+            os._exit(1)  # the main thread may be deep in a kernel
 
 
 def _beat(pulse: socket.socket) -> None:

@@ -8,8 +8,10 @@ import anyio
 
 from descant.actor import Ref
 from descant.config import Config
+from descant.leases import LeaseTable
 from descant.messages import AuthMessage, EngineReady, RegistryMessage, SchedulerMessage
 from descant.scheduling.sequence import SequenceTable
+from descant.scheduling.version import AdapterVersion
 from descant.session import SessionTable
 from descant.tokenizer import Tokenizer
 from descant_client.errors import DescantError
@@ -24,6 +26,8 @@ class ModelState:
         self.is_up = False  # an executor is running and has loaded the model
         self.num_steps = 0  # completed, over all lives
         self.num_lives = 0
+        self.num_adapter_loads = 0  # onto the device, over all lives
+        self.pinned: tuple[AdapterVersion, ...] = ()  # what is to be on the device always
         self._engine: EngineReady | None = None
         self._failure: DescantError | None = None
         self._loaded = anyio.Event()
@@ -86,4 +90,5 @@ class Services:
     registry: Ref[RegistryMessage]
     scheduler: Ref[SchedulerMessage]
     sequences: SequenceTable
+    leases: LeaseTable
     sessions: SessionTable = field(repr=False)

@@ -7,8 +7,10 @@ each sequence's own tokens behind a cursor, so a slow reader gets larger deltas,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 from descant.actor import ActorError
+from descant.leases import Lease
 from descant.scheduling.sequence import Sequence as TokenSequence
 from descant.scheduling.sequence import TokenLogprobs
 from descant.tokenizer import Detokenizer, Tokenizer
@@ -37,6 +39,9 @@ class Stream:
     `changed` is called, without waiting, whenever there may be something new to render.
     """
 
+    is_kept: ClassVar[bool] = False  # once sent, only for a while
+    orphaned: ClassVar[str] = "the gateway crashed while the request was being prepared; send it again."
+
     def __init__(self, request_id: str, key: str, buffer_bytes: int, changed: Callable[[Stream], None]) -> None:
         self.request_id = request_id
         self.key = key  # unique in the server: what the scheduler cancels by
@@ -50,16 +55,26 @@ class Stream:
         self._notes: list[ServerMessage] = []  # sent once, never again on resume
         self._error: DescantError | None = None
         self._over_budget: list[int] = []  # sequences parked because of us
+        self._lease: Lease | None = None
         self._is_accepted_sent = False
         self._is_end_sent = False
 
     # ---- what happens to it -----------------------------------------------------------------------
 
+    def expect(self, sequences: Sequence[TokenSequence], tokenizer: Tokenizer) -> None:
+        """These are its choices, if the scheduler takes them: they may come to their sink before `accept`."""
+        self._choices = [_Choice(sequence, tokenizer, self.request_id) for sequence in sequences]
+
     def accept(self, accepted: Accepted, sequences: Sequence[TokenSequence], tokenizer: Tokenizer) -> None:
-        """The request is valid and these are its choices; called before they are submitted."""
+        """The request is taken and these are its choices."""
         self._accepted = accepted
         self._choices = [_Choice(sequence, tokenizer, accepted.request_id) for sequence in sequences]
         self._changed(self)
+
+    def hold(self, lease: Lease) -> None:
+        """Keep the versions of this lease until nothing more is generated."""
+        self._lease = lease
+        self._release_if_ended()
 
     def note(self, message: Progress) -> None:
         """Tell the client something in passing."""
@@ -69,6 +84,7 @@ class Stream:
     def fail(self, error: DescantError) -> None:
         """End the stream with an error. What was not sent yet is not sent any more."""
         self._error = self._error or error
+        self._release_if_ended()
         self._changed(self)
 
     def put(self, sequence: TokenSequence, num_new: int) -> bool:
@@ -83,7 +99,12 @@ class Stream:
         """Hear that a sequence has finished."""
         if sequence.finish_reason == "error":
             self.fail(sequence.error or InternalError("a sequence ended without saying why."))
+        self._release_if_ended()
         self._changed(self)
+
+    def _release_if_ended(self) -> None:
+        if self._lease is not None and self.is_ended:
+            self._lease.release()
 
     # ---- what the client gets ---------------------------------------------------------------------
 
@@ -253,4 +274,5 @@ def _timings(sequences: Sequence[TokenSequence]) -> Timings:
         ttft_s=min(first, default=end_s) - arrival_s,
         e2e_s=end_s - arrival_s,
         num_preemptions=sum(sequence.num_preemptions for sequence in sequences),
+        is_cold=any(sequence.is_cold for sequence in sequences),
     )

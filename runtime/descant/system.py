@@ -14,7 +14,7 @@ import math
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,13 @@ import msgspec
 
 from descant.actor import ActorStopped, Ref
 from descant.actors.auth import Auth
-from descant.actors.dummy_registry import DummyRegistry
-from descant.actors.fetch import DEMO_ADAPTERS, DEMO_MODEL, Fetch
+from descant.actors.fetch import DEMO_MODEL, Fetch
 from descant.actors.gateway import Gateway, open_listener
-from descant.actors.registry import Registry
 from descant.actors.scheduler import Scheduler, make_probe
-from descant.adapters.limits import AdapterLimits
-from descant.child_config import ExecutorConfig, WorkerConfig
-from descant.config import AdapterEntry, Config, check_config
+from descant.child_config import ExecutorConfig
+from descant.config import Config, check_config
 from descant.engine.interface import EngineOptions
+from descant.leases import LeaseTable
 from descant.messages import (
     Drain,
     EngineReady,
@@ -41,14 +39,17 @@ from descant.messages import (
     ExecutorReply,
     ExecutorUp,
     FetchModel,
+    ForgetVersion,
     LoadProgress,
-    WorkerReply,
+    PinVersions,
 )
+from descant.registry_setup import spawn_registry
 from descant.remote import Program, Remote, spawn_remote
 from descant.scheduling.policy import Policy
 from descant.scheduling.sequence import SequenceTable
 from descant.services import ModelState, Services
 from descant.session import SessionTable
+from descant.stream import Stream
 from descant.supervision import RestartPolicy, Supervisor
 from descant.tokenizer import Tokenizer
 from descant_client.errors import DescantError, ExecutorFailed, InternalError, ModelInvalid
@@ -89,9 +90,9 @@ class System:
         """Nobody computes any more: end what runs, and whatever comes, with `error`."""
         self.services.model.give_up(error)
         for session in self.services.sessions:
-            for stream in session:
-                if not stream.is_ended:
-                    stream.fail(error)
+            for one in session:
+                if isinstance(one, Stream) and not one.is_ended:  # operations on adapters still have their answer
+                    one.fail(error)
 
     async def ready(self) -> EngineReady:
         """Wait until the model is loaded. Raises what made it impossible."""
@@ -127,8 +128,8 @@ async def running(
     system = System(config, executor_factory)
     with unwrapped(), open_listener(config.server.host, config.server.port) as listener:
         system.port = listener.getsockname()[1]
-        async with Supervisor(on_escalate=system.give_up) as supervisor:
-            await _assemble(system, supervisor, listener, on_progress)
+        async with AsyncExitStack() as exits, Supervisor(on_escalate=system.give_up) as supervisor:
+            await _assemble(system, supervisor, exits, listener, on_progress)
             yield system
 
 
@@ -157,16 +158,32 @@ async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
 
 
 async def _assemble(
-    system: System, supervisor: Supervisor, listener: socket.socket, on_progress: Callable[[LoadProgress], None]
+    system: System,
+    supervisor: Supervisor,
+    exits: AsyncExitStack,
+    listener: socket.socket,
+    on_progress: Callable[[LoadProgress], None],
 ) -> None:
     config = system.config
     fetch = supervisor.spawn(Fetch, "fetch")
     model_dir = await _model_dir(config, fetch)
     model = ModelState("descant-demo" if config.model.path is None else config.model.path)
     sequences = SequenceTable()
+    leases = LeaseTable()
     auth = supervisor.spawn(partial(Auth, config), "auth")
-    registry = supervisor.spawn(_registry(config, supervisor, model_dir, fetch), "registry")
-    scheduler = _spawn_scheduler(system, supervisor, model, sequences, model_dir, on_progress)
+    addresses: list[Ref[Any]] = []  # the scheduler's: the registry, which it needs, tells it of pins
+    registry = await spawn_registry(
+        config,
+        supervisor,
+        exits,
+        model_id=model.id,
+        model_dir=model_dir,
+        fetch=fetch,
+        leases=leases,
+        tell_scheduler=partial(_tell_first, addresses),
+    )
+    scheduler = _spawn_scheduler(system, supervisor, model, sequences, registry, model_dir, on_progress)
+    addresses.append(scheduler)  # nothing has run since the registry was spawned
     system.services = Services(
         config=config,
         model=model,
@@ -175,9 +192,15 @@ async def _assemble(
         registry=registry,
         scheduler=scheduler,
         sequences=sequences,
-        sessions=SessionTable(config.server.max_streams, config.server.stream_buffer_bytes),
+        leases=leases,
+        sessions=SessionTable(config.server.max_streams, config.server.stream_buffer_bytes, config.server.max_sessions),
     )
     system.gateway = supervisor.spawn(partial(Gateway, system.services, listener, supervisor.stats), "gateway")
+
+
+def _tell_first(addresses: list[Ref[Any]], message: PinVersions | ForgetVersion) -> None:
+    with contextlib.suppress(ActorStopped):  # everything is being cancelled
+        addresses[0].tell_nowait(message)
 
 
 async def _model_dir(config: Config, fetch: Ref[FetchModel]) -> Path:
@@ -186,38 +209,12 @@ async def _model_dir(config: Config, fetch: Ref[FetchModel]) -> Path:
     return await fetch.ask(FetchModel(config.model.path, config.model.revision), timeout=FETCH_TIMEOUT_S)
 
 
-def _registry(
-    config: Config, supervisor: Supervisor, model_dir: Path, fetch: Ref[Any]
-) -> Callable[[], Registry | DummyRegistry]:
-    entries = list(config.adapters.entries)
-    if config.model.path is None:
-        names = {entry.name for entry in entries}
-        entries = [*[entry for entry in demo_adapters() if entry.name not in names], *entries]
-    if config.model.engine == "dummy":
-        return partial(DummyRegistry, entries)
-    worker_config = WorkerConfig(
-        model_dir=str(model_dir),
-        store_dir=str(Path(config.data_dir).expanduser() / "store"),
-        dtype=config.model.dtype,
-        limits=AdapterLimits(
-            max_rank=config.adapters.max_rank,
-            max_file_bytes=config.adapters.max_file_bytes,
-            max_extent_bytes=config.adapters.memory_bytes,
-        ),
-    )
-    program = Program(
-        factory="descant.actors.worker:start", config=msgspec.msgpack.encode(worker_config), replies=WorkerReply
-    )
-    # Only lives that never came up count against it: no adapter that crashes it may bring the server down.
-    worker: Remote[Any] = spawn_remote(supervisor, "worker", program, on_up=lambda life: worker.mark_productive())
-    return partial(Registry, entries, fetch, worker.ref)
-
-
 def _spawn_scheduler(
     system: System,
     supervisor: Supervisor,
     model: ModelState,
     sequences: SequenceTable,
+    registry: Ref[Any],
     model_dir: Path,
     on_progress: Callable[[LoadProgress], None],
 ) -> Ref[Any]:
@@ -249,8 +246,9 @@ def _spawn_scheduler(
             max_num_seqs=config.scheduling.max_num_seqs,
             max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
             now=time.monotonic,
+            max_queued=config.scheduling.max_queued,
         )
-        return Scheduler(policy, model, system.executor, lambda: make_probe(sequences.next_id()))
+        return Scheduler(policy, model, system.executor, registry, lambda: make_probe(sequences.next_id()))
 
     # Large enough for a cancellation of every stream at once; the executor's callbacks cannot wait.
     addresses.append(supervisor.spawn(make_scheduler, "scheduler", mailbox_size=65536))
@@ -268,6 +266,7 @@ def _executor_program(system: System, model_dir: Path) -> Program:
             num_kv_bytes=config.model.kv_bytes,
             num_adapter_slots=config.adapters.num_slots,
             num_adapter_bytes=config.adapters.memory_bytes,
+            num_host_bytes=config.adapters.host_bytes,
             max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
             num_threads=config.model.num_threads,
         ),
@@ -279,8 +278,3 @@ def _executor_program(system: System, model_dir: Path) -> Program:
         replies=ExecutorReply,
         notices=ExecutorNote,
     )
-
-
-def demo_adapters() -> list[AdapterEntry]:
-    """Return the adapters that come with the embedded model, by name."""
-    return [AdapterEntry(name=path.name, ref=f"local:{path}") for path in sorted(DEMO_ADAPTERS.iterdir())]

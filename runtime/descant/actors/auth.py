@@ -18,9 +18,10 @@ class Auth(Actor[AuthMessage]):
 
     def __init__(self, config: Config) -> None:
         roots = config.adapters.roots
-        self._anybody = Principal(LOCAL, None if roots is None else tuple(roots))
+        self._anybody = Principal(LOCAL, None if roots is None else tuple(roots), is_admin=True)
         self._by_hash = {  # a dictionary of hashes: finding a key tells nothing about the others by its timing
-            key.sha256: Principal(key.name, (*key.roots, *(roots or ()))) for key in config.keys
+            key.sha256: Principal(key.name, (*key.roots, *(roots or ())), key.is_admin, key.weight, key.max_queued)
+            for key in config.keys
         }
 
     async def on_receive(self, message: AuthMessage) -> Principal:

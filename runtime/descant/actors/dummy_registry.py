@@ -1,36 +1,108 @@
-"""The registry of the dummy engine: every adapter exists, every operation succeeds and changes nothing.
+"""The registry of the dummy engine: every adapter exists, every operation succeeds and changes nothing but names.
 
-Accepts: ResolveAdapters, ListRegistered. Asks: nobody.
+Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionFree. Asks: nobody. Owns: the names that
+were made; they last as long as this life.
 """
 
 from __future__ import annotations
 
 import hashlib
 
+import msgspec
+
 from descant.actor import Actor
+from descant.catalog.entry import SHARED, Entry, Key
+from descant.catalog.names import Catalog
 from descant.config import AdapterEntry
-from descant.messages import AdapterList, ListRegistered, RegistryMessage, ResolveAdapters
-from descant.references import parse_reference
+from descant.messages import (
+    AdapterList,
+    ChangeAdapter,
+    ListRegistered,
+    Principal,
+    RegistryMessage,
+    ResolveAdapters,
+    VersionFailed,
+    VersionFree,
+)
+from descant.references import check_name, parse_reference
 from descant.scheduling.version import AdapterVersion
-from descant_client.lifecycle import AdapterInfo
+from descant_client.errors import AdapterNotFound
+from descant_client.lifecycle import (
+    AdapterChange,
+    AdapterInfo,
+    CreateAdapter,
+    DestroyAdapter,
+    DisableAdapter,
+    EnableAdapter,
+    ForkAdapter,
+    LoadAdapter,
+    MergeAdapters,
+    PinAdapter,
+    UnpinAdapter,
+)
 
 NUM_BYTES = 64
+SOURCE = "dummy"
 
 
 class DummyRegistry(Actor[RegistryMessage]):
     """For client developers: answers like the registry, reads nothing."""
 
     def __init__(self, entries: list[AdapterEntry]) -> None:
-        self._names = [entry.name for entry in entries]
+        names = [entry.name for entry in entries]
+        self._catalog = Catalog(
+            Entry(owner=SHARED, name=name, position=position, source=SOURCE) for position, name in enumerate(names)
+        )
 
-    async def on_receive(self, message: RegistryMessage) -> AdapterVersion | AdapterList:
+    async def on_receive(self, message: RegistryMessage) -> AdapterVersion | AdapterList | None:
         """Answer one message."""
         match message:
-            case ResolveAdapters(members, _, source):
+            case ResolveAdapters(members, source=source):
                 for member in members:
                     parse_reference(member.adapter, source)
                 digest = hashlib.sha256(repr(members).encode()).hexdigest()
                 return AdapterVersion(digest=digest, path="", num_bytes=NUM_BYTES, max_rank=0, num_modules=0)
-            case ListRegistered(_, name):
-                names = self._names if name is None else [name]
-                return AdapterList(tuple(AdapterInfo(name=each, source="dummy") for each in names))
+            case ListRegistered(principal, name):
+                return self._list(principal, name)
+            case ChangeAdapter(principal, change):
+                entry = self._change(principal, change)
+                return AdapterList(() if entry is None else (entry.info(),))
+            case VersionFailed() | VersionFree():
+                return None
+
+    def _list(self, principal: Principal, name: str | None) -> AdapterList:
+        if name is None:
+            return AdapterList(tuple(entry.info() for entry in self._catalog.visible(principal)))
+        try:
+            return AdapterList((self._catalog.used(principal, name).info(),))
+        except AdapterNotFound:
+            return AdapterList((AdapterInfo(name=name, source=SOURCE),))  # every adapter exists
+
+    def _change(self, principal: Principal, change: AdapterChange) -> Entry | None:
+        match change:
+            case CreateAdapter(_, name, is_shared=is_shared) | ForkAdapter(_, _, name, is_shared):
+                return self._put(self._catalog.new_key(principal, name, is_shared=is_shared))
+            case LoadAdapter(_, name, is_shared=is_shared) | MergeAdapters(_, name, is_shared=is_shared):
+                return self._put(self._catalog.target_key(principal, name, is_shared=is_shared))
+            case PinAdapter(_, name):
+                return self._put(self._key(principal, name), is_pinned=True)
+            case UnpinAdapter(_, name):
+                return self._put(self._key(principal, name), is_pinned=False)
+            case EnableAdapter(_, name):
+                return self._put(self._key(principal, name), is_enabled=True)
+            case DisableAdapter(_, name):
+                return self._put(self._key(principal, name), is_enabled=False)
+            case DestroyAdapter(_, name):
+                return self._catalog.remove(self._key(principal, name))
+            case _:  # nothing is written
+                return self._put(self._key(principal, change.name))
+
+    def _key(self, principal: Principal, name: str) -> Key:
+        return self._catalog.target_key(principal, check_name(name), is_shared=False)
+
+    def _put(self, key: Key, **flags: bool) -> Entry:
+        owner, name = key
+        position = self._catalog.next_position
+        entry = self._catalog.get(key) or Entry(owner=owner, name=name, position=position, source=SOURCE)
+        self._catalog.put(msgspec.structs.replace(entry, **flags))
+        return msgspec.structs.replace(entry, **flags)

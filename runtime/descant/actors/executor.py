@@ -1,48 +1,89 @@
 """The executor: the device, in a process of its own.
 
-Accepts: LoadAdapter, Step. Sends up: LoadProgress while loading, EngineReady once. Owns: weights, KV cache, arena.
+Accepts: StageAdapter, PlaceAdapter, MoveAdapters, DropAdapter, Step. Sends up: LoadProgress while loading, EngineReady
+once. Owns: weights, KV cache, arena, adapters in host memory.
 
 Its code runs in the child; the server process holds a `Ref` and never imports torch, and neither does this module.
 """
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 
 from descant.child_config import ExecutorConfig
 from descant.engine.dummy import DummyEngine, DummyOptions
-from descant.engine.interface import StepEngine
-from descant.messages import EngineReady, ExecutorMessage, LoadAdapter, Loaded, LoadProgress, Step, StepDone
+from descant.engine.host_cache import HostCache
+from descant.engine.interface import StagedAdapter, StepEngine
+from descant.messages import (
+    DropAdapter,
+    EngineReady,
+    ExecutorMessage,
+    Loaded,
+    LoadProgress,
+    MoveAdapters,
+    PlaceAdapter,
+    StageAdapter,
+    Staged,
+    Step,
+    StepDone,
+)
 from descant.remote_child import Notify
+
+SWITCH_INTERVAL_S = 0.0005  # a side thread that runs Python holds up each operator of a step no longer than this
 
 
 class Executor:
-    """The handler of the child's main thread: one message at a time."""
+    """The handler of the child: staging on its side threads, all else on the main thread, one message at a time."""
 
     messages = ExecutorMessage
+    beside = (StageAdapter,)
 
-    def __init__(self, engine: StepEngine) -> None:
+    def __init__(self, engine: StepEngine, num_host_bytes: int) -> None:
         self._engine = engine
+        self._host: HostCache[StagedAdapter] = HostCache(num_host_bytes)
 
-    def handle(self, message: ExecutorMessage) -> Loaded | StepDone:
+    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | None:
         """Carry out one message. DescantErrors concern that message; anything else ends the process."""
         match message:
-            case LoadAdapter(adapter_slot, offset, version):
-                self._engine.load_adapter(adapter_slot, offset, version.path)
+            case StageAdapter():
+                return self._stage(message)
+            case PlaceAdapter(adapter_slot, offset, version):
+                # It is gone only if it was dropped meanwhile; then this reads it on the main thread.
+                staged = self._host.take(version.digest) or self._engine.stage_adapter(version.path)
+                self._engine.place_adapter(adapter_slot, offset, staged)
                 return Loaded(adapter_slot)
+            case MoveAdapters(moves):
+                for move in moves:
+                    self._engine.move_adapter(move.adapter_slot, move.offset)
+                return None
+            case DropAdapter(digest):
+                self._host.drop(digest)
+                return None
             case Step(plan):
+                self._host.begin(plan.epoch)
                 return StepDone(self._engine.step(plan))
 
     def close(self) -> None:
         """Nothing outlives the process."""
 
+    def _stage(self, message: StageAdapter) -> Staged:
+        version = message.version
+        claim_epoch = message.epoch if message.is_placed else None
+        self._host.stage(
+            version.digest, version.num_bytes, lambda: self._engine.stage_adapter(version.path), claim_epoch
+        )
+        return Staged(version.digest)
+
 
 def start(config: bytes, notify: Notify) -> Executor:
     """Build the engine the configuration asks for, telling the parent how far it is."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     settings = msgspec.msgpack.decode(config, type=ExecutorConfig)
     engine = _dummy_engine(settings) if settings.engine == "dummy" else _model_engine(settings, notify)
     notify(EngineReady(engine.limits, engine.info))
-    return Executor(engine)
+    return Executor(engine, settings.options.num_host_bytes)
 
 
 def _dummy_engine(settings: ExecutorConfig) -> StepEngine:

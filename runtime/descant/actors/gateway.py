@@ -43,6 +43,7 @@ class Health(msgspec.Struct, frozen=True):
     model: str
     executor_lives: int
     steps: int
+    adapter_loads: int
     sessions: int
     sequences: int
     actors: list[ActorStats]
@@ -84,12 +85,11 @@ class Gateway(Actor[GatewayMessage]):
         self.start_soon(self._sweep)
 
     def _end_orphans(self) -> None:
-        # The tasks that prepared these requests ended with the life before.
-        error = InternalError("the gateway crashed while the request was being prepared; send it again.")
+        # The tasks of these requests ended with the life before.
         for session in self._services.sessions:
-            for stream in session:
-                if not (stream.is_submitted or stream.is_ended):
-                    give_up(self._services, stream, error)
+            for one in session:
+                if not (one.is_submitted or one.is_ended):
+                    give_up(self._services, one, InternalError(one.orphaned))
 
     async def on_receive(self, message: GatewayMessage) -> None:
         """Answer one message."""
@@ -127,6 +127,7 @@ class Gateway(Actor[GatewayMessage]):
             model=model.id,
             executor_lives=model.num_lives,
             steps=model.num_steps,
+            adapter_loads=model.num_adapter_loads,
             sessions=len(self._services.sessions),
             sequences=len(self._services.sequences),
             actors=self._stats(),
@@ -141,9 +142,9 @@ class Gateway(Actor[GatewayMessage]):
         window_s = self._services.config.server.resume_window_s
         while True:
             await anyio.sleep(SWEEP_S)
-            for stream in self._services.sessions.expire(time.monotonic(), window_s):
-                stream.is_cancelled = True
-                await self._services.scheduler.tell(CancelRequest(stream.key))
+            for one in self._services.sessions.expire(time.monotonic(), window_s):
+                one.is_cancelled = True
+                await self._services.scheduler.tell(CancelRequest(one.key))
 
 
 class _Server(uvicorn.Server):

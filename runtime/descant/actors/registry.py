@@ -1,133 +1,155 @@
 """The registry actor: names of adapters, and the versions they stand for.
 
-Accepts: ResolveAdapters, ListRegistered. Asks: fetch, worker. Owns: names, prepared versions, composed sums.
+Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionFree. Asks: fetch, worker. Owns: the
+catalog, the store's index, what was prepared from where.
 
-Content is read once: a version stays what it is until the server ends, whatever happens to the files it came from.
+The journal belongs to the system, as its lock must outlast a crash of this actor: each life reads the names from it
+and finds the store as it is. Content is read once: a version stays what it is, whatever happens to the files it came
+from, until somebody loads it anew. How configured names fare over restarts is in `catalog.configured`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+import logging
+from collections.abc import Callable
+from pathlib import Path
 
-import anyio
-
-from descant.actor import Actor, ActorFailed, AskTimeout, Later, Ref
-from descant.config import AdapterEntry
+from descant.actor import Actor, Later, Ref
+from descant.catalog.changes import Changes
+from descant.catalog.contents import Contents
+from descant.catalog.entry import Entry
+from descant.catalog.journal import Journal
+from descant.catalog.names import Catalog
+from descant.catalog.pins import PinBudget
+from descant.catalog.register import Register
+from descant.catalog.versions import Versions
+from descant.catalog.worker_asks import WorkerAsks
+from descant.config import AdapterConfig
+from descant.leases import LeaseTable
 from descant.messages import (
     AdapterList,
-    ComposeAdapters,
-    FetchAdapter,
+    ChangeAdapter,
     FetchMessage,
     ListRegistered,
     Member,
-    PrepareAdapter,
-    Prepared,
     RegistryMessage,
     ResolveAdapters,
+    VersionFailed,
+    VersionFree,
     WorkerMessage,
 )
-from descant.references import Reference, parse_reference
 from descant.scheduling.version import AdapterVersion
-from descant_client.errors import AdapterInvalid, AdapterNotFound, DeadlineExceeded, InvalidRequest
-from descant_client.lifecycle import AdapterInfo
-from descant_client.wire import WeightedAdapter
+from descant_client.errors import DescantError
 
-PREPARE_TIMEOUT_S = 600.0
-FETCH_TIMEOUT_S = 60.0
-NUM_TRIES = 2  # of preparing an adapter: the first worker may have been killed by somebody else
+logger = logging.getLogger(__name__)
 
 
 class Registry(Actor[RegistryMessage]):
-    """Turns what a request names into one effective version."""
+    """Turns what a request names into one effective version, and changes what names stand for.
 
-    def __init__(self, entries: list[AdapterEntry], fetch: Ref[FetchMessage], worker: Ref[WorkerMessage]) -> None:
-        self._references = {entry.name: parse_reference(entry.ref) for entry in entries}
+    `on_pins` is called with all versions to be kept on the device whenever they change, and once at the start of each
+    life; `on_forget` with the digest of each version that no request will name again. Neither may wait.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        journal: Journal,
+        store_dir: Path,
+        fetch: Ref[FetchMessage],
+        worker: Ref[WorkerMessage],
+        leases: LeaseTable,
+        *,
+        on_pins: Callable[[tuple[AdapterVersion, ...]], None],
+        on_forget: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._journal = journal
+        self._store_dir = store_dir
         self._fetch = fetch
-        self._worker = worker
-        self._worker_turn = anyio.Lock()
-        self._versions = SingleFlight()
-        self._by_name: dict[str, AdapterVersion] = {}
+        self._asks = WorkerAsks(worker)
+        self._leases = leases
+        self._on_pins = on_pins
+        self._on_forget = on_forget
+        self._budget = PinBudget.of(config)
+        self._pins: tuple[AdapterVersion, ...] | None = None
 
-    async def on_receive(self, message: RegistryMessage) -> Later | AdapterList:
+    async def on_start(self) -> None:
+        """Read the journal and look into the store."""
+        self._catalog = Catalog(await self._journal.entries())
+        self._versions = Versions(
+            fetch=self._fetch,
+            worker=self._asks,
+            leases=self._leases,
+            max_store_bytes=self._config.store_bytes,
+            is_named=self._catalog.is_named,
+            on_forget=self._on_forget,
+            start_soon=self.start_soon,
+        )
+        await self._versions.open(self._store_dir)
+        register = Register(self._catalog, self._journal)
+        self._contents = Contents(register, self._versions, self._update_pins)
+        self._changes = Changes(register, self._contents, self._versions, self._asks, self._budget)
+        self._update_pins()
+        self.start_soon(self._restore_pins)
+
+    async def on_receive(self, message: RegistryMessage) -> Later | AdapterList | None:
         """Answer one message."""
         match message:
             case ResolveAdapters():
                 return self.later(self._resolve(message))
-            case ListRegistered(_, name):
-                return self._list(name)
+            case ListRegistered(principal, name):
+                entries = self._catalog.visible(principal)
+                return AdapterList(tuple(entry.info() for entry in entries if name is None or entry.name == name))
+            case ChangeAdapter():
+                return self.later(self._change(message))
+            case VersionFailed(digest):
+                self._versions.failed(digest)
+                self._update_pins()
+            case VersionFree(digest):
+                return self.later(self._versions.freed(digest))
+        return None
 
-    def _list(self, only: str | None) -> AdapterList:
-        names = [name for name in self._references if only is None or name == only]
-        return AdapterList(tuple(self._describe(name) for name in names))
+    async def _resolve(self, message: ResolveAdapters) -> AdapterVersion | None:
+        principal, lease = message.principal, message.lease
+        members: list[Member] = []
+        with self._versions.working() as work:
+            for member in message.members:
+                located = self._contents.locate(member.adapter, message.source, principal)
+                if isinstance(located, Entry) and not located.is_enabled:
+                    continue
+                content = await self._contents.content(member.adapter, located, principal.roots, work)
+                members.append(Member(content.version, member.weight))
+            if not members:
+                return None
+            if len(members) == 1 and members[0].weight == 1.0 and message.combination.type == "cat":
+                self._versions.hold(members[0].version, lease)
+                return members[0].version
+            label = " + ".join(f"{member.weight:g}*{member.adapter}" for member in message.members)
+            return await self._versions.compose(label, tuple(members), message.combination, lease)
 
-    def _describe(self, name: str) -> AdapterInfo:
-        source, version = self._references[name].source, self._by_name.get(name)
-        if version is None:
-            return AdapterInfo(name=name, source=source)
-        return AdapterInfo(
-            name=name, source=source, digest=version.digest, rank=version.max_rank, num_bytes=version.num_bytes
-        )
+    async def _change(self, message: ChangeAdapter) -> AdapterList:
+        entry = await self._changes.carry_out(message.principal, message.change)
+        return AdapterList(() if entry is None else (entry.info(),))
 
-    async def _resolve(self, message: ResolveAdapters) -> AdapterVersion:
-        members = [await self._member(member, message) for member in message.members]
-        if len(members) == 1 and members[0].weight == 1.0:
-            return members[0].version
-        label = " + ".join(f"{member.weight:g}*{member.adapter}" for member in message.members)
-        key = repr([(member.version.digest, member.weight) for member in members])
-        return await self._versions.run(key, lambda: self._ask_worker(ComposeAdapters(label, tuple(members))))
+    # ---- pins -----------------------------------------------------------------------------------------------------
 
-    async def _member(self, member: WeightedAdapter, message: ResolveAdapters) -> Member:
-        reference = parse_reference(member.adapter, message.source)
-        if reference.source != "name":
-            return Member(await self._version(member.adapter, reference, message.principal.roots), member.weight)
-        if reference.id not in self._references:
-            raise AdapterNotFound(member.adapter)
-        # A registered name is the operator's: roots do not apply to it.
-        version = self._by_name.get(reference.id)
-        if version is None:
-            version = await self._version(member.adapter, self._references[reference.id], None)
-            self._by_name[reference.id] = version
-        return Member(version, member.weight)
+    def _update_pins(self) -> None:
+        """Tell who keeps versions on the device, if it is something new. What is damaged has to be mended first."""
+        pinned = [e for e in self._catalog.pinned() if e.version and self._versions.is_sound(e.version.digest)]
+        pins = self._budget.fitting(pinned)
+        if pins != self._pins:
+            self._pins = pins
+            self._on_pins(pins)
 
-    async def _version(self, adapter: str, reference: Reference, roots: tuple[str, ...] | None) -> AdapterVersion:
-        # The roots are checked on every request, prepared or not: what one principal loaded is not another's to use.
-        directory = await self._fetch.ask(FetchAdapter(adapter, reference.id, roots), timeout=FETCH_TIMEOUT_S)
-        prepare = PrepareAdapter(adapter, str(directory))
-        return await self._versions.run(str(directory), lambda: self._ask_worker(prepare))
-
-    async def _ask_worker(self, message: WorkerMessage) -> AdapterVersion:
-        reason = ""
-        async with self._worker_turn:  # it works on one at a time: if it dies, it is of this one
-            for _ in range(NUM_TRIES):
+    async def _restore_pins(self) -> None:
+        """Prepare what is pinned and not in the store. What fails is not on the device until somebody uses it."""
+        for pinned in self._catalog.pinned():
+            entry = self._catalog.get(pinned.key)  # as it is by now
+            if entry is None or not entry.is_pinned:
+                continue
+            with self._versions.working() as lease:
                 try:
-                    prepared: Prepared = await self._worker.ask(message, timeout=PREPARE_TIMEOUT_S)
-                except ActorFailed as error:
-                    reason = error.data()["reason"]
-                except AskTimeout as exc:
-                    raise DeadlineExceeded(f"preparing adapter {message.adapter!r}", PREPARE_TIMEOUT_S) from exc
-                else:
-                    return prepared.version
-        raise AdapterInvalid(message.adapter, f"preparing it ended the worker: {reason}")
-
-
-class SingleFlight:
-    """Results by key: the first caller does the work, the others wait for it; a failure is not remembered."""
-
-    def __init__(self) -> None:
-        self._results: dict[str, asyncio.Future[Any]] = {}
-
-    async def run(self, key: str, work: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the result of `key`, doing `work` if nobody has. Cancelling the first caller fails the others."""
-        if key in self._results:
-            return await asyncio.shield(self._results[key])
-        future = self._results[key] = asyncio.get_running_loop().create_future()
-        try:
-            future.set_result(await work())
-        except BaseException as exc:
-            del self._results[key]
-            future.set_exception(exc if isinstance(exc, Exception) else InvalidRequest("adapter", "was cancelled."))
-            future.exception()  # seen: nobody may be waiting
-            raise
-        return future.result()
+                    await self._contents.ready(entry, lease)
+                except DescantError as error:
+                    logger.warning("the pinned adapter %s is not on the device: %s", entry.name, error)

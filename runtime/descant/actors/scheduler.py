@@ -1,42 +1,53 @@
 """The scheduler actor: the step loop between the policy and the executor.
 
-Accepts: Submit, CancelRequest, Unpark, ExecutorUp, ExecutorDown. Asks: executor. Owns: the policy of this life; the
-sequences themselves belong to the system and outlive it.
+Accepts: Submit, CancelRequest, Unpark, ExecutorUp, ExecutorDown, PinVersions, ForgetVersion. Asks: executor. Tells:
+registry. Owns: the policy of this life; the sequences themselves belong to the system and outlive it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
 import anyio
 
-from descant.actor import Actor, ActorFailed
+from descant.actor import Actor, ActorError, ActorFailed, AskTimeout, Ref
 from descant.messages import (
     CancelRequest,
+    DropAdapter,
     EngineReady,
     ExecutorDown,
     ExecutorMessage,
     ExecutorUp,
-    LoadAdapter,
+    ForgetVersion,
+    MoveAdapters,
+    PinVersions,
+    PlaceAdapter,
+    RegistryMessage,
     SchedulerMessage,
+    StageAdapter,
     Step,
     StepDone,
     Submit,
     Unpark,
+    VersionFailed,
 )
 from descant.remote import Remote
 from descant.scheduling.gate import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.version import AdapterVersion
 from descant.services import ModelState
-from descant_client.errors import DescantError
+from descant_client.errors import AdapterInvalid, DeadlineExceeded, DescantError
 from descant_client.protocol import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT_S = 600.0  # a step this long is a fault of ours; a dead executor is noticed by its socket and heartbeat
+STAGE_TIMEOUT_S = 600.0  # of reading one version; its requests wait no longer
+MAX_PREFETCHES = 4  # at once: others of the executor's side threads are for what is needed now
 
 
 class Scheduler(Actor[SchedulerMessage]):
@@ -47,17 +58,22 @@ class Scheduler(Actor[SchedulerMessage]):
         policy: Policy,
         model: ModelState,
         executor: Remote[ExecutorMessage],
+        registry: Ref[RegistryMessage],
         probe: Callable[[], Sequence],
     ) -> None:
         self._policy = policy
         self._model = model
         self._executor = executor
+        self._registry = registry
+        self._prefetches: dict[str, AdapterVersion] = {}  # by digest, not yet begun
+        self._num_prefetching = 0
         self._probe = probe  # makes the request that shows a first life can step
         self._work = anyio.Event()
 
     async def on_start(self) -> None:
         """Go on with the executor as it is: a restart of this actor alone loses its rows, not the process."""
         self.start_soon(self._run)
+        self._policy.set_pins(self._model.pinned)
         if self._model.is_up:
             self._policy.executor_up(self._model.engine.limits, self._model.engine.info.num_adapter_bytes)
 
@@ -75,6 +91,12 @@ class Scheduler(Actor[SchedulerMessage]):
                 self._up(engine)
             case ExecutorDown(reason):
                 self._down(reason)
+            case PinVersions(versions):
+                self._model.pinned = versions
+                self._policy.set_pins(versions)
+            case ForgetVersion(digest):
+                self._policy.forget_version(digest)
+                self._drop(digest)
         self._work.set()
 
     def _up(self, engine: EngineReady) -> None:
@@ -87,17 +109,19 @@ class Scheduler(Actor[SchedulerMessage]):
         if not self._model.is_up:
             return
         self._model.is_up = False
+        self._prefetches.clear()
         if self._policy.executor_lost(reason):
             self._executor.mark_productive()
 
     async def _run(self) -> None:
         while True:
+            self._work = anyio.Event()  # before the plan: what comes while moves are told may change it
+            self._policy.expire()
             planned = self._policy.plan() if self._model.is_up else None
-            for load in self._policy.loads():
-                self.start_soon(self._load, load)
+            await self._start_adapter_work()
             if planned is None:
-                self._work = anyio.Event()
-                await self._work.wait()
+                with anyio.move_on_after(self._policy.seconds_to_deadline()):
+                    await self._work.wait()
             else:
                 await self._step(planned)
 
@@ -115,16 +139,65 @@ class Scheduler(Actor[SchedulerMessage]):
         self._model.num_steps += 1
         self._executor.mark_productive()
 
+    # ---- adapters -------------------------------------------------------------------------------------------------
+
+    async def _start_adapter_work(self) -> None:
+        work = self._policy.adapter_work()
+        if work.moves:  # told before any step or load that counts on them
+            with contextlib.suppress(ActorError):  # no life will follow, or ExecutorDown is on its way
+                await self._executor.ref.tell(MoveAdapters(work.moves))
+        for load in work.loads:
+            self._prefetches.pop(load.version.digest, None)
+            self.start_soon(self._load, load)
+        for version in work.prefetches:
+            self._prefetches[version.digest] = version
+        while self._num_prefetching < min(MAX_PREFETCHES, len(self._prefetches)):
+            self._num_prefetching += 1
+            self.start_soon(self._prefetch)
+
     async def _load(self, load: AdapterLoad) -> None:
-        message = LoadAdapter(load.adapter_slot, load.offset, load.version)
+        """Stage a version beside the steps, then place it between two of them."""
+        stage = StageAdapter(load.version, is_placed=True, epoch=load.epoch)
+        place = PlaceAdapter(load.adapter_slot, load.offset, load.version)
         try:
-            await self._executor.ref.ask(message, timeout=STEP_TIMEOUT_S)
+            await self._executor.ref.ask(stage, timeout=STAGE_TIMEOUT_S)
+            await self._place(place)
             self._policy.loaded(load)
+            self._model.num_adapter_loads += 1
         except ActorFailed:
             return  # ExecutorDown says so too, and counts once
+        except AskTimeout:
+            self._policy.load_failed(load, DeadlineExceeded("reading an adapter from the store", STAGE_TIMEOUT_S))
         except DescantError as error:
+            if isinstance(error, AdapterInvalid):  # first: whoever tries again is to find a version made anew
+                with contextlib.suppress(ActorError):
+                    await self._registry.tell(VersionFailed(load.version.digest))
+            self._drop(load.version.digest)
             self._policy.load_failed(load, error)
         self._work.set()
+
+    async def _place(self, message: PlaceAdapter) -> None:
+        try:
+            await self._executor.ref.ask(message, timeout=STEP_TIMEOUT_S)
+        except AskTimeout as error:  # it may still write there, whoever has the place then
+            self._executor.kill()
+            raise ActorFailed(self._executor.name, str(error)) from error
+
+    async def _prefetch(self) -> None:
+        """Have what waits read, one version after the other, in the order in which it came."""
+        try:
+            while self._prefetches:
+                version = self._prefetches.pop(next(iter(self._prefetches)))
+                with contextlib.suppress(DescantError):  # its load will say so
+                    stage = StageAdapter(version, is_placed=False, epoch=0)
+                    await self._executor.ref.ask(stage, timeout=STAGE_TIMEOUT_S)
+        finally:
+            self._num_prefetching -= 1
+
+    def _drop(self, digest: str) -> None:
+        if self._model.is_up:
+            with contextlib.suppress(ActorError):  # it would only have freed memory
+                self._executor.ref.tell_nowait(DropAdapter(digest))
 
 
 class Discard:

@@ -1,6 +1,7 @@
 """The worker: heavy adapter work in a process of its own.
 
-Accepts: PrepareAdapter, ComposeAdapters. Owns: the base model's shapes, the writing end of the store.
+Accepts: PrepareAdapter, ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged. Owns: the base model's shapes, the
+writing end of the store.
 
 This module runs in the child; a file that crashes it costs one request.
 """
@@ -12,26 +13,43 @@ import msgspec
 from descant.adapters.prepare import AdapterWorker
 from descant.child_config import WorkerConfig
 from descant.engine.arch import from_hf
-from descant.messages import ComposeAdapters, PrepareAdapter, Prepared, WorkerMessage
+from descant.messages import (
+    ComposeAdapters,
+    CreateVersion,
+    ExportAdapter,
+    Exported,
+    ExportMerged,
+    PrepareAdapter,
+    Prepared,
+    WorkerMessage,
+    WorkerReply,
+)
 from descant.remote_child import Notify
 
 
 class Worker:
-    """The handler of the child's main thread: one message at a time."""
+    """The handler of the child; any number of messages at a time, as the adapters' side keeps nothing between them."""
 
     messages = WorkerMessage
+    beside: tuple[type, ...] = (PrepareAdapter, ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged)
 
     def __init__(self, adapters: AdapterWorker) -> None:
         self._adapters = adapters
 
-    def handle(self, message: WorkerMessage) -> Prepared:
+    def handle(self, message: WorkerMessage) -> WorkerReply:
         """Carry out one message; whatever is wrong with an adapter is an AdapterError."""
         match message:
             case PrepareAdapter(adapter, directory):
                 return Prepared(self._adapters.prepare(adapter, directory))
-            case ComposeAdapters(adapter, members):
+            case ComposeAdapters(adapter, members, combination):
                 weighted = [(member.version, member.weight) for member in members]
-                return Prepared(self._adapters.compose(adapter, weighted))
+                return Prepared(self._adapters.compose(adapter, weighted, combination))
+            case CreateVersion(adapter, rank, alpha, target_modules):
+                return Prepared(self._adapters.create(adapter, rank, alpha, target_modules))
+            case ExportAdapter(adapter, version, directory):
+                return Exported(directory, self._adapters.export(adapter, version, directory))
+            case ExportMerged(adapter, version, directory):
+                return Exported(directory, self._adapters.export_merged(adapter, version, directory))
 
     def close(self) -> None:
         """Nothing outlives the process."""

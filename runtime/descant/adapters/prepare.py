@@ -1,4 +1,6 @@
-"""What the worker process does for adapters: a directory or a sum in, an `AdapterVersion` in the store out."""
+"""What the worker process does for adapters: directories, combinations and new ones become versions in the store, and
+versions become directories again.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,21 +9,26 @@ from pathlib import Path
 import torch
 
 from descant.adapters.base import BaseModel
-from descant.adapters.compose import weighted_sum
+from descant.adapters.create import choose_targets, create
+from descant.adapters.directory import write_directory
+from descant.adapters.export import check_exportable, is_adapter, write_peft
+from descant.adapters.extent import extent_bytes, module_ranks
 from descant.adapters.limits import AdapterLimits
 from descant.adapters.low_rank import LowRankAdapter
+from descant.adapters.merge import combine
+from descant.adapters.merged_checkpoint import write_merged
 from descant.adapters.read import read_adapter
 from descant.adapters.store import read_version, sweep, write_version
 from descant.engine.arch import Dtype
-from descant.engine.arena import extent_bytes
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterInvalid, AdapterTooLarge
+from descant_client.lifecycle import Combination
 
 _DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class AdapterWorker:
-    """Prepares adapter versions for one base model. Synchronous; keeps no tensors between calls."""
+    """Prepares and exports versions for one base model. Keeps nothing between calls, which any thread may make."""
 
     def __init__(
         self, base_dir: str | Path, store_dir: str | Path, dtype: Dtype, limits: AdapterLimits | None = None
@@ -46,38 +53,84 @@ class AdapterWorker:
         """
         return self._store(name, read_adapter(name, Path(directory), self._base, self._limits))
 
-    def compose(self, name: str, members: Sequence[tuple[AdapterVersion, float]]) -> AdapterVersion:
-        """Put the weighted sum of prepared versions into the store. Errors call it `name`.
+    def compose(self, name: str, members: Sequence[tuple[AdapterVersion, float]], how: Combination) -> AdapterVersion:
+        """Put a combination of prepared versions with their weights into the store. Errors call it `name`.
 
-        The order of members does not matter: one sum is one version.
+        The order of members does not matter: one combination is one version.
 
         Raises:
-            AdapterInvalid: a member's file is damaged, or a weight or a product with it is not finite.
-            AdapterTooLarge: the sum's extent on the device is over the limit. OSError: the store cannot be written.
+            AdapterInvalid: a member's file is damaged, or a weight or a product with it is not finite; or as `combine`.
+            AdapterTooLarge: its extent on the device is over the limit. OSError: the store cannot be written.
         """
         ordered = sorted(members, key=lambda member: (member[0].digest, member[1]))
         if not ordered or not all(math.isfinite(weight) for _, weight in ordered):
             raise AdapterInvalid(name, "a sum needs members, with finite weights")
-        return self._store(name, weighted_sum([(self._read(name, version), weight) for version, weight in ordered]))
+        return self._store(
+            name, combine(name, [(self._read(name, version), weight) for version, weight in ordered], how)
+        )
+
+    def create(self, name: str, rank: int, alpha: float | None, target_modules: Sequence[str] | None) -> AdapterVersion:
+        """Put an adapter that changes nothing yet into the store; arguments as `create.choose_targets`.
+
+        Raises:
+            AdapterInvalid, AdapterUnsupported: as `create.choose_targets`. AdapterTooLarge: its extent on the device
+            is over the limit. OSError: the store cannot be written.
+        """
+        targets = choose_targets(name, self._base, rank, alpha, target_modules, self._limits)
+        ranks = {target.module.name: target.rank for target in targets}
+        self._check_size(name, [ranks.get(module.name, 0) for module in self._base.modules])
+        return self._store(name, create(targets))
+
+    def export(self, name: str, version: AdapterVersion, directory: str | Path) -> int:
+        """Write a version as a PEFT directory, which may replace another; return the bytes of its files.
+
+        Raises:
+            AdapterInvalid: the version's file is damaged, or it touches no module. InvalidRequest: the directory may
+            not or cannot be written.
+        """
+        adapter = self._read(name, version)
+        check_exportable(name, adapter)
+        return write_directory(
+            Path(directory), lambda staging: write_peft(adapter, self._base, staging), self._kept(), is_adapter
+        )
+
+    def export_merged(self, name: str, version: AdapterVersion, directory: str | Path) -> int:
+        """Write base and version merged as a Hugging Face checkpoint; return the bytes of its files.
+
+        Raises:
+            AdapterInvalid, ModelInvalid: as `write_merged`; or the version's file is damaged. InvalidRequest: as
+            `export`.
+        """
+        adapter = self._read(name, version)
+        return write_directory(
+            Path(directory), lambda staging: write_merged(name, adapter, self._base, staging), self._kept()
+        )
+
+    def _kept(self) -> tuple[Path, Path]:
+        return self._base.directory, self._store_dir
 
     def _read(self, name: str, version: AdapterVersion) -> LowRankAdapter:
-        factors = read_version(Path(version.path), self._base.modules, name)
-        return LowRankAdapter({self._base.modules[index].name: pair for index, pair in factors.items()})
+        return read_version(Path(version.path), self._base.modules, name)
 
     def _store(self, name: str, adapter: LowRankAdapter) -> AdapterVersion:
-        modules = self._base.modules
-        ranks = [adapter.factors[module.name].rank if module.name in adapter.factors else 0 for module in modules]
-        num_bytes = extent_bytes(ranks, modules, self._dtype.itemsize)
+        ranks = module_ranks(adapter, self._base.modules)
+        num_bytes = self._check_size(name, ranks)
+        self._check_range(name, adapter)
+        stored = write_version(self._store_dir, adapter, self._base.modules)
+        num_modules = sum(rank > 0 for rank in ranks)
+        return AdapterVersion(stored.digest, str(stored.path), num_bytes, max(ranks), num_modules, stored.num_bytes)
+
+    def _check_size(self, name: str, ranks: Sequence[int]) -> int:
+        """Return the bytes on the device of a version of such ranks; refuse more than the limit."""
+        num_bytes = extent_bytes(ranks, self._base.modules, self._dtype.itemsize)
         max_bytes = self._limits.max_extent_bytes
         if max_bytes is not None and num_bytes > max_bytes:
             raise AdapterTooLarge(name, num_bytes, max_bytes)
-        self._check_range(name, adapter)
-        digest, path = write_version(self._store_dir, adapter, modules)
-        return AdapterVersion(digest, str(path), num_bytes, max(ranks), sum(rank > 0 for rank in ranks))
+        return num_bytes
 
     def _check_range(self, name: str, adapter: LowRankAdapter) -> None:
         """Refuse what leaves the range of the dtype it is served in: it would turn into infinities on the device."""
         for module, pair in adapter.factors.items():
-            for tensor in (pair.a, pair.b):
+            for tensor in (pair.a, pair.scaled_b()):
                 if not bool(tensor.to(self._dtype).isfinite().all()):
                     raise AdapterInvalid(name, f"values of {module} leave the range of {self._dtype}")

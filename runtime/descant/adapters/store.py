@@ -1,8 +1,9 @@
 """The store of normalized versions: one safetensors file per effective version, named by the digest of its content.
 
-A file holds `{module index}.A` and `{module index}.B`, float32, and says which base's modules the indices mean.
-It is written under a temporary name, synced and renamed, so that a visible file is a whole one; should it be damaged
-all the same, it is written anew when its adapter is next prepared.
+A file holds one flat float32 tensor `data`, laid out as in `extent`, so that reading a version is one read and one
+hash; its metadata say which modules of which base have factors. The header is canonical: content and file determine
+each other, byte by byte. A file is written under a temporary name, synced and renamed, so that a visible file is a
+whole one; should it be damaged all the same, it is written anew when its adapter is next prepared.
 """
 
 import contextlib
@@ -10,23 +11,35 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, BinaryIO, NamedTuple
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from descant.adapters.low_rank import Factors, LowRankAdapter
+from descant.adapters.extent import Extent, extent_offsets, pack, unpack
+from descant.adapters.low_rank import LowRankAdapter
 from descant.engine.arch import LoraModule
 from descant_client.errors import AdapterInvalid
 
-FORMAT = "descant-version-1"
+FORMAT = "descant-version-2"
 ABANDONED_AFTER_S = 3600.0
 """Age from which a temporary file belongs to a writer that was killed: nobody writes one version for so long."""
 
 _FOLDER = "versions"
 _TEMPORARY = ".partial"
+_MAX_HEADER_BYTES = 16 << 20  # some 100,000 modules
+_LENGTH_BYTES = 8  # of the header's length, little-endian, before the header: safetensors' own format
+_DAMAGED = "its file in the store is damaged; it is written anew when the server next starts"
+
+
+class StoredVersion(NamedTuple):
+    """A version's file and how many bytes it takes."""
+
+    digest: str
+    path: Path
+    num_bytes: int
 
 
 def base_fingerprint(modules: Sequence[LoraModule]) -> str:
@@ -35,20 +48,20 @@ def base_fingerprint(modules: Sequence[LoraModule]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def write_version(store_dir: Path, adapter: LowRankAdapter, modules: Sequence[LoraModule]) -> tuple[str, Path]:
-    """Store an adapter and return its digest and its file. A sound file already there is the same content and is kept.
+def write_version(store_dir: Path, adapter: LowRankAdapter, modules: Sequence[LoraModule]) -> StoredVersion:
+    """Store an adapter. A sound file already there is the same content and is kept.
 
     `store_dir` is created if need be. Raises OSError if it cannot be written.
     """
-    index_by_name = {module.name: index for index, module in enumerate(modules)}
-    factors = {index_by_name[name]: pair for name, pair in adapter.factors.items()}
-    base = base_fingerprint(modules)
-    digest = _content_digest(factors, base)
+    extent, base = pack(adapter, modules), base_fingerprint(modules)
+    table = _encode_table(extent)
+    header = _encode_header(base, table, extent.data.numel())
+    digest = _content_digest(base, table, extent.data)
     path = store_dir / _FOLDER / f"{digest}.safetensors"
     if not _is_sound(path, modules):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, factors, {"format": FORMAT, "base": base})
-    return digest, path
+        _write_atomically(path, header, extent.data)
+    return StoredVersion(digest, path, len(header) + extent.data.nbytes)
 
 
 def sweep(store_dir: Path) -> None:
@@ -59,75 +72,136 @@ def sweep(store_dir: Path) -> None:
                 path.unlink()
 
 
-def read_version(path: Path, modules: Sequence[LoraModule], adapter: str | None = None) -> dict[int, Factors]:
-    """Read a version by module index, verifying its content against the digest in its name.
+def read_version(path: Path, modules: Sequence[LoraModule], adapter: str | None = None) -> LowRankAdapter:
+    """Read a version as `read_extent`; its factors are views of one tensor."""
+    return unpack(read_extent(path, modules, adapter), modules)
+
+
+def read_extent(path: Path, modules: Sequence[LoraModule], adapter: str | None = None) -> Extent:
+    """Read a version into memory of its own, verifying its content against the digest in its name.
 
     Errors call it `adapter`, or by its digest.
 
     Raises:
-        AdapterInvalid: missing, damaged, made for another base, or of shapes that do not fit `modules`.
+        AdapterInvalid: missing, damaged, of another format, or made for another base.
     """
     name = adapter or path.stem
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as exc:
-        raise AdapterInvalid(name, f"its file in the store cannot be read: {exc}") from exc
     base = base_fingerprint(modules)
-    if metadata.get("format") != FORMAT or metadata.get("base") != base:
+    try:
+        with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            header = _read_header(file)
+            table = _read_table(name, header, base)
+            extent = _allocate(name, table, modules, max_elements=num_bytes // 4)
+            is_whole = num_bytes == len(header) + extent.data.nbytes
+            if not is_whole or header != _encode_header(base, table, extent.data.numel()):
+                raise AdapterInvalid(name, _DAMAGED)
+            is_whole = file.readinto(_bytes_of(extent.data)) == extent.data.nbytes
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise AdapterInvalid(name, f"its file in the store cannot be read: {exc}") from exc
+    if not is_whole or _content_digest(base, table, extent.data) != path.stem:
+        raise AdapterInvalid(name, _DAMAGED)
+    return extent
+
+
+# ---- the file's parts -----------------------------------------------------------------------------------------------
+
+
+class _Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the table says of a module that has factors."""
+
+    rank: Annotated[int, msgspec.Meta(ge=1)]
+    scaling: float
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    """`modules` is a table in JSON, by module index: metadata of safetensors are strings."""
+
+    format: str = ""
+    base: str = ""
+    modules: str = ""
+
+
+class _TensorInfo(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+class _Header(msgspec.Struct, frozen=True):
+    metadata: _Metadata = msgspec.field(name="__metadata__", default=_Metadata())
+    data: _TensorInfo | None = None
+
+
+def _encode_table(extent: Extent) -> bytes:
+    entries = zip(extent.ranks, extent.scalings, strict=True)
+    return msgspec.json.encode({index: _Entry(*entry) for index, entry in enumerate(entries) if entry[0]})
+
+
+def _encode_header(base: str, table: bytes, num_elements: int) -> bytes:
+    """Return everything before the data."""
+    info = _TensorInfo("F32", [num_elements], [0, 4 * num_elements])
+    text = msgspec.json.encode(_Header(_Metadata(FORMAT, base, table.decode()), info))
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    length = file.read(_LENGTH_BYTES)
+    return length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
+
+
+def _read_table(name: str, header: bytes, base: str) -> bytes:
+    metadata = msgspec.json.decode(header[_LENGTH_BYTES:], type=_Header).metadata
+    if (metadata.format, metadata.base) != (FORMAT, base):
         raise AdapterInvalid(name, "its file in the store was made for another base model or format")
-    factors = _pair(name, tensors, modules)
-    if _content_digest(factors, base) != path.stem:
-        raise AdapterInvalid(name, "its file in the store is damaged; it is written anew when the server next starts")
-    return factors
+    return metadata.modules.encode()
+
+
+def _allocate(name: str, table: bytes, modules: Sequence[LoraModule], max_elements: int) -> Extent:
+    """Return an extent for what the table promises, with memory not yet filled; nothing if the file has not so much."""
+    entries = msgspec.json.decode(table, type=dict[int, _Entry])
+    ranks, scalings = [0] * len(modules), [1.0] * len(modules)
+    for index, entry in entries.items():
+        if not 0 <= index < len(modules):
+            raise AdapterInvalid(name, f"its file in the store names a module {index} the base does not have")
+        ranks[index], scalings[index] = entry.rank, entry.scaling
+    num_elements = extent_offsets(ranks, modules)[-1]
+    if num_elements > max_elements:
+        raise AdapterInvalid(name, _DAMAGED)
+    return Extent(torch.empty(num_elements), ranks, scalings)
+
+
+def _content_digest(base: str, table: bytes, data: torch.Tensor) -> str:
+    """sha256 over the base's fingerprint, the table and the data."""
+    digest = hashlib.sha256(f"{base}\n".encode())
+    digest.update(table + b"\n")
+    digest.update(_bytes_of(data))
+    return digest.hexdigest()
+
+
+def _bytes_of(data: torch.Tensor) -> memoryview:
+    """Return the data's own memory."""
+    return data.view(torch.uint8).numpy().data
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def _is_sound(path: Path, modules: Sequence[LoraModule]) -> bool:
     try:
-        read_version(path, modules)
+        read_extent(path, modules)
     except AdapterInvalid:
         return False
     return True
 
 
-def _pair(name: str, tensors: Mapping[str, torch.Tensor], modules: Sequence[LoraModule]) -> dict[int, Factors]:
-    factors: dict[int, Factors] = {}
-    indices = {key.partition(".")[0] for key in tensors}
-    if {f"{index}.{side}" for index in indices for side in "AB"} != tensors.keys():
-        raise AdapterInvalid(name, "its file in the store lacks tensors or holds foreign ones")
-    for index in sorted(int(index) if index.isdecimal() else -1 for index in indices):
-        if not 0 <= index < len(modules):
-            raise AdapterInvalid(name, f"its file in the store names a module {index} the base does not have")
-        pair = Factors(tensors[f"{index}.A"], tensors[f"{index}.B"])
-        module = modules[index]
-        shapes = (pair.rank, module.in_features), (module.out_features, pair.rank)
-        if (tuple(pair.a.shape), tuple(pair.b.shape)) != shapes or {pair.a.dtype, pair.b.dtype} != {torch.float32}:
-            raise AdapterInvalid(name, f"its file in the store has wrong tensors for {module.name}")
-        factors[index] = pair
-    return factors
-
-
-def _content_digest(factors: Mapping[int, Factors], base: str) -> str:
-    """sha256 over the base's fingerprint and tensor names, shapes and bytes in order of module index."""
-    digest = hashlib.sha256(f"{base}\n".encode())
-    for index in sorted(factors):
-        for side, tensor in (("A", factors[index].a), ("B", factors[index].b)):
-            digest.update(f"{index}.{side} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _write_atomically(path: Path, factors: Mapping[int, Factors], metadata: dict[str, str]) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    for index in sorted(factors):
-        # Clones, as safetensors refuses tensors that share storage.
-        tensors[f"{index}.A"] = factors[index].a.clone(memory_format=torch.contiguous_format)
-        tensors[f"{index}.B"] = factors[index].b.clone(memory_format=torch.contiguous_format)
+def _write_atomically(path: Path, header: bytes, data: torch.Tensor) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=_TEMPORARY)
-    os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        with os.fdopen(handle, "wb") as file:
+            file.write(header)
+            file.write(_bytes_of(data))
         _sync(Path(temporary))
         os.replace(temporary, path)
         _sync(path.parent)

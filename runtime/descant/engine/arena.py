@@ -3,38 +3,21 @@
 A version is one contiguous extent. Where extents lie is the scheduler's decision; this module only fills them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from descant.adapters.store import read_version
+from descant.adapters.extent import apply_scalings, extent_offsets
+from descant.adapters.store import read_extent
 from descant.engine.arch import LoraModule
 from descant_kernels import LoraTables
 
 ALIGNMENT_BYTES = 64
-"""Every module's pair begins at a multiple of this: a cache line, and enough for any vector load."""
+"""Every extent begins at a multiple of this: a cache line, and enough for any vector load."""
 
-
-def extent_bytes(ranks: Sequence[int], modules: Sequence[LoraModule], itemsize: int) -> int:
-    """Return how many bytes a version takes in an arena whose elements have `itemsize` bytes.
-
-    Args:
-      ranks: one per module, 0 = untouched.
-    """
-    return _layout(ranks, modules, itemsize)[-1]
-
-
-def _layout(ranks: Sequence[int], modules: Sequence[LoraModule], itemsize: int) -> list[int]:
-    """Byte offset of each module's pair within the extent, and the extent's size at the end."""
-    sizes = (
-        -(-rank * (module.in_features + module.out_features) * itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        for rank, module in zip(ranks, modules, strict=True)
-    )
-    return [0, *accumulate(sizes)]
+_MOVED_AT_ONCE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +27,11 @@ class StagedVersion:
     data: Tensor  # [extent elements] dtype of the arena, on the CPU
     ranks: list[int]  # per module
     offsets: list[int]  # per module, in elements from the beginning of the extent
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in host memory, and in the arena."""
+        return self.data.nbytes
 
 
 class Arena:
@@ -65,6 +53,7 @@ class Arena:
         empty = [0] * len(modules)
         self._host_offsets = [empty] * num_slots
         self._host_ranks = [empty] * num_slots
+        self._sizes = [0] * num_slots  # of each slot's extent, in elements
         self._tables = self._new_tables()
 
     @property
@@ -87,32 +76,47 @@ class Arena:
         Raises:
             AdapterInvalid: as `load`.
         """
-        factors = read_version(Path(path), self._modules)
-        ranks = [factors[index].rank if index in factors else 0 for index in range(len(self._modules))]
-        offsets = [offset // self._itemsize for offset in _layout(ranks, self._modules, self._itemsize)]
-        data = torch.zeros(offsets.pop(), dtype=self._data.dtype, pin_memory=self._data.is_cuda)
-        for index, pair in factors.items():
-            middle = offsets[index] + pair.a.numel()
-            data[offsets[index] : middle].copy_(pair.a.view(-1))
-            data[middle : middle + pair.b.numel()].copy_(pair.b.view(-1))
-        return StagedVersion(data, ranks, offsets)
+        extent = read_extent(Path(path), self._modules)
+        apply_scalings(extent, self._modules)
+        data, dtype = extent.data, self._data.dtype
+        if self._data.is_cuda:
+            data = torch.empty(data.numel(), dtype=dtype, pin_memory=True).copy_(data)
+        return StagedVersion(data.to(dtype), extent.ranks, extent_offsets(extent.ranks, self._modules)[:-1])
 
     def commit(self, slot: int, offset_bytes: int, staged: StagedVersion) -> None:
         """Copy a staged version into the extent at `offset_bytes` and put it in the slot."""
-        start, end = offset_bytes // self._itemsize, offset_bytes // self._itemsize + staged.data.numel()
-        assert offset_bytes % ALIGNMENT_BYTES == 0, "extents begin at aligned offsets"
-        assert 0 <= start <= end <= self._data.numel(), "the extent must lie in the arena"
+        start, end = self._place(offset_bytes, staged.data.numel())
         self._data[start:end].copy_(staged.data, non_blocking=True)
+        self._sizes[slot] = end - start
         self._set_row(slot, [start + offset for offset in staged.offsets], staged.ranks)
+
+    def move(self, slot: int, offset_bytes: int) -> None:
+        """Move the version in the slot to the extent at `offset_bytes`, which may overlap the one it is in."""
+        size, offsets, ranks = self._sizes[slot], self._host_offsets[slot], self._host_ranks[slot]
+        source, (start, _) = offsets[0], self._place(offset_bytes, size)
+        at_once = _MOVED_AT_ONCE_BYTES // self._itemsize
+        pieces = [(at, min(at + at_once, size)) for at in range(0, size, at_once)]
+        # From the end it moves towards, so that no piece is overwritten before its turn; a piece may overlap itself.
+        for begin, end in pieces if start < source else reversed(pieces):
+            self._data[start + begin : start + end].copy_(self._data[source + begin : source + end].clone())
+        self._set_row(slot, [offset + start - source for offset in offsets], ranks)
 
     def unload(self, slot: int) -> None:
         """Empty a slot. Its extent may be overwritten from now on."""
+        self._sizes[slot] = 0
         if any(self._host_ranks[slot]):
             self._set_row(slot, [0] * len(self._modules), [0] * len(self._modules))
 
     def tables(self) -> LoraTables:
         """Return the tables of what is resident now: the same device tensors always, a new object after a change."""
         return self._tables
+
+    def _place(self, offset_bytes: int, num_elements: int) -> tuple[int, int]:
+        """First element of an extent, and the one after its last."""
+        start, end = offset_bytes // self._itemsize, offset_bytes // self._itemsize + num_elements
+        assert offset_bytes % ALIGNMENT_BYTES == 0, "extents begin at aligned offsets"
+        assert 0 <= start <= end <= self._data.numel(), "the extent must lie in the arena"
+        return start, end
 
     def _set_row(self, slot: int, offsets: list[int], ranks: list[int]) -> None:
         self._offsets[slot].copy_(torch.tensor(offsets, dtype=torch.int64))

@@ -30,7 +30,7 @@ class Checkpoint:
         self._device = device
         self._on_progress = on_progress
         self._files = {}  # tensor name -> open file
-        for path in _tensor_files(directory):
+        for path in tensor_files(directory):
             self._open(path)
         self._num_tensors = len(self._files)
 
@@ -87,7 +87,12 @@ class Checkpoint:
         return ModelInvalid(self.model, f"tensor {name} {reason}")
 
 
-def _tensor_files(directory: Path) -> list[Path]:
+def tensor_files(directory: Path) -> list[Path]:
+    """Return a model directory's safetensors files, whether or not they are there.
+
+    Raises:
+        ModelInvalid: it has none, or an index that cannot be read.
+    """
     single = directory / "model.safetensors"
     if single.exists():
         return [single]

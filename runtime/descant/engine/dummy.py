@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from descant.engine.interface import EngineInfo, check_plan
+from descant.engine.interface import EngineInfo, StagedAdapter, check_plan
 from descant.scheduling.plan import (
     NO_LOGPROBS,
     Admit,
@@ -48,6 +48,14 @@ class DummyOptions:
     max_num_batched_tokens: int = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class _Nothing:
+    num_bytes: int = 0
+
+
+_NOTHING = _Nothing()
+
+
 class DummyEngine:
     """Every sequence says lorem ipsum, from the word its seed and choice point at. Adapters change nothing."""
 
@@ -72,10 +80,14 @@ class DummyEngine:
             is_invariant=True,
         )
 
-    def load_adapter(self, adapter_slot: int, offset: int, path: Path | str) -> None:
-        """Do nothing: every adapter loads."""
+    def stage_adapter(self, path: Path | str) -> StagedAdapter:
+        """Read nothing: every adapter loads."""
+        return _NOTHING
 
-    def unload_adapter(self, adapter_slot: int) -> None:
+    def place_adapter(self, adapter_slot: int, offset: int, staged: StagedAdapter) -> None:
+        """Do nothing."""
+
+    def move_adapter(self, adapter_slot: int, offset: int) -> None:
         """Do nothing."""
 
     def step(self, plan: StepPlan) -> StepResult:

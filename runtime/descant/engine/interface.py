@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from descant.engine.arch import Dtype
 from descant.scheduling.plan import Admit, EngineLimits, Row, StepPlan, StepResult, validate_plan
@@ -31,6 +31,7 @@ class EngineOptions:
     block_size: int = 16
     num_adapter_slots: int = 64
     num_adapter_bytes: int = 256 * 1024 * 1024
+    num_host_bytes: int = 512 * 1024 * 1024  # of adapters kept in host memory
     max_num_batched_tokens: int = 1024  # new tokens of all rows of a step
     num_threads: int | None = None
     probe: bool = True
@@ -48,8 +49,17 @@ class EngineInfo:
     is_invariant: bool  # the probe ran and found rows bitwise independent of what shares their batch
 
 
+class StagedAdapter(Protocol):
+    """A version on the host; what is in it is the engine's."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory it takes."""
+        ...
+
+
 class StepEngine(Protocol):
-    """What the model's engine and the dummy have in common. Calls come from one thread."""
+    """What the model's engine and the dummy have in common. Calls come from one thread, but for `stage_adapter`."""
 
     @property
     def limits(self) -> EngineLimits:
@@ -61,12 +71,20 @@ class StepEngine(Protocol):
         """What clients may want to know."""
         ...
 
-    def load_adapter(self, adapter_slot: int, offset: int, path: Path | str) -> None:
-        """Put the version stored at `path` into the arena at `offset` bytes, and into a slot."""
+    def stage_adapter(self, path: Path | str) -> StagedAdapter:
+        """Read, verify and lay out the version stored at `path` on the host. Any thread may call it at any time.
+
+        Raises:
+            AdapterInvalid: the file is missing, damaged or made for another base.
+        """
         ...
 
-    def unload_adapter(self, adapter_slot: int) -> None:
-        """Empty a slot."""
+    def place_adapter(self, adapter_slot: int, offset: int, staged: Any) -> None:
+        """Copy what this engine's `stage_adapter` returned into the arena at `offset` bytes, and put it into a slot."""
+        ...
+
+    def move_adapter(self, adapter_slot: int, offset: int) -> None:
+        """Move what is in a slot to `offset` bytes; the two extents may overlap."""
         ...
 
     def step(self, plan: StepPlan) -> StepResult:

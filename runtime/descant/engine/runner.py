@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from descant.engine.arch import DecoderConfig, from_hf, lora_modules
-from descant.engine.arena import Arena
+from descant.engine.arena import Arena, StagedVersion
 from descant.engine.batch import EngineRow, ForwardBatch, ScheduledRow
 from descant.engine.checkpoint import ProgressCallback
 from descant.engine.decoder import Decoder
@@ -82,11 +82,27 @@ class Engine:
             is_invariant=options.probe and self._probe(),
         )
 
-    def load_adapter(self, adapter_slot: int, offset: int, path: Path | str) -> None:
-        """Read a stored version into the arena at `offset` bytes and put it in a slot.
+    def stage_adapter(self, path: Path | str) -> StagedVersion:
+        """Read, verify and lay out the version stored at `path` on the host; any thread may, beside a step.
 
         Raises:
-            AdapterInvalid: the file is missing, damaged or made for another base; the slot is empty then.
+            AdapterInvalid: the file is missing, damaged or made for another base.
+        """
+        return self._arena.stage(path)
+
+    def place_adapter(self, adapter_slot: int, offset: int, staged: StagedVersion) -> None:
+        """Copy a staged version into the arena at `offset` bytes and put it in a slot."""
+        self._arena.commit(adapter_slot, offset, staged)
+
+    def move_adapter(self, adapter_slot: int, offset: int) -> None:
+        """Move the version in a slot to `offset` bytes; the two extents may overlap."""
+        self._arena.move(adapter_slot, offset)
+
+    def load_adapter(self, adapter_slot: int, offset: int, path: Path | str) -> None:
+        """Stage and place a version in one call.
+
+        Raises:
+            AdapterInvalid: as `stage_adapter`; the slot is empty then.
         """
         self._arena.load(adapter_slot, offset, path)
 

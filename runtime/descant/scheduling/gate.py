@@ -1,16 +1,21 @@
 """`AdapterGate`: where sequences wait until their adapter version is on the device.
 
 A version without a place waits without holding up the others, but only so many may pass it: then nobody who came
-later gets an adapter until the running ones have made room for it.
+later gets an adapter until the running ones have made room for it. A pinned version that has no place yet waits in
+the same queue, for nobody in particular.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from descant.scheduling.plan import NO_ADAPTER, AdapterSpan
-from descant.scheduling.residency import AdapterResidency, Placement
+from descant.scheduling.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
 from descant.scheduling.version import AdapterVersion
 
@@ -27,26 +32,69 @@ class AdapterLoad(NamedTuple):
     offset: int
 
 
+class AdapterMove(msgspec.Struct, frozen=True):
+    """What is in this slot goes to `offset` bytes; nothing that is in use is there."""
+
+    adapter_slot: int
+    offset: int
+
+
+class AdapterWork(NamedTuple):
+    """What the executor is to do, in this order: move, then load. `prefetches` only go as far as host memory."""
+
+    moves: tuple[AdapterMove, ...] = ()
+    loads: tuple[AdapterLoad, ...] = ()
+    prefetches: tuple[AdapterVersion, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A version that waits for a place, and who waits with it."""
+
+    version: AdapterVersion
+    turn: tuple[int, int]  # of who came first
+    num_bytes: int  # of the arena
+    sequences: list[Sequence] = field(default_factory=list[Sequence])  # in order of arrival
+    is_pin: bool = False
+    is_doomed: bool = False
+
+
 class AdapterGate:
     """A sequence that went through holds its adapter's place, and its `spans` say so, until it leaves."""
 
     def __init__(self, num_slots: int, num_bytes: int, epoch: int) -> None:
         self.residency = AdapterResidency(num_slots, num_bytes)
+        self.unplaceable_pins: tuple[AdapterVersion, ...] = ()
+        """Versions that were to be pinned and never can be, beside those before them."""
+        self.num_sequences = 0
+        """Sequences that wait here."""
         self._epoch = epoch
-        self._queue: dict[str, list[Sequence]] = {}  # by digest, those without a place, in order of arrival
+        self._queue: dict[str, _Waiting] = {}  # by digest
+        self._order: list[_Waiting] = []  # the same, in order of their turns
         self._loading: dict[str, list[Sequence]] = {}  # by digest, those with a place where nothing is yet
         self._loads: list[AdapterLoad] = []  # not yet taken
+        self._prefetches: dict[str, AdapterVersion] = {}  # not yet taken
+        self._pins: dict[str, AdapterVersion] = {}
+        self._unplaced_pins: dict[str, AdapterVersion] = {}  # of them, neither pinned nor in the queue
+        self._num_pins = 0  # that have come to the queue
         self._num_passes = 0  # since the first in the queue has been first
-
-    @property
-    def num_sequences(self) -> int:
-        """Sequences that wait here."""
-        return sum(len(group) for groups in (self._queue, self._loading) for group in groups.values())
+        self._latest = 0  # id of the latest sequence that came
+        self._has_changed = True  # since the last `open`: it may let somebody in
 
     @property
     def loading(self) -> list[Sequence]:
         """Sequences that wait for a load."""
         return [sequence for group in self._loading.values() for sequence in group]
+
+    # ---- sequences come and go ------------------------------------------------------------------------------------
+
+    def check_fits(self, version: AdapterVersion) -> None:
+        """Check that the version can ever have a place beside what is, or is to be, pinned.
+
+        Raises:
+            AdapterTooLarge, UnsupportedRequest: it cannot.
+        """
+        self.residency.check_fits(version, self._pins.values())
 
     def enter(self, sequence: Sequence) -> bool:
         """Return whether the sequence may run now; otherwise it waits here.
@@ -59,10 +107,14 @@ class AdapterGate:
             sequence.spans = BASE_SPANS
             return True
         self.residency.check_fits(version)
+        self._latest = max(self._latest, sequence.id)
+        self.num_sequences += 1
         if self._may_pass(sequence) and (placement := self.residency.acquire(version)) is not None:
-            self._num_passes += bool(self._queue)
+            self._num_passes += bool(self._order)
+            self._has_changed |= version.digest in self._queue  # whoever waits for it as well
             return self._hold(sequence, version, placement)
-        insort(self._queue.setdefault(version.digest, []), sequence, key=by_arrival)
+        insort(self._wait(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
+        sequence.is_cold = True
         return False
 
     def leave(self, sequence: Sequence) -> None:
@@ -70,79 +122,218 @@ class AdapterGate:
         version = sequence.adapter
         if version is None:
             return
-        groups = self._queue if sequence.spans is None else self._loading
-        if sequence in groups.get(version.digest, ()):
-            groups[version.digest].remove(sequence)
+        digest = version.digest
         if sequence.spans is not None:
-            self.residency.release(version.digest)
+            if sequence in self._loading.get(digest, ()):
+                self._loading[digest].remove(sequence)
+                self.num_sequences -= 1
+            self.residency.release(digest)
             sequence.spans = None
-        elif self._queue.get(version.digest) == []:
-            del self._queue[version.digest]
+            self._has_changed = True
+        elif digest in self._queue and sequence in self._queue[digest].sequences:
+            self._queue[digest].sequences.remove(sequence)
+            self.num_sequences -= 1
+            self._requeue(self._queue[digest])
+            self._has_changed = True
 
-    def open(self) -> list[Sequence]:
-        """Give places that have become free to those who wait; return the sequences that may run now."""
-        if not self._queue or not self.residency.has_free_slot():
-            return []
+    def open(self, first: Iterable[str] = ()) -> list[Sequence]:
+        """Give places that have become free to those who wait; return the sequences that may run now.
+
+        Who waits for the digests of `first` comes before everybody else, in this order.
+        """
         ready: list[Sequence] = []
-        is_first, num_passed = True, 0
-        for digest, group in sorted(self._queue.items(), key=lambda item: item[1][0].id):
-            placement = self._place(group)
-            if placement is None:
-                is_first = False
-                if self._num_passes + num_passed >= MAX_PASSES or not self.residency.has_free_slot():
-                    break
+        if not self._has_changed:
+            return ready
+        for digest in first:
+            if digest in self._queue:
+                self._place(self._queue[digest], ready)
+        self._has_changed = False
+        self._queue_pins()
+        too_large = self.residency.num_available + 1 if self.residency.has_free_slot() else 0
+        for waiting in [one for one in self._order if one.num_bytes < too_large or self._is_resident(one)]:
+            is_first = waiting is self._order[0]
+            if not is_first and self._num_passes >= MAX_PASSES:
+                break
+            # What is as large as something there was no room for need not be tried: there is none for it either.
+            if waiting.num_bytes >= too_large and not self._is_resident(waiting):
                 continue
-            ready += self._let_in(digest, group, placement)
-            num_passed = 0 if is_first else num_passed + len(group)
-            self._num_passes = 0 if is_first else self._num_passes
-        self._num_passes += num_passed
+            if self._place(waiting, ready):
+                self._num_passes = 0 if is_first else self._num_passes + (len(waiting.sequences) or 1)
+                too_large = too_large if self.residency.has_free_slot() else 0
+            else:
+                too_large = min(too_large, waiting.num_bytes)
         return ready
 
-    def take_loads(self) -> list[AdapterLoad]:
-        """Return the loads decided since the last call."""
+    # ---- pins and versions that are no longer wanted --------------------------------------------------------------
+
+    def set_pins(self, versions: Iterable[AdapterVersion]) -> None:
+        """Keep these versions, and no others, on the device whatever else needs room.
+
+        Those that can never fit beside the ones before them are passed over: `unplaceable_pins`.
+        """
+        pins: dict[str, AdapterVersion] = {}
+        unplaceable: list[AdapterVersion] = []
+        num_free = self.residency.num_bytes
+        for version in {version.digest: version for version in versions}.values():
+            if len(pins) < self.residency.num_slots and aligned(version.num_bytes) <= num_free:
+                pins[version.digest] = version
+                num_free -= aligned(version.num_bytes)
+            else:
+                unplaceable.append(version)
+        for digest in self._pins.keys() - pins.keys():
+            self.residency.unpin(digest)
+            if digest in self._queue:
+                self._queue[digest].is_pin = False
+                self._requeue(self._queue[digest])
+        self._pins, self.unplaceable_pins = pins, tuple(unplaceable)
+        self._unplaced_pins = {
+            digest: version
+            for digest, version in pins.items()
+            if not (self.residency.is_pinned(digest) or (digest in self._queue and self._queue[digest].is_pin))
+        }
+        self._has_changed = True
+
+    def forget_version(self, digest: str) -> None:
+        """Free the version's place as soon as nobody uses it."""
+        if digest in self._queue:
+            self._queue[digest].is_doomed = True
+        self.residency.doom(digest)
+        self._has_changed = True
+
+    # ---- what the executor does -----------------------------------------------------------------------------------
+
+    def take_work(self) -> AdapterWork:
+        """Return what was decided since the last call."""
         loads, self._loads = self._loads, []
-        return loads
+        prefetches, self._prefetches = self._prefetches, {}
+        waiting = tuple(version for digest, version in prefetches.items() if digest in self._queue)
+        moves = tuple(AdapterMove(moved.adapter_slot, moved.offset) for moved in self.residency.take_moves())
+        return AdapterWork(moves, tuple(loads), waiting)
 
     def loaded(self, load: AdapterLoad) -> list[Sequence]:
         """The version is in its place; return the sequences that waited for it."""
-        self.residency.loaded(load.version.digest)
-        return self._loading.pop(load.version.digest)
+        digest = load.version.digest
+        self.residency.loaded(digest)
+        if digest in self._pins and not self.residency.is_pinned(digest):
+            self._unplaced_pins[digest] = load.version
+        self._has_changed = True
+        return self._end_load(digest)
 
     def load_failed(self, load: AdapterLoad) -> list[Sequence]:
-        """The version is not in its place; return the sequences that waited for it. They no longer hold it."""
-        sequences = self._loading.pop(load.version.digest)
+        """The version is not in its place; return the sequences that waited for it. They no longer hold it.
+
+        A pin whose load failed is tried again with the next `set_pins`, or if a sequence gets its version loaded.
+        """
+        sequences = self._end_load(load.version.digest)
         for sequence in sequences:
             self.leave(sequence)
         self.residency.forget(load.version.digest)
+        self._has_changed = True
         return sequences
 
+    def _end_load(self, digest: str) -> list[Sequence]:
+        sequences = self._loading.pop(digest)
+        self.num_sequences -= len(sequences)
+        return sequences
+
+    # ---- the queue ------------------------------------------------------------------------------------------------
+
     def _may_pass(self, sequence: Sequence) -> bool:
-        if not self._queue or self._num_passes < MAX_PASSES:
+        if not self._order or self._num_passes < MAX_PASSES:
             return True
-        return sequence.id < min(group[0].id for group in self._queue.values())
+        return (sequence.id, 0) < self._order[0].turn
 
-    def _place(self, group: list[Sequence]) -> Placement | None:
-        assert group[0].adapter is not None, "only sequences with an adapter wait in the queue"
-        return self.residency.acquire(group[0].adapter)
+    def _wait(self, version: AdapterVersion, turn: tuple[int, int]) -> _Waiting:
+        """Return the version's place in the queue, no later than `turn`."""
+        waiting = self._queue.get(version.digest)
+        if waiting is None:
+            waiting = self._queue[version.digest] = _Waiting(version, turn, aligned(version.num_bytes))
+            insort(self._order, waiting, key=_by_turn)
+            self._prefetches[version.digest] = version
+        elif turn < waiting.turn:
+            self._unqueue(waiting)
+            waiting.turn = turn
+            insort(self._order, waiting, key=_by_turn)
+        return waiting
 
-    def _let_in(self, digest: str, group: list[Sequence], placement: Placement) -> list[Sequence]:
-        del self._queue[digest]
-        ready: list[Sequence] = []
-        for sequence in group:
-            version = sequence.adapter
-            assert version is not None, "only sequences with an adapter wait in the queue"
-            held = placement if sequence is group[0] else self.residency.acquire(version)
+    def _requeue(self, waiting: _Waiting) -> None:
+        """Somebody has left: who is left comes first, if anybody is."""
+        self._unqueue(waiting)
+        if waiting.sequences or waiting.is_pin:
+            if waiting.sequences and not waiting.is_pin:
+                waiting.turn = (waiting.sequences[0].id, 0)
+            insort(self._order, waiting, key=_by_turn)
+        else:
+            del self._queue[waiting.version.digest]
+
+    def _unqueue(self, waiting: _Waiting) -> None:
+        del self._order[bisect_left(self._order, waiting.turn, key=_by_turn)]
+
+    def _place(self, waiting: _Waiting, ready: list[Sequence]) -> bool:
+        """Give a version a place if there is one; add those of its sequences that may run to `ready`."""
+        version = waiting.version
+        placement = self.residency.place(version)
+        if placement is None:
+            return False
+        self._unqueue(waiting)
+        del self._queue[version.digest]
+        if placement.is_new:
+            self._load(version, placement)
+        if waiting.is_pin:
+            self.residency.pin(version.digest)
+        for sequence in waiting.sequences:
+            held = self.residency.acquire(version)
             assert held is not None, "a version with a place can always be used once more"
             if self._hold(sequence, version, held):
                 ready.append(sequence)
-        return ready
+        if waiting.is_doomed:
+            self.residency.doom(version.digest)
+        return True
 
     def _hold(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
+        """Give a sequence its place, and return whether the version is there."""
         sequence.spans = (AdapterSpan(0, placement.adapter_slot),)
         if placement.is_new:
-            self._loading[version.digest] = []
-            self._loads.append(AdapterLoad(self._epoch, version, placement.adapter_slot, placement.offset))
+            self._load(version, placement)
         if version.digest in self._loading:
             self._loading[version.digest].append(sequence)
+            sequence.is_cold = True
             return False
+        self.num_sequences -= 1
         return True
+
+    def _load(self, version: AdapterVersion, placement: Placement) -> None:
+        self._loading[version.digest] = []
+        self._loads.append(AdapterLoad(self._epoch, version, placement.adapter_slot, placement.offset))
+
+    def _queue_pins(self) -> None:
+        """Pin what has a place already, and queue the other pins.
+
+        A pin waits until nothing in the queue would be left without a place for good: who came before it was told
+        that there is one, and who comes after it is told that there is none.
+        """
+        if not self._unplaced_pins:
+            return
+        others = [waiting.num_bytes for waiting in self._order if not waiting.is_pin]
+        for digest, version in list(self._unplaced_pins.items()):
+            taken = [aligned(pin.num_bytes) for pin in self._pins.values() if self._is_taken(pin.digest)]
+            num_bytes = sum(taken) + aligned(version.num_bytes) + max(others, default=0)
+            if num_bytes > self.residency.num_bytes or len(taken) + 1 + bool(others) > self.residency.num_slots:
+                continue
+            del self._unplaced_pins[digest]
+            if self.residency.is_resident(digest):
+                self.residency.pin(digest)
+            else:
+                self._num_pins += 1
+                self._wait(version, (self._latest, self._num_pins)).is_pin = True
+
+    def _is_resident(self, waiting: _Waiting) -> bool:
+        return self.residency.is_resident(waiting.version.digest)
+
+    def _is_taken(self, digest: str) -> bool:
+        """Whether a pin has its place or is about to get it."""
+        return self.residency.is_pinned(digest) or (digest in self._queue and self._queue[digest].is_pin)
+
+
+def _by_turn(waiting: _Waiting) -> tuple[int, int]:
+    return waiting.turn

@@ -37,7 +37,7 @@ class ExecutorLife:
                 f"it has {sequence.num_prompt_tokens} tokens; this server holds {self.max_tokens - 1} at most.",
             )
         if sequence.adapter is not None:
-            self.gate.residency.check_fits(sequence.adapter)
+            self.gate.check_fits(sequence.adapter)
 
     def token_limit(self, sequence: Sequence) -> int:
         """Return how many tokens, prompt and output, the sequence may have here."""
@@ -51,8 +51,7 @@ class ExecutorLife:
         num_matchable = 0 if sequence.needs_prompt_logprobs else (sequence.num_tokens - 1) // size
         table = self.blocks.match(hash_of(sequence, index, size) for index in range(num_matchable))
         num_missing = self.blocks.num_blocks_for(sequence.num_tokens) - len(table)
-        watermark = min(num_running, self.blocks.num_blocks // WATERMARK_SHARE)
-        if self.blocks.num_available < num_missing + watermark:
+        if self.blocks.num_available < num_missing + self.watermark(num_running):
             self.blocks.release(table)
             return False
         new = self.blocks.allocate(num_missing, after=table[-1] if table else -1)
@@ -61,6 +60,10 @@ class ExecutorLife:
         sequence.num_computed = len(table) * size
         sequence.block_table = table + new
         return True
+
+    def watermark(self, num_running: int) -> int:
+        """Return how many blocks admission leaves free for the growth of those who run."""
+        return min(num_running, self.blocks.num_blocks // WATERMARK_SHARE)
 
     def will_share(self, sequence: Sequence, other: Sequence) -> bool:
         """Return whether `other`, with the same prompt, is computing blocks that `sequence` will find in the cache."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
+from descant.scheduling.room import Piece, find_room
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterTooLarge, UnsupportedRequest
 
@@ -21,42 +23,55 @@ class Placement(NamedTuple):
     is_new: bool = False
 
 
-class Extent(NamedTuple):
-    """A range of bytes of the arena."""
-
-    offset: int
-    num_bytes: int
-
-
 @dataclass(slots=True)
 class _Resident:
-    placement: Placement
-    extent: Extent
-    num_users: int = 1
+    adapter_slot: int
+    offset: int
+    num_bytes: int  # aligned
+    num_users: int = 0
     is_loading: bool = True
+    is_pinned: bool = False
+    is_doomed: bool = False  # it goes as soon as it can
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.num_users or self.is_loading or self.is_pinned)
 
 
 class AdapterResidency:
-    """Places versions in slots and bytes. Only what nobody uses and is not being loaded is evicted, oldest first."""
+    """Places versions in slots and bytes.
+
+    Only what nobody uses, what is not pinned and not being loaded is evicted, the least recently used first. What is
+    loaded may move: `take_moves` says where to, and a load that is decided later may lie where something was.
+    """
 
     def __init__(self, num_slots: int, num_bytes: int) -> None:
         self.num_slots = num_slots
         self.num_bytes = num_bytes
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything: the device is new."""
         self._residents: dict[str, _Resident] = {}
         self._unused: OrderedDict[str, None] = OrderedDict()  # evictable, least recently used first
-        self._free_slots = list(range(self.num_slots))[::-1]
-        self._free = [Extent(0, self.num_bytes)] if self.num_bytes else []
+        self._free_slots = list(range(num_slots))[::-1]
+        self.num_available = num_bytes
+        """Bytes that are free or evictable."""
+        self._moves: list[Placement] = []  # not yet taken
 
-    def check_fits(self, version: AdapterVersion) -> None:
-        """Raises AdapterTooLarge if the arena could never hold it, UnsupportedRequest if there are no slots at all."""
+    def check_fits(self, version: AdapterVersion, pins: Iterable[AdapterVersion] | None = None) -> None:
+        """Check that the version can ever have a place beside `pins`, or else beside what is pinned now.
+
+        Raises:
+            AdapterTooLarge: it cannot; the error says how many bytes there are for it.
+            UnsupportedRequest: there are no slots at all.
+        """
         if self.num_slots == 0:
             raise UnsupportedRequest("adapter", "this engine serves the base model only")
-        if _aligned(version.num_bytes) > self.num_bytes:
-            raise AdapterTooLarge(version.digest, version.num_bytes, self.num_bytes)
+        if pins is None:
+            pinned = {digest: one.num_bytes for digest, one in self._residents.items() if one.is_pinned}
+        else:
+            pinned = {pin.digest: aligned(pin.num_bytes) for pin in pins}
+        pinned.pop(version.digest, None)
+        num_bytes = self.num_bytes - sum(pinned.values()) if len(pinned) < self.num_slots else 0
+        if aligned(version.num_bytes) > num_bytes:
+            raise AdapterTooLarge(version.digest, version.num_bytes, num_bytes)
 
     def has_free_slot(self) -> bool:
         """Whether some slot is empty or evictable."""
@@ -71,103 +86,135 @@ class AdapterResidency:
         """Whether the version has a place, loaded or not."""
         return digest in self._residents
 
-    def acquire(self, version: AdapterVersion) -> Placement | None:
-        """Use a version once more; None if there is no room for it now.
+    def is_pinned(self, digest: str) -> bool:
+        """Whether the version has a place that is never taken from it."""
+        resident = self._residents.get(digest)
+        return resident is not None and resident.is_pinned
+
+    def offset_of(self, digest: str) -> int:
+        """Return where the bytes of a resident version are, once the moves are done."""
+        return self._residents[digest].offset
+
+    def place(self, version: AdapterVersion) -> Placement | None:
+        """Return the version's place, giving it one if it has none; None if there is no room for it now.
 
         A new one has to be loaded, which ends with `loaded` or `forget`.
 
         Raises:
-            AdapterTooLarge: the arena could never hold it.
+            AdapterTooLarge: there is never room beside what is pinned.
         """
         resident = self._residents.get(version.digest)
         if resident is not None:
-            resident.num_users += 1
-            self._unused.pop(version.digest, None)
-            return resident.placement
+            return Placement(resident.adapter_slot, resident.offset)
         self.check_fits(version)
-        size = _aligned(version.num_bytes)
-        victims = self._victims(size)
-        if victims is None:
+        num_bytes = aligned(version.num_bytes)
+        if num_bytes > self.num_available or not self.has_free_slot():
             return None
-        for digest in victims:
+        room = find_room(self._pieces(), list(self._unused), num_bytes, needs_victim=not self._free_slots)
+        if room is None:
+            return None
+        for digest in room.victims:
             self.forget(digest)
-        extent = _first_fit(self._free, size)
-        assert extent is not None, "evicting the victims made room"
-        _cut(self._free, extent)
-        placement = Placement(self._free_slots.pop(), extent.offset)
-        self._residents[version.digest] = _Resident(placement, extent)
-        return placement._replace(is_new=True)
+        for digest, offset in room.moves:
+            moved = self._residents[digest]
+            moved.offset = offset
+            self._moves.append(Placement(moved.adapter_slot, offset))
+        resident = self._residents[version.digest] = _Resident(self._free_slots.pop(), room.offset, num_bytes)
+        self.num_available -= num_bytes
+        return Placement(resident.adapter_slot, room.offset, is_new=True)
+
+    def acquire(self, version: AdapterVersion) -> Placement | None:
+        """Use a version once more, as `place` places it."""
+        placement = self.place(version)
+        if placement is not None:
+            self._residents[version.digest].num_users += 1
+            self._settle(version.digest)
+        return placement
+
+    def take_moves(self) -> list[Placement]:
+        """Return what has moved since the last call and where to, in the order in which that is safe."""
+        moves, self._moves = self._moves, []
+        return moves
 
     def loaded(self, digest: str) -> None:
         """The version is on the device."""
-        resident = self._residents[digest]
-        resident.is_loading = False
-        if resident.num_users == 0:
-            self._unused[digest] = None
+        self._residents[digest].is_loading = False
+        self._settle(digest)
 
     def release(self, digest: str) -> None:
         """End one use; the version stays until its place is needed."""
         resident = self._residents[digest]
         assert resident.num_users > 0, f"adapter {digest} was released twice"
         resident.num_users -= 1
-        if resident.num_users == 0 and not resident.is_loading:
-            self._unused[digest] = None
+        self._settle(digest)
+
+    def pin(self, digest: str) -> None:
+        """Keep a version that has a place."""
+        self._residents[digest].is_pinned = True
+        self._settle(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let a version, which may have no place, go like any other."""
+        if digest in self._residents:
+            self._residents[digest].is_pinned = False
+            self._settle(digest)
+
+    def doom(self, digest: str) -> None:
+        """Free the place of a version, which may have none, as soon as nothing keeps it there."""
+        if digest in self._residents:
+            self._residents[digest].is_doomed = True
+            self._settle(digest)
 
     def forget(self, digest: str) -> None:
         """Free the place of a version whose load failed, or which nobody uses. Its uses are void."""
         resident = self._residents.pop(digest)
-        self._unused.pop(digest, None)
-        self._free_slots.append(resident.placement.adapter_slot)
-        _put(self._free, resident.extent)
+        if digest in self._unused:
+            del self._unused[digest]
+        else:
+            self.num_available += resident.num_bytes
+        self._free_slots.append(resident.adapter_slot)
 
     def check_integrity(self) -> None:
         """Assert that slots and bytes are each given once or free."""
-        slots = [resident.placement.adapter_slot for resident in self._residents.values()]
+        slots = [resident.adapter_slot for resident in self._residents.values()]
         assert sorted([*slots, *self._free_slots]) == list(range(self.num_slots)), "an adapter slot is lost"
-        extents = sorted([*self._free, *(resident.extent for resident in self._residents.values())])
-        ends = [0, *(extent.offset + extent.num_bytes for extent in extents)]
-        assert ends == [*(extent.offset for extent in extents), self.num_bytes], "the arena has a gap or an overlap"
-        idle = {d for d, resident in self._residents.items() if not resident.num_users and not resident.is_loading}
+        pieces = self._pieces()
+        ends = [(piece.offset + piece.num_bytes, after.offset) for piece, after in pairwise(pieces)]
+        assert all(end == begin for end, begin in ends), "two extents overlap"
+        assert sum(piece.num_bytes for piece in pieces) == self.num_bytes, "an extent is outside the arena"
+        idle = {digest for digest, resident in self._residents.items() if resident.is_idle}
         assert idle == set(self._unused), "an unused version is not evictable"
+        kept = sum(resident.num_bytes for digest, resident in self._residents.items() if digest not in idle)
+        assert self.num_available == self.num_bytes - kept, "the count of available bytes is wrong"
+        assert not any(self._residents[digest].is_doomed for digest in idle), "a version outlived its last use"
 
-    def _victims(self, size: int) -> list[str] | None:
-        """Return the least recently used versions whose eviction makes room for `size`, None if none would."""
-        free, num_free_slots = list(self._free), len(self._free_slots)
-        victims: list[str] = []
-        for digest in [*self._unused, None]:
-            if num_free_slots and _first_fit(free, size):
-                return victims
+    def _settle(self, digest: str) -> None:
+        """Note whether the version can be evicted now."""
+        resident = self._residents[digest]
+        if resident.is_idle and digest not in self._unused:
+            self._unused[digest] = None
+            self.num_available += resident.num_bytes
+        elif not resident.is_idle and digest in self._unused:
+            del self._unused[digest]
+            self.num_available -= resident.num_bytes
+        if resident.is_idle and resident.is_doomed:
+            self.forget(digest)
+
+    def _pieces(self) -> list[Piece]:
+        """The arena from its beginning to its end."""
+        pieces: list[Piece] = []
+        end = 0
+        by_offset = sorted((resident.offset, digest) for digest, resident in self._residents.items())
+        for offset, digest in [*by_offset, (self.num_bytes, None)]:
+            if offset > end:
+                pieces.append(Piece(end, offset - end))
             if digest is not None:
-                victims.append(digest)
-                num_free_slots += 1
-                _put(free, self._residents[digest].extent)
-        return None
+                resident = self._residents[digest]
+                pieces.append(Piece(offset, resident.num_bytes, digest, resident.is_loading))
+                end = offset + resident.num_bytes
+        return pieces
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """Return what an extent of that many bytes takes of the arena."""
     return max(1, -(-num_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
-
-
-def _first_fit(free: list[Extent], size: int) -> Extent | None:
-    return next((Extent(extent.offset, size) for extent in free if extent.num_bytes >= size), None)
-
-
-def _cut(free: list[Extent], taken: Extent) -> None:
-    """Remove the beginning of a free extent."""
-    at = next(i for i, extent in enumerate(free) if extent.offset == taken.offset)
-    rest = Extent(taken.offset + taken.num_bytes, free[at].num_bytes - taken.num_bytes)
-    free[at : at + 1] = [rest] if rest.num_bytes else []
-
-
-def _put(free: list[Extent], extent: Extent) -> None:
-    """Add an extent and join it with its neighbors."""
-    insort(free, extent)
-    at = free.index(extent)
-    joined = free[max(0, at - 1) : at + 2]
-    merged: list[Extent] = []
-    for part in joined:
-        if merged and merged[-1].offset + merged[-1].num_bytes == part.offset:
-            merged[-1] = Extent(merged[-1].offset, merged[-1].num_bytes + part.num_bytes)
-        else:
-            merged.append(part)
-    free[max(0, at - 1) : at + 2] = merged

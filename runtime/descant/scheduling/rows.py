@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from descant.scheduling.plan import NO_LOGPROBS, Admit, LogprobRows, Row, RowResult, StepPlan, pack_ints, unpack_ints
-from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
+from descant.scheduling.plan import NO_LOGPROBS, Admit, Row, StepPlan, pack_ints
+from descant.scheduling.sequence import Sequence
 
 
 class PlannedStep(NamedTuple):
@@ -23,6 +23,7 @@ class StepBuilder:
         self._admits: list[Admit] = []
         self._rows: list[Row] = []
         self._sequences: list[Sequence] = []
+        self._prompts: set[int] = set()  # ids of sequences with more than a decode
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -41,8 +42,12 @@ class StepBuilder:
         self._sequences.append(sequence)
         self.num_tokens_left -= 1
 
-    def prefill(self, sequence: Sequence) -> None:
-        """Compute as many of the sequence's uncomputed tokens as the budget allows, at least one."""
+    def has_prompt_of(self, sequence: Sequence) -> bool:
+        """Return whether `prefill` or `admit` was called with the sequence."""
+        return sequence.id in self._prompts
+
+    def prefill(self, sequence: Sequence) -> int:
+        """Compute as many of the sequence's uncomputed tokens as the budget allows, at least one; return how many."""
         assert sequence.spans is not None, "a running sequence has its adapter"
         num_new_tokens = min(sequence.num_tokens - sequence.num_computed, self.num_tokens_left)
         assert num_new_tokens > 0, "a prefill without tokens"
@@ -50,10 +55,12 @@ class StepBuilder:
         row = Row(sequence.id, num_new_tokens, sequence.spans, num_prompt_logprobs=num_prompt_logprobs)
         self._rows.append(row)
         self._sequences.append(sequence)
+        self._prompts.add(sequence.id)
         self.num_tokens_left -= num_new_tokens
+        return num_new_tokens
 
-    def admit(self, sequence: Sequence) -> None:
-        """Make the sequence a row of the engine, with all its blocks, and prefill it."""
+    def admit(self, sequence: Sequence) -> int:
+        """Make the sequence a row of the engine, with all its blocks, and prefill it; return the tokens computed."""
         self._admits.append(
             Admit(
                 row=sequence.id,
@@ -68,27 +75,21 @@ class StepBuilder:
             )
         )
         sequence.is_row = True
-        self.prefill(sequence)
+        return self.prefill(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take the sequence out of the step, if it is in it: it gave way."""
+        index = next((i for i, one in enumerate(self._sequences) if one is sequence), None)
+        if index is None:
+            return
+        self.num_tokens_left += self._rows.pop(index).num_new_tokens
+        del self._sequences[index]
+        self._prompts.discard(sequence.id)
+        if any(admit.row == sequence.id for admit in self._admits):
+            self._admits = [admit for admit in self._admits if admit.row != sequence.id]
+            sequence.is_row = False  # the engine never heard of it
 
     def build(self, epoch: int, step: int, drop: list[int]) -> PlannedStep:
         """Return the step."""
         plan = StepPlan(epoch, step, tuple(self._admits), tuple(self._rows), pack_ints(drop))
         return PlannedStep(plan, tuple(self._sequences))
-
-
-def sampled_tokens(result: RowResult) -> list[int]:
-    """Return the ids a row's step sampled."""
-    if len(result.token_ids) == 4:
-        return [int.from_bytes(result.token_ids, "little", signed=True)]
-    return unpack_ints(result.token_ids)
-
-
-def sampled_logprobs(result: RowResult, token_ids: list[int]) -> list[TokenLogprobs]:
-    """Return the log-probabilities of the sampled tokens, none if they were not asked for."""
-    return [] if result.logprobs is None else unpack_logprobs(result.logprobs, token_ids)
-
-
-def put_prompt_logprobs(sequence: Sequence, start: int, rows: LogprobRows) -> None:
-    """Store the log-probabilities of the prompt from position `start` on."""
-    token_ids = sequence.prompt_ids[start : start + rows.num_tokens]
-    sequence.prompt_logprobs[start - 1 :] = unpack_logprobs(rows, token_ids)

@@ -72,6 +72,12 @@ class Sequence:
     num_prompt_logprobs: int = NO_LOGPROBS
     adapter: AdapterVersion | None = None
     cache_scope: str = ""  # sequences of another scope share no blocks with this one
+    principal: str = ""  # whose it is, for fairness
+    weight: float = 1.0  # of the principal: its share against others'
+    max_queued: int | None = None  # of the principal: sequences that may wait; None: the server's limit
+    received_s: float = 0.0  # on the policy's clock: when the request came to the server
+    queue_deadline_s: float | None = None  # by then it must have run
+    deadline_s: float | None = None  # by then it must have ended
 
     # Output
     output_ids: list[int] = field(default_factory=list[int])
@@ -93,7 +99,9 @@ class Sequence:
 
     # Counters and timestamps, seconds on the policy's clock
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first ran
+    num_charged: int = 0  # prompt tokens up to here count as service to its principal
     num_preemptions: int = 0
+    is_cold: bool = False  # it had to wait for its adapter
     arrival_s: float = 0.0
     first_scheduled_s: float | None = None
     first_token_s: float | None = None

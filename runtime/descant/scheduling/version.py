@@ -7,7 +7,8 @@ class AdapterVersion(msgspec.Struct, frozen=True):
     """An immutable, prepared adapter: one normalized file in the store.
 
     `digest` (sha256, hex) identifies its content, whatever name or source it came from; the file's name is the
-    digest. `num_bytes` is its extent in the device arena, in the dtype the model is served in.
+    digest. `num_bytes` is its extent in the device arena, in the dtype the model is served in; `file_bytes` is what
+    the file takes in the store.
     """
 
     digest: str
@@ -15,3 +16,4 @@ class AdapterVersion(msgspec.Struct, frozen=True):
     num_bytes: int
     max_rank: int
     num_modules: int
+    file_bytes: int = 0

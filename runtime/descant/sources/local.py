@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from descant_client.errors import AdapterForbidden, AdapterNotFound
+from descant_client.errors import AdapterForbidden, AdapterNotFound, InvalidRequest
 
 
 def find_adapter(adapter: str, path: str, roots: Sequence[str] | None) -> Path:
@@ -24,9 +24,32 @@ def find_adapter(adapter: str, path: str, roots: Sequence[str] | None) -> Path:
             raise AdapterNotFound(adapter)
         if roots is not None and not all(_is_below(file.resolve(), roots) for file in directory.iterdir()):
             raise AdapterForbidden(adapter, "a file in it is a link to outside the roots this server allows you.")
-    except (OSError, ValueError, RuntimeError) as exc:  # too long, NUL bytes, link loops, no such home
+        str(directory).encode()
+    except (OSError, ValueError, RuntimeError) as exc:  # too long, NUL bytes, no text, link loops, no such home
         raise AdapterNotFound(adapter) from exc
     return directory
+
+
+def find_target(adapter: str, path: str, roots: Sequence[str] | None) -> Path:
+    """Return the real path at which a directory is to be written; what exists of it is followed through links.
+
+    Raises:
+        InvalidRequest: not an absolute path, or none at all.
+        AdapterForbidden: it does not lead below one of `roots` (None: no limit), whether it exists or not.
+    """
+    if not Path(path).is_absolute() or "\0" in path:
+        raise InvalidRequest("path", "give an absolute path of the server's machine.")
+    try:
+        target = Path(path).resolve()
+        str(target).encode()
+        if roots is not None and not _is_below(target, roots):
+            raise AdapterForbidden(adapter, "the path to write it to is outside the roots this server allows you.")
+    except (OSError, ValueError, RuntimeError) as exc:  # too long, no text, link loops
+        if roots is not None:
+            reason = "the path to write it to cannot be shown to be inside the roots this server allows you."
+            raise AdapterForbidden(adapter, reason) from exc
+        raise InvalidRequest("path", "no file can have this path.") from exc
+    return target
 
 
 def _is_below(path: Path, roots: Sequence[str]) -> bool:

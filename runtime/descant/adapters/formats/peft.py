@@ -17,7 +17,7 @@ from torch import Tensor
 from descant.adapters.base import BaseModel
 from descant.adapters.formats.peft_config import TargetModule, read_config, select_targets
 from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import Factors, LowRankAdapter
+from descant.adapters.low_rank import Factors, LowRankAdapter, float32
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 
 CONFIG_FILE = "adapter_config.json"
@@ -131,10 +131,10 @@ def _read_factors(adapter: str, file: Any, keys: dict[_Key, str], target: Target
     module, rank = target.module, target.rank
     a = _read_tensor(adapter, file, keys[_Key(module.name, "A")], (rank, module.in_features))
     b = _read_tensor(adapter, file, keys[_Key(module.name, "B")], (module.out_features, rank))
-    scaled = b * target.scaling
-    if not bool(scaled.isfinite().all()):
+    pair = Factors(a, b, float32(target.scaling))
+    if not bool(pair.scaled_b().isfinite().all()):
         raise AdapterInvalid(adapter, f"lora_B of {module.name} times its scaling {target.scaling} is not finite")
-    return Factors(a, scaled)
+    return pair
 
 
 def _read_tensor(adapter: str, file: Any, name: str, shape: tuple[int, int]) -> Tensor:

@@ -1,0 +1,170 @@
+"""What is measured of one request, and of all of them while the test runs."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+
+import msgspec
+
+from descant_client.loadtest.workload import PlannedRequest
+from descant_client.protocol import Accepted, Delta, Done, ServerMessage
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """The life of one request. Times are seconds since the start of the test, at the client.
+
+    `delivered_s` are the times at which tokens came, `delivered_tokens` how many came at each. `finish_reason` is set
+    if the answer is complete, `error_code` if it failed; with neither, the test ended first.
+    """
+
+    index: int
+    arrived_s: float  # on schedule; in the closed loop: when it was sent
+    sent_s: float
+    adapter: str | None = None
+    key: int = 0
+    is_warmup: bool = False
+    is_first_use: bool = False  # the first request of this test that asks for its adapter
+    accepted_s: float | None = None
+    ended_s: float | None = None
+    delivered_s: list[float] = []
+    delivered_tokens: list[int] = []
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    queue_s: float | None = None  # as the server measured it
+    finish_reason: str | None = None
+    error_code: str | None = None
+    error: str | None = None
+
+    @property
+    def is_completed(self) -> bool:
+        """Whether the whole answer came."""
+        return self.finish_reason in ("length", "stop")
+
+    @property
+    def lateness_s(self) -> float:
+        """How long after its time the request was sent: the generator's own delay."""
+        return self.sent_s - self.arrived_s
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token, from the scheduled arrival; None before there is one."""
+        return self.delivered_s[0] - self.arrived_s if self.delivered_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first; None below two tokens."""
+        if self.num_output_tokens < 2:
+            return None
+        return (self.delivered_s[-1] - self.delivered_s[0]) / (self.num_output_tokens - 1)
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Time from the scheduled arrival to the end; None before it."""
+        return None if self.ended_s is None else self.ended_s - self.arrived_s
+
+    def gaps_s(self) -> list[float]:
+        """Return the gaps between successive deliveries of tokens: the inter-token latencies (ITL)."""
+        return [later - earlier for earlier, later in zip(self.delivered_s, self.delivered_s[1:], strict=False)]
+
+
+class Tally:
+    """How a running test stands, for whoever shows it. `ttfts_s` holds one entry per request that has a token."""
+
+    def __init__(self) -> None:
+        self.num_planned = 0
+        self.num_sent = 0
+        self.num_completed = 0
+        self.num_failed = 0
+        self.num_tokens = 0
+        self.ttfts_s: list[float] = []
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests sent and not ended."""
+        return self.num_sent - self.num_completed - self.num_failed
+
+
+class Recorder:
+    """Hears the messages of one request and notes when they came. The cost per token is a look at the clock."""
+
+    def __init__(
+        self, request: PlannedRequest, arrived_s: float, is_first_use: bool, tally: Tally, now_s: Callable[[], float]
+    ) -> None:
+        """`now_s` is the time since the start of the test."""
+        self._request = request
+        self._arrived_s = arrived_s
+        self._is_first_use = is_first_use
+        self._tally = tally
+        self._now_s = now_s
+        self._sent_s = arrived_s
+        self._accepted: Accepted | None = None
+        self._accepted_s: float | None = None
+        self._done: Done | None = None
+        self._ended_s: float | None = None
+        self._times = array("d")  # of deliveries, as are the counts
+        self._counts = array("I")
+        self._num_tokens = 0
+        self._error: tuple[str, str] | None = None
+
+    def on_sent(self) -> None:
+        """Note that the request was handed to the connection."""
+        self._sent_s = self._now_s()
+        self._tally.num_sent += 1
+
+    def hear(self, message: ServerMessage) -> None:
+        """Note one message; what a reconnect repeats is left out."""
+        now_s = self._now_s()
+        if type(message) is Delta:
+            if message.index == self._num_tokens and message.token_ids:
+                self._on_tokens(now_s, len(message.token_ids))
+        elif type(message) is Accepted and self._accepted is None:
+            self._accepted, self._accepted_s = message, now_s
+        elif type(message) is Done:
+            self._done, self._ended_s = message, now_s
+
+    def on_completed(self) -> None:
+        """Note that the answer is complete."""
+        self._tally.num_completed += 1
+
+    def on_failed(self, code: str, sentence: str) -> None:
+        """Note that the request failed."""
+        self._ended_s = self._now_s()
+        self._error = (code, sentence)
+        self._tally.num_failed += 1
+
+    def record(self, is_warmup: bool) -> Record:
+        """Return what has been noted."""
+        done, accepted = self._done, self._accepted
+        code, sentence = self._error or (None, None)
+        return Record(
+            index=self._request.index,
+            arrived_s=self._arrived_s,
+            sent_s=self._sent_s,
+            adapter=self._request.adapter,
+            key=self._request.key,
+            is_warmup=is_warmup,
+            is_first_use=self._is_first_use,
+            accepted_s=self._accepted_s,
+            ended_s=self._ended_s,
+            delivered_s=self._times.tolist(),
+            delivered_tokens=self._counts.tolist(),
+            num_prompt_tokens=accepted.num_prompt_tokens if accepted else None,
+            num_output_tokens=self._num_tokens,
+            num_cached_tokens=done.usage.num_cached_tokens if done else 0,
+            num_preemptions=done.timings.num_preemptions if done else 0,
+            queue_s=done.timings.queue_s if done else None,
+            finish_reason=done.choices[0].finish_reason if done else None,
+            error_code=code,
+            error=sentence,
+        )
+
+    def _on_tokens(self, now_s: float, num_tokens: int) -> None:
+        if not self._num_tokens:
+            self._tally.ttfts_s.append(now_s - self._arrived_s)
+        self._times.append(now_s)
+        self._counts.append(num_tokens)
+        self._num_tokens += num_tokens
+        self._tally.num_tokens += num_tokens

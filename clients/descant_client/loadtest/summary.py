@@ -1,0 +1,144 @@
+"""Arithmetic: from records to numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from descant_client.loadtest.percentiles import Spread, spread_of
+from descant_client.loadtest.record import Record
+
+BASE, COLD, WARM = "base", "cold", "warm"
+
+Kind = TypeVar("Kind", str, int)
+
+
+class Objectives(msgspec.Struct, frozen=True):
+    """What a request must meet to count as good; None: nothing."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def are_met(self, record: Record) -> bool:
+        """Return whether a request completed within every objective; one token has no TPOT, and meets it."""
+        if not record.is_completed:
+            return False
+        pairs = ((record.ttft_s, self.ttft_s), (record.tpot_s, self.tpot_s))
+        return all(value is None or limit is None or value <= limit for value, limit in pairs)
+
+
+class ErrorCount(msgspec.Struct, frozen=True):
+    """How often one error came, and the sentence of the first."""
+
+    code: str
+    num: int
+    example: str
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """The measured requests of a test, or some of them. Latencies are of the completed ones.
+
+    The window is from the first arrival to the last end. Rates are over it; in a group of requests, over the whole
+    test's, so that groups add up.
+    """
+
+    num_requests: int
+    num_completed: int
+    num_failed: int
+    num_unfinished: int  # the test ended first
+    window_s: float
+    requests_per_s: float  # completed ones
+    output_tokens_per_s: float  # all tokens that came, of failed requests too
+    num_output_tokens: int
+    num_cached_tokens: int  # of prompts, from the prefix cache
+    num_preemptions: int
+    tokens_per_delivery: float | None  # above 1, ITL is between chunks and not between tokens
+    goodput_per_s: float | None  # requests that met all objectives; None: there are none
+    slo_attainment: float | None  # their share of all requests
+    ttft_s: Spread | None
+    tpot_s: Spread | None
+    itl_s: Spread | None
+    e2e_s: Spread | None
+    queue_s: Spread | None  # in the server, until first scheduled
+    lateness_s: Spread | None  # of sending, for all requests
+    errors: list[ErrorCount]
+
+
+def window_of(records: Sequence[Record]) -> float:
+    """Return the seconds from the first arrival to the last end, or the last token of what has not ended."""
+    if not records:
+        return 0.0
+    ends = [one.ended_s if one.ended_s is not None else (one.delivered_s or [one.sent_s])[-1] for one in records]
+    return max(ends) - min(one.arrived_s for one in records)
+
+
+def summarize(records: Sequence[Record], objectives: Objectives, window_s: float) -> Summary:
+    """Return the summary of measured records (no warm-up among them) over a window of `window_s` seconds."""
+    completed = [one for one in records if one.is_completed]
+    failed = [one for one in records if _error_of(one) is not None]
+    num_tokens = sum(one.num_output_tokens for one in records)
+    num_deliveries = sum(len(one.delivered_s) for one in records)
+    has_objectives = objectives != Objectives()
+    num_good = sum(objectives.are_met(one) for one in records)
+    return Summary(
+        num_requests=len(records),
+        num_completed=len(completed),
+        num_failed=len(failed),
+        num_unfinished=len(records) - len(completed) - len(failed),
+        window_s=window_s,
+        requests_per_s=_rate(len(completed), window_s),
+        output_tokens_per_s=_rate(num_tokens, window_s),
+        num_output_tokens=num_tokens,
+        num_cached_tokens=sum(one.num_cached_tokens for one in records),
+        num_preemptions=sum(one.num_preemptions for one in records),
+        tokens_per_delivery=num_tokens / num_deliveries if num_deliveries else None,
+        goodput_per_s=_rate(num_good, window_s) if has_objectives else None,
+        slo_attainment=num_good / len(records) if has_objectives and records else None,
+        ttft_s=spread_of(one.ttft_s for one in completed),
+        tpot_s=spread_of(one.tpot_s for one in completed),
+        itl_s=spread_of(gap for one in completed for gap in one.gaps_s()),
+        e2e_s=spread_of(one.e2e_s for one in completed),
+        queue_s=spread_of(one.queue_s for one in completed),
+        lateness_s=spread_of(one.lateness_s for one in records),
+        errors=_errors(failed),
+    )
+
+
+def adapter_class(record: Record) -> str:
+    """Return `base` (no adapter), `cold` (the test's first request for its adapter) or `warm` (any later one).
+
+    A warm request may still wait: for the load that the cold one before it began, or for one after an eviction.
+    """
+    if record.adapter is None:
+        return BASE
+    return COLD if record.is_first_use else WARM
+
+
+def grouped(records: Sequence[Record], kind_of: Callable[[Record], Kind]) -> dict[Kind, list[Record]]:
+    """Return the records by kind, kinds in ascending order."""
+    return {
+        kind: [one for one in records if kind_of(one) == kind] for kind in sorted({kind_of(one) for one in records})
+    }
+
+
+def _rate(amount: float, window_s: float) -> float:
+    return amount / window_s if window_s > 0 else 0.0
+
+
+def _error_of(record: Record) -> tuple[str, str] | None:
+    """An answer that was cut off at the server (`cancelled`) is a failure too, though it came with no error."""
+    if record.error_code is not None:
+        return record.error_code, record.error or ""
+    if record.finish_reason is not None and not record.is_completed:
+        return record.finish_reason, f"The answer ended with finish reason {record.finish_reason}."
+    return None
+
+
+def _errors(failed: Sequence[Record]) -> list[ErrorCount]:
+    """Count errors by code, the most frequent first."""
+    errors = [error for one in failed if (error := _error_of(one)) is not None]
+    examples = dict(reversed(errors))
+    return [ErrorCount(code, num, examples[code]) for code, num in Counter(code for code, _ in errors).most_common()]

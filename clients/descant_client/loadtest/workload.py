@@ -1,0 +1,97 @@
+"""The requests of a load test, drawn from its seed before anything is sent."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import count, cycle
+from random import Random
+
+import msgspec
+
+from descant_client.loadtest.plan import Plan, check_plan
+
+
+class PlannedRequest(msgspec.Struct, frozen=True):
+    """One request to send: `at_s` seconds after the start, with the key of that number.
+
+    Random token ids are an array of unsigned ints, which takes a tenth of a list.
+    """
+
+    index: int
+    at_s: float
+    prompt: str | array[int]
+    num_output_tokens: int
+    adapter: str | None
+    key: int
+    seed: int
+
+
+def draw_workload(plan: Plan, vocab_size: int) -> list[PlannedRequest]:
+    """Return all requests in order of arrival. A pure function of its arguments.
+
+    Each aspect is drawn from a generator of its own, so that two plans that differ in one aspect agree in the others.
+
+    Raises:
+        ConfigInvalid: the plan is not sound.
+    """
+    check_plan(plan)
+    prompts, adapters = _prompts(plan, vocab_size), _adapters(plan)
+    lengths, keys, seeds = (_rng(plan, aspect) for aspect in ("output", "key", "seed"))
+    return [
+        PlannedRequest(
+            index=index,
+            at_s=at_s,
+            prompt=next(prompts),
+            num_output_tokens=plan.output_tokens.draw(lengths),
+            adapter=next(adapters),
+            key=keys.randrange(plan.num_keys),
+            seed=seeds.getrandbits(63),
+        )
+        for index, at_s in _arrivals(plan)
+    ]
+
+
+def digest_of(workload: Sequence[PlannedRequest]) -> str:
+    """Return the SHA-256 of everything that is sent and when, in hex: equal digests, equal workloads."""
+    digest = hashlib.sha256()
+    for one in workload:
+        prompt = one.prompt if isinstance(one.prompt, str) else one.prompt.tolist()
+        fields = (one.index, one.at_s, prompt, one.num_output_tokens, one.adapter, one.key, one.seed)
+        digest.update(msgspec.msgpack.encode(fields))
+    return digest.hexdigest()
+
+
+def _rng(plan: Plan, aspect: str) -> Random:
+    return Random(f"{plan.seed}/{aspect}")  # seeding with text is the same on every machine
+
+
+def _arrivals(plan: Plan) -> Iterator[tuple[int, float]]:
+    """Yield each request's number and time, in whole microseconds: a logarithm's last bit is each machine's own."""
+    at_s = 0.0
+    gaps = plan.arrivals.gaps(_rng(plan, "arrivals"))
+    for index in count() if plan.num_requests is None else range(plan.num_requests):
+        at_s += next(gaps)
+        if plan.duration_s is not None and at_s >= plan.duration_s:
+            return
+        yield index, round(at_s, 6)
+
+
+def _prompts(plan: Plan, vocab_size: int) -> Iterator[str | array[int]]:
+    """Yield prompts; of token ids the middle three quarters of the vocabulary, as special tokens are at its ends."""
+    if plan.prompts:
+        yield from cycle(plan.prompts)
+    lengths, ids = _rng(plan, "prompt length"), _rng(plan, "prompt")
+    lowest = vocab_size // 8
+    usable = range(lowest, max(vocab_size * 7 // 8, lowest + 1))
+    while True:
+        yield array("I", ids.choices(usable, k=plan.prompt_tokens.draw(lengths)))
+
+
+def _adapters(plan: Plan) -> Iterator[str | None]:
+    bases = _rng(plan, "base")
+    positions = plan.popularity.choices(len(plan.adapters), _rng(plan, "adapter"))
+    while True:
+        is_base = bases.random() < plan.base_share or not plan.adapters
+        yield None if is_base else plan.adapters[next(positions)]

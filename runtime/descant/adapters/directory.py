@@ -1,0 +1,113 @@
+"""Writes a whole directory or none: under a temporary name beside its place, synced, then renamed.
+
+What is wrong with the place is the request's fault, never the process's.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence, Set
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from descant_client.errors import InvalidRequest
+
+_FIELD = "path"
+
+
+# Whether a directory that holds just files of these names may be replaced.
+IsReplaceable = Callable[[Set[str]], bool]
+
+
+def write_directory(
+    target: Path, fill: Callable[[Path], None], kept: Sequence[Path], is_replaceable: IsReplaceable | None = None
+) -> int:
+    """Let `fill` write files into an empty directory, then put it at `target`; return the bytes of its files.
+
+    Parents are created. An empty directory at `target` is replaced, and one of files only if `is_replaceable` says so.
+
+    Args:
+      kept: directories at or below which nothing is written.
+
+    Raises:
+        InvalidRequest: the place may not be written to, or cannot be. Also whatever `fill` raises. What was at
+        `target` is still there.
+    """
+    try:
+        _check_place(target, kept)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(target, is_replaceable)
+        with _temporary_sibling(target) as staging:
+            staging.mkdir()
+            fill(staging)
+            num_bytes = _sync_files(staging)
+            _check_replaceable(target, is_replaceable)  # again: filling may have taken minutes
+            _move(staging, target)
+            _sync(target.parent)
+    except (OSError, SafetensorError) as exc:
+        raise InvalidRequest(_FIELD, f"{target} cannot be written: {exc}.") from exc
+    return num_bytes
+
+
+def _check_place(target: Path, kept: Sequence[Path]) -> None:
+    if not target.is_absolute() or "\0" in str(target):
+        raise InvalidRequest(_FIELD, f"{str(target)!r} is no absolute path.")
+    resolved = target.resolve()
+    for directory in kept:
+        if resolved.is_relative_to(directory.resolve()):
+            raise InvalidRequest(_FIELD, f"{target} is in {directory}, which belongs to the server.")
+
+
+def _check_replaceable(target: Path, is_replaceable: IsReplaceable | None) -> None:
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise InvalidRequest(_FIELD, f"{target} exists and is no directory.")
+    with os.scandir(target) as found:
+        entries = list(found)
+    is_plain = all(entry.is_file(follow_symlinks=False) for entry in entries)
+    names = {entry.name for entry in entries}
+    if names and not (is_plain and is_replaceable is not None and is_replaceable(names)):
+        raise InvalidRequest(_FIELD, f"{target} exists and holds {min(names)!r}; choose another path or empty it.")
+
+
+@contextlib.contextmanager
+def _temporary_sibling(target: Path) -> Iterator[Path]:
+    """Yield a free path beside `target`; whatever is there at the end is removed."""
+    path = target.parent / f".{secrets.token_hex(8)}.partial"
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _move(staging: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        staging.rename(target)  # over an empty directory, if there is one
+        return
+    with _temporary_sibling(target) as old:  # a rename cannot replace a directory with files in it
+        target.rename(old)
+        try:
+            staging.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+
+
+def _sync_files(directory: Path) -> int:
+    num_bytes = 0
+    for path in directory.iterdir():
+        _sync(path)
+        num_bytes += path.stat().st_size
+    _sync(directory)
+    return num_bytes
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,223 @@
+"""Everything a client may do to an adapter: the members of `AdapterChange`, one by one.
+
+Changes of one name are made one after the other: those that take time wait for their turn, the others happen at once,
+between them. So `destroy` never waits for a `load` of the same name; what was being loaded is dropped, and its caller
+told that the name is not there any more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import anyio.to_thread
+import msgspec
+
+from descant.catalog.contents import Contents, local_reference
+from descant.catalog.entry import Entry, Key
+from descant.catalog.names import Catalog
+from descant.catalog.pins import PinBudget
+from descant.catalog.register import Register
+from descant.catalog.versions import Versions
+from descant.catalog.worker_asks import WorkerAsks
+from descant.messages import ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged, Member, Principal
+from descant.references import parse_reference
+from descant.scheduling.version import AdapterVersion
+from descant.sources.local import find_target
+from descant_client.errors import AdapterExists, AdapterNotFound, InvalidRequest
+from descant_client.lifecycle import (
+    AdapterChange,
+    CreateAdapter,
+    DestroyAdapter,
+    DisableAdapter,
+    EnableAdapter,
+    ForkAdapter,
+    LoadAdapter,
+    MergeAdapters,
+    MergeAndSave,
+    PinAdapter,
+    SaveAdapter,
+    UnpinAdapter,
+)
+
+EXPORT_TIMEOUT_S = 3600.0  # a merged checkpoint is as large as the base
+
+
+class Changes:
+    """Carries out changes, for one life of the registry."""
+
+    def __init__(
+        self, register: Register, contents: Contents, versions: Versions, worker: WorkerAsks, budget: PinBudget
+    ) -> None:
+        self._register = register
+        self._contents = contents
+        self._versions = versions
+        self._worker = worker
+        self._budget = budget
+
+    @property
+    def _catalog(self) -> Catalog:
+        return self._register.catalog
+
+    async def carry_out(self, principal: Principal, change: AdapterChange) -> Entry | None:
+        """Do it, and return the adapter as it is now, None if it is destroyed.
+
+        Raises:
+            InvalidRequest, AdapterError, DeadlineExceeded: refused or failed; nothing has changed.
+        """
+        match change:
+            case CreateAdapter():
+                return await self._create(principal, change)
+            case ForkAdapter():
+                return await self._fork(principal, change)
+            case LoadAdapter():
+                return await self._load(principal, change)
+            case MergeAdapters():
+                return await self._merge(principal, change)
+            case SaveAdapter() | MergeAndSave():
+                return await self._export(principal, change)
+            case PinAdapter(_, name):
+                return await self._pin(principal, name)
+            case UnpinAdapter(_, name):
+                return await self._set(principal, name, is_pinned=False)
+            case EnableAdapter(_, name):
+                return await self._set(principal, name, is_enabled=True)
+            case DisableAdapter(_, name):
+                return await self._set(principal, name, is_enabled=False)
+            case DestroyAdapter(_, name):
+                key = self._catalog.changed(principal, name).key
+                return await self._contents.change(key, lambda now: _destroyed(name, now))
+
+    # ---- new names ------------------------------------------------------------------------------------------------
+
+    async def _create(self, principal: Principal, change: CreateAdapter) -> Entry | None:
+        if change.alpha is not None and not math.isfinite(change.alpha):
+            raise InvalidRequest("alpha", "it must be finite.")
+        targets = None if change.target_modules is None else tuple(change.target_modules)
+        with self._versions.working() as lease:
+            async with self._register.content_of(
+                lambda: self._catalog.new_key(principal, change.name, is_shared=change.is_shared)
+            ) as key:
+                message = CreateVersion(change.name, change.rank, change.alpha, targets)
+                version = await self._versions.make(message, lease)
+                return await self._add(key, source="create", version=version)
+
+    async def _fork(self, principal: Principal, change: ForkAdapter) -> Entry | None:
+        with self._versions.working() as lease:
+            async with self._register.content_of(
+                lambda: self._catalog.new_key(principal, change.new_name, is_shared=change.is_shared)
+            ) as key:
+                entry = self._catalog.used(principal, change.name)
+                version = await self._contents.ready(entry, lease)
+                return await self._add(
+                    key, source=entry.source, reference=entry.reference, sources=entry.sources, version=version
+                )
+
+    async def _add(self, key: Key, **content: Any) -> Entry | None:
+        def edit(now: Entry | None) -> Entry:
+            if now is not None:
+                raise AdapterExists(key[1])
+            return Entry(owner=key[0], name=key[1], position=self._catalog.next_position, **content)
+
+        return await self._contents.change(key, edit)
+
+    # ---- new content ----------------------------------------------------------------------------------------------
+
+    async def _load(self, principal: Principal, change: LoadAdapter) -> Entry | None:
+        reference = parse_reference(change.ref, change.adapter_source)
+        if reference.source == "name":
+            raise InvalidRequest("ref", "give a path; to use what is under another name, fork it or merge onto this.")
+        with self._versions.working() as lease:
+            async with self._register.content_of(
+                lambda: self._catalog.target_key(principal, change.name, is_shared=change.is_shared)
+            ) as key:
+                started = self._catalog.get(key)
+                directory = await self._versions.find(change.ref, reference.id, principal.roots)
+                version = await self._versions.read_anew(change.name, directory, lease)
+                where = local_reference(directory)
+                return await self._switch(
+                    key, started, version, source=reference.source, reference=where, sources=(where,)
+                )
+
+    async def _merge(self, principal: Principal, change: MergeAdapters) -> Entry | None:
+        if not all(math.isfinite(member.weight) for member in change.adapters):
+            raise InvalidRequest("adapters", "every weight must be finite.")
+        with self._versions.working() as lease:
+            async with self._register.content_of(
+                lambda: self._catalog.target_key(principal, change.name, is_shared=change.is_shared)
+            ) as key:
+                started = self._catalog.get(key)
+                members: list[Member] = []
+                sources: list[str] = []
+                for member in change.adapters:  # disabled ones too: it is their content that is merged
+                    located = self._contents.locate(member.adapter, change.adapter_source, principal)
+                    content = await self._contents.content(
+                        member.adapter, located, principal.roots, lease, is_anew=True
+                    )
+                    members.append(Member(content.version, member.weight))
+                    sources += content.sources
+                message = ComposeAdapters(change.name, tuple(members), change.combination)
+                version = await self._versions.make(message, lease)
+                return await self._switch(
+                    key, started, version, source="merge", reference=None, sources=tuple(dict.fromkeys(sources))
+                )
+
+    async def _switch(self, key: Key, started: Entry | None, version: AdapterVersion, **content: Any) -> Entry | None:
+        """Put new content under a name that was `started` when the work on it began."""
+
+        def edit(now: Entry | None) -> Entry:
+            if now is None and started is not None:
+                raise AdapterNotFound(key[1])  # destroyed meanwhile; it is our turn, so nobody has made it again
+            if now is None:
+                position = self._catalog.next_position
+                return Entry(owner=key[0], name=key[1], position=position, version=version, **content)
+            if now.is_pinned:
+                self._check_budget(now, version)
+            is_replaced = now.configured is not None
+            return msgspec.structs.replace(now, is_replaced=is_replaced, version=version, **content)
+
+        return await self._contents.change(key, edit)
+
+    # ---- what a name says of itself -------------------------------------------------------------------------------
+
+    async def _pin(self, principal: Principal, name: str) -> Entry | None:
+        with self._versions.working() as lease:
+            entry = self._catalog.changed(principal, name)
+            version = await self._contents.ready(entry, lease)
+
+            def edit(now: Entry | None) -> Entry:
+                now = _present(name, now)
+                if not now.is_pinned:
+                    self._check_budget(now, now.version or version)
+                return msgspec.structs.replace(now, is_pinned=True) if not now.is_pinned else now
+
+            return await self._contents.change(entry.key, edit)
+
+    def _check_budget(self, entry: Entry, version: AdapterVersion) -> None:
+        others = (other for other in self._catalog.pinned() if other.key != entry.key)
+        self._budget.check(entry.name, version, others)
+
+    async def _set(self, principal: Principal, name: str, **flag: bool) -> Entry | None:
+        key = self._catalog.changed(principal, name).key
+        return await self._contents.change(key, lambda now: msgspec.structs.replace(_present(name, now), **flag))
+
+    # ---- files ----------------------------------------------------------------------------------------------------
+
+    async def _export(self, principal: Principal, change: SaveAdapter | MergeAndSave) -> Entry | None:
+        target = await anyio.to_thread.run_sync(find_target, change.name, change.path, principal.roots)
+        kind = ExportAdapter if isinstance(change, SaveAdapter) else ExportMerged
+        with self._versions.working() as lease:
+            entry = self._catalog.used(principal, change.name)
+            version = await self._contents.ready(entry, lease)
+            await self._worker.ask(kind(change.name, version, str(target)), EXPORT_TIMEOUT_S)
+            return self._catalog.get(entry.key) or entry
+
+
+def _present(name: str, entry: Entry | None) -> Entry:
+    if entry is None:
+        raise AdapterNotFound(name)  # destroyed meanwhile
+    return entry
+
+
+def _destroyed(name: str, entry: Entry | None) -> None:
+    _present(name, entry)

@@ -1,0 +1,156 @@
+"""The journal: every registered name in one SQLite file, so that a server that was killed comes back with them.
+
+Each change is one transaction, durable before it is answered (WAL, `synchronous=FULL`): after a kill at any moment a
+name is there as it was or as it was to be. One server holds the file at a time. The connection lives on a thread of
+its own; waiting for it is cancelled without undoing what it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from descant.catalog.entry import Entry, Key
+from descant.catalog.journal_rows import COLUMNS, SCHEMA, SCHEMA_VERSION, from_row, to_row
+from descant_client.errors import ConfigInvalid, InternalError
+
+logger = logging.getLogger(__name__)
+
+FILE = "journal.sqlite"
+_BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+_PUT = (
+    f"INSERT INTO adapters ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "
+    f"ON CONFLICT (owner, name) DO UPDATE SET {', '.join(f'{column} = excluded.{column}' for column in COLUMNS)}"
+)
+_REMOVE = "DELETE FROM adapters WHERE owner = ? AND name = ?"
+ResultT = TypeVar("ResultT")
+
+
+class JournalFile:
+    """The file, synchronous, on one thread."""
+
+    def __init__(self, directory: Path, itemsize: int) -> None:
+        """Open or make the journal in `directory`, which is made if need be.
+
+        `itemsize` is what an element takes on the device, in bytes: sizes there are journaled in elements, as the
+        dtype may be another at the next start. Files are journaled relative to `directory`.
+
+        Raises:
+            ConfigInvalid: another server uses it, it is damaged, of a newer version, or cannot be written.
+        """
+        self._directory = directory
+        self._itemsize = itemsize
+        self._path = directory / FILE
+        with self._refusing():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(self._path, timeout=0, isolation_level=None)
+        try:
+            with self._refusing():
+                self._begin_use()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def entries(self) -> list[Entry]:
+        """Return every name, in order of registration."""
+        rows = self._connection.execute(f"SELECT {', '.join(COLUMNS)} FROM adapters ORDER BY position")
+        return [from_row(row, self._directory, self._itemsize) for row in rows]
+
+    def apply(self, puts: Iterable[Entry], removed: Iterable[Key] = ()) -> None:
+        """Remove and put in one transaction; it is on disk when this returns.
+
+        Raises:
+            InternalError: it could not be written, and nothing has changed.
+        """
+        rows = [to_row(entry, self._directory, self._itemsize) for entry in puts]
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                self._connection.executemany(_REMOVE, list(removed))
+                self._connection.executemany(_PUT, rows)
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back by itself
+                    self._connection.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as exc:
+            raise InternalError(f"the journal {self._path} cannot be written: {exc}") from exc
+
+    def close(self) -> None:
+        """Close the file; another server may open it."""
+        self._connection.close()
+
+    def _begin_use(self) -> None:
+        connection = self._connection
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")  # before WAL: then no shared memory is needed
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("BEGIN IMMEDIATE")  # takes the lock, which is kept until the file is closed
+        connection.execute("CREATE TABLE IF NOT EXISTS schema (version INTEGER NOT NULL)")
+        found = connection.execute("SELECT version FROM schema").fetchone()
+        if found is None:
+            connection.execute("INSERT INTO schema VALUES (?)", (SCHEMA_VERSION,))
+            connection.execute(SCHEMA)
+        connection.execute("COMMIT")
+        if found is not None and found[0] != SCHEMA_VERSION:
+            reason = f"{self._path} is of version {found[0]}, this server reads {SCHEMA_VERSION}. Start the server it "
+            raise ConfigInvalid("data_dir", reason + "was written by, or give another directory.")
+        if (health := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(health)
+        self.entries()  # every row can be read
+
+    @contextlib.contextmanager
+    def _refusing(self):
+        try:
+            yield
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF in _BUSY:
+                reason = f"{self._path}: another server uses it. Stop that one, or give this one another directory."
+                raise ConfigInvalid("data_dir", reason) from exc
+            raise ConfigInvalid("data_dir", f"{self._path} cannot be used: {exc}.") from exc
+        except OSError as exc:
+            raise ConfigInvalid("data_dir", f"{self._directory} cannot be used: {exc.strerror}.") from exc
+        except (sqlite3.Error, ValueError) as exc:
+            reason = f"{self._path} is damaged ({exc}). Put a copy of it in its place, or move it away: the server "
+            raise ConfigInvalid("data_dir", reason + "then starts without the names that were in it.") from exc
+
+
+class Journal:
+    """The journal on its thread. It belongs to the system and outlives every life of the registry. See `opened`."""
+
+    def __init__(self, file: JournalFile, thread: ThreadPoolExecutor) -> None:
+        self._file = file
+        self._thread = thread
+
+    async def entries(self) -> list[Entry]:
+        """Return every name, in order of registration, after all changes asked for before."""
+        return await self._run(self._file.entries)
+
+    async def apply(self, puts: Iterable[Entry], removed: Iterable[Key] = ()) -> None:
+        """Remove and put in one transaction; it is on disk when this returns. Raises InternalError.
+
+        Cancelling does not undo it.
+        """
+        await self._run(self._file.apply, tuple(puts), tuple(removed))
+
+    async def _run(self, work: Callable[..., ResultT], *args: object) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+
+@asynccontextmanager
+async def opened(directory: Path, itemsize: int) -> AsyncIterator[Journal]:
+    """Open the journal of a directory for the block. Raises ConfigInvalid, as `JournalFile`."""
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(1, "journal") as thread:
+        file = await loop.run_in_executor(thread, JournalFile, directory, itemsize)
+        try:
+            yield Journal(file, thread)
+        finally:
+            thread.submit(file.close)  # after every change that was asked for; leaving waits for it

@@ -1,0 +1,81 @@
+"""Work that is done once for all who want its result, and results that are kept for those who come later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+MAX_RESULTS = 4096
+
+ResultT = TypeVar("ResultT")
+
+
+class SingleFlight(Generic[ResultT]):
+    """Results by key. The first caller has the work started, the others wait for it; a failure is not remembered.
+
+    The work runs as a task of its own, begun with `start_soon` (an actor's): no caller's cancellation disturbs it.
+    """
+
+    def __init__(self, start_soon: Callable[..., None], max_results: int = MAX_RESULTS) -> None:
+        self._start_soon = start_soon
+        self._max_results = max_results
+        self._results: OrderedDict[str, ResultT] = OrderedDict()  # the least recently used first
+        self._flights: dict[str, _Flight[ResultT]] = {}
+
+    async def run(
+        self, key: str, work: Callable[[], Awaitable[ResultT]], claim: Callable[[ResultT], None] = lambda result: None
+    ) -> ResultT:
+        """Return the result of `key`, having `work` done if nobody has. Raises what the work raised.
+
+        `claim` is called with the result before anything else happens to it: nothing runs between the end of the work
+        and the claims of all who waited for it.
+        """
+        if key in self._results:
+            self._results.move_to_end(key)
+            claim(self._results[key])
+            return self._results[key]
+        if key not in self._flights:
+            self._flights[key] = _Flight()
+            self._start_soon(self._fly, key, work)
+        flight = self._flights[key]
+        flight.claims.append(claim)
+        return await asyncio.shield(flight.result)
+
+    def put(self, key: str, result: ResultT) -> None:
+        """Keep a result that was come by otherwise; the least recently used ones give way."""
+        self._results[key] = result
+        self._results.move_to_end(key)
+        while len(self._results) > self._max_results:
+            self._results.popitem(last=False)
+
+    def drop(self, is_stale: Callable[[ResultT], bool]) -> None:
+        """Forget these results; what is under way is not affected."""
+        for key in [key for key, result in self._results.items() if is_stale(result)]:
+            del self._results[key]
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    async def _fly(self, key: str, work: Callable[[], Awaitable[ResultT]]) -> None:
+        flight = self._flights[key]
+        try:
+            result = await work()
+        except Exception as exc:  # noqa: BLE001 - handed to every caller
+            flight.result.set_exception(exc)
+            flight.result.exception()  # seen: nobody may be waiting any more
+        else:
+            self.put(key, result)
+            for claim in flight.claims:
+                claim(result)
+            flight.result.set_result(result)
+        finally:
+            del self._flights[key]
+            flight.result.cancel()  # the end of this life; otherwise it is done
+
+
+class _Flight(Generic[ResultT]):
+    def __init__(self) -> None:
+        self.result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.claims: list[Callable[[ResultT], None]] = []

@@ -1,0 +1,218 @@
+"""Versions in the store: made by the worker, remembered by what they were made from, deleted when nobody needs them.
+
+Whoever is given a version gets it held by a lease, with no moment in between in which it could be deleted. Files are
+deleted under one lock, and under the same lock a new one is seen to be there before anybody hears of it: what was
+deleted while the worker took it for good is made once more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from descant.actor import AskTimeout, Ref
+from descant.catalog.single_flight import SingleFlight
+from descant.catalog.store_index import StoreIndex, scan
+from descant.catalog.worker_asks import WorkerAsks
+from descant.leases import Lease, LeaseTable
+from descant.messages import (
+    ComposeAdapters,
+    CreateVersion,
+    FetchAdapter,
+    FetchMessage,
+    Member,
+    PrepareAdapter,
+    Prepared,
+)
+from descant.scheduling.version import AdapterVersion
+from descant_client.errors import DeadlineExceeded, InternalError, StoreFull
+from descant_client.lifecycle import Combination
+
+logger = logging.getLogger(__name__)
+
+PREPARE_TIMEOUT_S = 600.0
+FETCH_TIMEOUT_S = 60.0
+NUM_TRIES = 3  # of making a version whose file was deleted in the same moment
+
+MakeMessage = PrepareAdapter | ComposeAdapters | CreateVersion
+
+
+class Versions:
+    """Makes, remembers and deletes versions, for one life of the registry.
+
+    `is_named` says whether some name stands for a version; `on_forget` is told of each that nobody will name again;
+    `start_soon` begins tasks of the actor.
+    """
+
+    def __init__(
+        self,
+        *,
+        fetch: Ref[FetchMessage],
+        worker: WorkerAsks,
+        leases: LeaseTable,
+        max_store_bytes: int,
+        is_named: Callable[[str], bool],
+        on_forget: Callable[[str], None],
+        start_soon: Callable[..., None],
+    ) -> None:
+        self._fetch = fetch
+        self._worker = worker
+        self._leases = leases
+        self._is_named = is_named
+        self._on_forget = on_forget
+        self._index = StoreIndex(max_store_bytes)
+        self._deleting = anyio.Lock()
+        self._made: SingleFlight[AdapterVersion] = SingleFlight(start_soon)  # by directory, and by what was combined
+        self._doomed: set[str] = set()  # to be deleted when their last use ends
+        self._damaged: set[str] = set()  # in the store, but the device could not read them
+
+    async def open(self, store_dir: Path) -> None:
+        """Learn what is in the store, and make room if it is more than allowed."""
+        for digest, path, num_bytes in await anyio.to_thread.run_sync(scan, store_dir):
+            self._index.add(digest, path, num_bytes)
+        async with self._deleting:
+            await self._delete(self._index.victims(0, self._is_kept) or [])
+
+    # ---- getting one ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def working(self) -> Iterator[Lease]:
+        """Hold versions for a piece of work: a lease that ends with the block."""
+        lease = self._leases.lease()
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+    def is_sound(self, digest: str) -> bool:
+        """Return whether the version is in the store, as far as known."""
+        return digest in self._index and digest not in self._damaged
+
+    def hold(self, version: AdapterVersion, lease: Lease) -> None:
+        """Keep a version that is in the store for as long as the lease lasts."""
+        lease.hold(version.digest)
+        self._index.touch(version.digest)
+
+    async def find(self, adapter: str, path: str, roots: tuple[str, ...] | None) -> str:
+        """Return the directory a local reference means. Raises as `sources.local.find_adapter`, DeadlineExceeded."""
+        try:
+            return str(await self._fetch.ask(FetchAdapter(adapter, path, roots), timeout=FETCH_TIMEOUT_S))
+        except AskTimeout as exc:
+            raise DeadlineExceeded(f"finding adapter {adapter!r}", FETCH_TIMEOUT_S) from exc
+
+    async def read(self, adapter: str, directory: str, lease: Lease) -> AdapterVersion:
+        """Return the version made of a directory, as it was when it was first read. Raises as `make`."""
+        return await self._remembered(directory, PrepareAdapter(adapter, directory), lease)
+
+    async def read_anew(self, adapter: str, directory: str, lease: Lease) -> AdapterVersion:
+        """Return the version made of a directory as it is now. Raises as `make`."""
+        version = await self.make(PrepareAdapter(adapter, directory), lease)
+        self._made.put(directory, version)
+        return version
+
+    async def compose(
+        self, label: str, members: tuple[Member, ...], combination: Combination, lease: Lease
+    ) -> AdapterVersion:
+        """Return the combination of versions that the caller holds. Raises as `make`."""
+        parts = ([member.version.digest, member.weight] for member in members)
+        key = msgspec.json.encode([combination, *parts]).decode()  # no path begins with a bracket
+        return await self._remembered(key, ComposeAdapters(label, members, combination), lease)
+
+    async def make(self, message: MakeMessage, lease: Lease) -> AdapterVersion:
+        """Have the worker make a version, and hold it.
+
+        Raises:
+            StoreFull: there is no room for it. DeadlineExceeded, AdapterInvalid, DescantError: as `WorkerAsks.ask`.
+        """
+        version = await self._make(message)
+        self.hold(version, lease)
+        return version
+
+    async def _remembered(self, key: str, message: MakeMessage, lease: Lease) -> AdapterVersion:
+        return await self._made.run(key, lambda: self._make(message), lambda version: self.hold(version, lease))
+
+    async def _make(self, message: MakeMessage) -> AdapterVersion:
+        for _ in range(NUM_TRIES):
+            prepared: Prepared = await self._worker.ask(message, PREPARE_TIMEOUT_S)
+            async with self._deleting:
+                if await self._admit(message.adapter, prepared.version):
+                    return prepared.version
+        raise InternalError(f"the version of {message.adapter!r} vanished from the store {NUM_TRIES} times.")
+
+    # ---- the store ------------------------------------------------------------------------------------------------
+
+    async def _admit(self, adapter: str, version: AdapterVersion) -> bool:
+        """Take note of a file the worker wrote, making room for it; return whether it is there."""
+        path = Path(version.path)
+        num_bytes = await anyio.to_thread.run_sync(_size, path)
+        if num_bytes is None:
+            return False
+        victims = [] if version.digest in self._index else self._index.victims(num_bytes, self._is_kept)
+        if victims is None:
+            await anyio.to_thread.run_sync(_unlink, [path])
+            raise StoreFull(adapter, num_bytes, self._index.max_bytes)
+        self._index.add(version.digest, path, num_bytes)
+        self._damaged.discard(version.digest)
+        await self._delete(victims)
+        return True
+
+    def _is_kept(self, digest: str) -> bool:
+        return self._is_named(digest) or self._leases.is_used(digest)
+
+    async def _delete(self, digests: list[str]) -> None:
+        paths: list[Path] = []
+        for digest in digests:
+            self._doomed.discard(digest)
+            self._damaged.discard(digest)
+            if (path := self._index.remove(digest)) is not None:
+                paths.append(path)
+        gone = set(digests)
+        self._made.drop(lambda version: version.digest in gone)
+        if paths:
+            await anyio.to_thread.run_sync(_unlink, paths)
+
+    # ---- letting go -----------------------------------------------------------------------------------------------
+
+    async def let_go(self, digest: str) -> None:
+        """A name no longer stands for the version: delete it, now or when its last use ends, unless another does."""
+        async with self._deleting:
+            if self._is_named(digest):
+                return
+            if self._leases.is_used(digest):
+                self._doomed.add(digest)
+                return
+            await self._delete([digest])
+        self._on_forget(digest)
+
+    async def freed(self, digest: str) -> None:
+        """The last use of the version has ended."""
+        if digest in self._doomed:
+            self._doomed.discard(digest)
+            await self.let_go(digest)
+
+    def failed(self, digest: str) -> None:
+        """The device could not read the version: it is made again before it is next given to anybody."""
+        if digest in self._index:
+            self._damaged.add(digest)
+        self._made.drop(lambda version: version.digest == digest)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as exc:
+            logger.warning("%s cannot be deleted: %s", path, exc)

@@ -1,0 +1,130 @@
+"""Builds the registry: which names the configuration gives it, where its journal and its store are, and its worker."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from descant.actor import ActorStopped, MailboxFull, Ref
+from descant.actors.dummy_registry import DummyRegistry
+from descant.actors.fetch import DEMO_ADAPTERS
+from descant.actors.registry import Registry
+from descant.adapters.limits import AdapterLimits
+from descant.catalog.configured import reconcile
+from descant.catalog.journal import opened
+from descant.child_config import WorkerConfig
+from descant.config import AdapterEntry, Config
+from descant.engine.arch import Dtype, from_hf
+from descant.leases import LeaseTable
+from descant.messages import ForgetVersion, PinVersions, VersionFree, WorkerReply
+from descant.remote import Program, Remote, spawn_remote
+from descant.supervision import Supervisor
+from descant_client.errors import ModelInvalid
+
+MAILBOX_SIZE = 65536  # large enough for the end of every stream at once: leases cannot wait
+MAX_SLUG_CHARS = 64
+
+_ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+async def spawn_registry(
+    config: Config,
+    supervisor: Supervisor,
+    exits: AsyncExitStack,
+    *,
+    model_id: str,
+    model_dir: Path,
+    fetch: Ref[Any],
+    leases: LeaseTable,
+    tell_scheduler: Callable[[PinVersions | ForgetVersion], None],
+) -> Ref[Any]:
+    """Start the registry of a model and its worker; the journal is open until `exits` is left.
+
+    Raises:
+        ConfigInvalid: another server uses the directory, its journal is not to be read, or a configured reference is
+            none that is served.
+    """
+    entries = configured_adapters(config)
+    if config.model.engine == "dummy":
+        return supervisor.spawn(partial(DummyRegistry, entries), "registry", mailbox_size=MAILBOX_SIZE)
+    directory = model_directory(config, model_id)
+    journal = await exits.enter_async_context(opened(directory, _itemsize(config, model_dir)))
+    # Once per server, not once per life of the registry: what was read since the start stays what it is.
+    await journal.apply(*reconcile(await journal.entries(), entries))
+    store_dir = directory / "store"
+    worker = _spawn_worker(config, supervisor, model_dir, store_dir)
+    make = partial(
+        Registry,
+        config.adapters,
+        journal,
+        store_dir,
+        fetch,
+        worker.ref,
+        leases,
+        on_pins=lambda versions: tell_scheduler(PinVersions(versions)),
+        on_forget=lambda digest: tell_scheduler(ForgetVersion(digest)),
+    )
+    registry = supervisor.spawn(make, "registry", mailbox_size=MAILBOX_SIZE)
+
+    def on_free(digest: str) -> None:
+        # Not to hear of it is no harm: the version stays in the store until its room is needed.
+        with contextlib.suppress(ActorStopped, MailboxFull):
+            registry.tell_nowait(VersionFree(digest))
+
+    leases.on_free = on_free
+    return registry
+
+
+def model_directory(config: Config, model_id: str) -> Path:
+    """Return where the journal and the store of a base model are."""
+    slug = re.sub(r"[^A-Za-z0-9_-]+", "-", model_id).strip("-")[-MAX_SLUG_CHARS:]
+    name = f"{slug}-{hashlib.sha256(model_id.encode()).hexdigest()[:8]}"
+    return Path(config.data_dir).expanduser() / "models" / name
+
+
+def configured_adapters(config: Config) -> list[AdapterEntry]:
+    """Return the names that the configuration gives, those that come with the embedded model first."""
+    entries = list(config.adapters.entries)
+    if config.model.path is not None:
+        return entries
+    names = {entry.name for entry in entries}
+    return [*[entry for entry in demo_adapters() if entry.name not in names], *entries]
+
+
+def demo_adapters() -> list[AdapterEntry]:
+    """Return the adapters that come with the embedded model, by name."""
+    return [AdapterEntry(name=path.name, ref=f"local:{path}") for path in sorted(DEMO_ADAPTERS.iterdir())]
+
+
+def _itemsize(config: Config, model_dir: Path) -> int:
+    try:
+        return _ITEM_BYTES[config.model.dtype or from_hf(model_dir).dtype]
+    except ModelInvalid:
+        return _ITEM_BYTES["float32"]  # the executor says what is wrong with it
+
+
+def _spawn_worker(config: Config, supervisor: Supervisor, model_dir: Path, store_dir: Path) -> Remote[Any]:
+    worker_config = WorkerConfig(
+        model_dir=str(model_dir),
+        store_dir=str(store_dir),
+        dtype=config.model.dtype,
+        limits=AdapterLimits(
+            max_rank=config.adapters.max_rank,
+            max_file_bytes=config.adapters.max_file_bytes,
+            max_extent_bytes=config.adapters.memory_bytes,
+        ),
+    )
+    program = Program(
+        factory="descant.actors.worker:start", config=msgspec.msgpack.encode(worker_config), replies=WorkerReply
+    )
+    # Only lives that never came up count against it: no adapter that crashes it may bring the server down.
+    worker: Remote[Any] = spawn_remote(supervisor, "worker", program, on_up=lambda life: worker.mark_productive())
+    return worker

@@ -1,0 +1,66 @@
+"""`Lineup`: where every sequence stands: held, waiting for its adapter, waiting in fair order, or on a seat."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from descant.scheduling.admission import QueueLimits
+from descant.scheduling.fairness import Fairness
+from descant.scheduling.rows import StepBuilder
+from descant.scheduling.sequence import Sequence, by_arrival
+from descant.scheduling.slots import SlotTurns
+
+
+class Lineup:
+    """A sequence stands in one place at most. Parked and finished ones stand nowhere."""
+
+    def __init__(self, max_queued: int | None) -> None:
+        self.held: dict[int, Sequence] = {}
+        self.fairness = Fairness()
+        self.slot_turns = SlotTurns(self.fairness)
+        self.running: list[Sequence] = []  # in order of arrival
+        self.limits = QueueLimits(max_queued)
+        self.builder: StepBuilder | None = None  # of the step being planned
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are held or wait in fair order."""
+        return len(self.held) + self.fairness.num_waiting
+
+    def hold(self, sequence: Sequence, now: float) -> None:
+        """The sequence may not run for the present."""
+        sequence.status = "waiting"
+        self.limits.enter(sequence, now)
+        self.held[sequence.id] = sequence
+
+    def take_held(self) -> list[Sequence]:
+        """Let everybody go who was held; return them in order of arrival."""
+        held, self.held = sorted(self.held.values(), key=by_arrival), {}
+        return held
+
+    def seat(self, sequence: Sequence, now: float) -> None:
+        """A sequence that waited in fair order, and has its blocks, runs from now on."""
+        self.limits.leave(sequence, now)
+        sequence.status = "running"
+        if sequence.first_scheduled_s is None:
+            sequence.first_scheduled_s = now
+            sequence.num_cached_tokens = sequence.num_computed
+        self.fairness.run(sequence)
+        insort(self.running, sequence, key=by_arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take the sequence from where it stands, and out of the step being planned."""
+        self.held.pop(sequence.id, None)
+        self.fairness.leave(sequence)
+        self.slot_turns.leave(sequence)
+        index = bisect_left(self.running, sequence.id, key=by_arrival)
+        if index < len(self.running) and self.running[index] is sequence:
+            del self.running[index]
+        if self.builder is not None:
+            self.builder.remove(sequence)
+
+    def clear(self) -> None:
+        """Nobody stands anywhere; whoever was held still is."""
+        self.fairness.clear()
+        self.slot_turns.clear()
+        self.running = []

@@ -1,0 +1,196 @@
+"""`Planner`: which rows a step has, and who gives way for them.
+
+First everybody who decodes, in order of arrival. What is left of the step's tokens goes to prompts, those of running
+sequences and those of sequences that come in, in fair order: whoever has had least service is served next. Who comes
+in needs a seat and blocks; if there are none, those who hold too much of them give way.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from heapq import heapify, heappop, heapreplace
+from typing import NamedTuple
+
+from descant.scheduling.fairness import Account
+from descant.scheduling.life import ExecutorLife
+from descant.scheduling.lineup import Lineup
+from descant.scheduling.preemption import (
+    block_victims,
+    blocks_held,
+    growth_victim,
+    is_ahead,
+    latest_of,
+    may_take,
+    richest,
+    seats_held,
+)
+from descant.scheduling.rows import StepBuilder
+from descant.scheduling.sequence import Sequence, SequenceTable, by_arrival
+from descant_client.protocol import FinishReason
+
+
+class Moves(NamedTuple):
+    """What the planner has done to a sequence."""
+
+    preempt: Callable[[Sequence], None]
+    finish: Callable[[Sequence, FinishReason], None]
+
+
+class Planner:
+    """Plans one step. The lineup changes with the moves."""
+
+    def __init__(
+        self,
+        table: SequenceTable,
+        life: ExecutorLife,
+        lineup: Lineup,
+        num_seats: int,
+        builder: StepBuilder,
+        moves: Moves,
+        now: float,
+    ) -> None:
+        self._table = table
+        self._life = life
+        self._lineup = lineup
+        self._fairness = lineup.fairness
+        self._running = lineup.running
+        self._num_seats = num_seats
+        self._builder = builder
+        self._moves = moves
+        self._now = now
+        self._prefills: list[Sequence] = []
+        self._is_full = False  # nobody comes in any more
+        self._least_blocked = math.inf  # of those who wait for blocks: how many they hold, by weight
+        self._seat_holder: Account | None = None  # who has most seats by weight, until seats change hands
+        self._blocks_held: dict[Account, float] | None = None  # until blocks do
+
+    def plan(self) -> None:
+        """Put the rows into the builder."""
+        self._plan_decodes()
+        prefills = self._group_prefills()
+        while self._builder.num_tokens_left > 0:
+            account = None if self._is_full else self._fairness.first()
+            if prefills and (next_prefill := self._next_prefill(prefills, account)) is not None:
+                self._prefill(next_prefill)
+            elif account is None:
+                break
+            elif not self._serve(account):
+                self._fairness.pass_over(account)
+        self._fairness.end_step()
+
+    # ---- decodes --------------------------------------------------------------------------------------------------
+
+    def _plan_decodes(self) -> None:
+        life, running, builder = self._life, self._running, self._builder
+        block_size, index = life.blocks.block_size, 0
+        while index < len(running):
+            sequence = running[index]
+            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids)
+            index += 1
+            if sequence.num_computed + 1 < num_tokens:
+                self._prefills.append(sequence)
+            elif num_tokens <= len(sequence.block_table) * block_size:
+                builder.decode(sequence)
+            elif (new_blocks := life.grow(sequence)) is not None:
+                builder.decode(sequence, new_blocks)
+            else:
+                self._preempt(growth_victim(self._fairness, running, sequence))
+                index = bisect_left(running, sequence.id, key=by_arrival)  # it tries again, if it is still there
+
+    # ---- prompts of running sequences -----------------------------------------------------------------------------
+
+    def _group_prefills(self) -> list[tuple[float, int, Account, list[Sequence]]]:
+        """Return a heap of accounts by service, each with its prefills, the first last."""
+        groups: dict[Account, list[Sequence]] = {}
+        for sequence in reversed(self._prefills):
+            groups.setdefault(self._fairness.account(sequence), []).append(sequence)
+        heap = [(account.service, group[-1].id, account, group) for account, group in groups.items()]
+        heapify(heap)
+        return heap
+
+    def _next_prefill(
+        self, heap: list[tuple[float, int, Account, list[Sequence]]], waiting: Account | None
+    ) -> Sequence | None:
+        """Return the running sequence to go on with; None if it is the turn of `waiting`, or there is none."""
+        while heap:
+            service, number, account, group = heap[0]
+            if not group:
+                heappop(heap)
+            elif service != account.service:
+                heapreplace(heap, (account.service, number, account, group))
+            elif waiting is not None and waiting.service < service:
+                return None
+            else:
+                sequence = group.pop()
+                if sequence.status == "running" and not self._builder.has_prompt_of(sequence):  # not preempted since
+                    return sequence
+        return None
+
+    def _prefill(self, sequence: Sequence) -> None:
+        self._fairness.charge_prompt(sequence, self._builder.prefill(sequence))
+
+    # ---- those who wait -------------------------------------------------------------------------------------------
+
+    def _serve(self, account: Account) -> bool:
+        """Let one sequence in, or end it; False: none can come in now."""
+        life = self._life
+        for sequence in account.waiting():
+            first = self._table.first_of_request(sequence.request_id) if sequence.choice else sequence
+            if first is not sequence and life.will_share(sequence, first):
+                continue
+            if sequence.num_tokens >= life.max_tokens:
+                self._moves.finish(sequence, "length")  # it began on an executor with more room
+                return True
+            if not self._find_seat(account) or not self._find_blocks(account, sequence):
+                return False
+            sequence.token_limit = life.token_limit(sequence)
+            self._lineup.seat(sequence, self._now)
+            self._seat_holder = self._blocks_held = None
+            self._fairness.charge_prompt(sequence, self._builder.admit(sequence))
+            return True
+        return False
+
+    def _find_seat(self, account: Account) -> bool:
+        if len(self._running) < self._num_seats:
+            return True
+        if self._seat_holder is None:
+            self._seat_holder = richest(seats_held(self._fairness))
+        holder = self._seat_holder
+        if holder is None or holder.num_running == 1 or is_ahead(account, holder):
+            self._is_full = True  # nor has anybody a claim whose turn is later
+            return False
+        victim = latest_of(self._running, holder)
+        if victim is None or not may_take(holder, holder.num_running - 1, account, account.num_running, 1):
+            return False
+        self._preempt(victim)
+        return True
+
+    def _find_blocks(self, account: Account, sequence: Sequence) -> bool:
+        """Give the sequence its blocks. While somebody waits for blocks, nobody comes in who then holds more."""
+        life, running = self._life, self._running
+        num_needed = life.blocks.num_blocks_for(sequence.num_tokens)
+        bar = self._least_blocked * account.weight
+        if bar < math.inf and self._num_held(account) + num_needed > bar:
+            return False
+        if life.allocate(sequence, len(running)):
+            return True
+        num_missing = num_needed + life.watermark(len(running)) - life.blocks.num_available
+        for victim in block_victims(self._fairness, running, account, num_needed, num_missing):
+            self._preempt(victim)
+        if life.allocate(sequence, len(running)):
+            return True
+        self._least_blocked = min(self._least_blocked, self._num_held(account) / account.weight)
+        self._is_full = self._least_blocked == 0
+        return False
+
+    def _num_held(self, account: Account) -> float:
+        if self._blocks_held is None:
+            self._blocks_held = blocks_held(self._fairness, self._running)
+        return self._blocks_held.get(account, 0)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._moves.preempt(sequence)
+        self._seat_holder = self._blocks_held = None
+        self._is_full = False

@@ -1,0 +1,62 @@
+"""`TimeLimits`: how long a request may wait and take, from the moment the server got it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Self
+
+import anyio
+
+from descant.config import SchedulingConfig
+from descant.scheduling.deadlines import QUEUE, TOTAL
+from descant_client.errors import DeadlineExceeded
+from descant_client.protocol import Generate
+
+
+class TimeLimits(NamedTuple):
+    """Times are of `time.monotonic`, the scheduler's clock. None: no limit."""
+
+    received_s: float
+    queue_timeout_s: float | None
+    timeout_s: float | None
+
+    @classmethod
+    def of(cls, request: Generate, config: SchedulingConfig, received_s: float) -> Self:
+        """Return the limits of a request. A client may only shorten those of the server."""
+        queue_timeout_s = _shorter(request.queue_timeout_s, config.queue_timeout_s)
+        return cls(received_s, queue_timeout_s, _shorter(request.timeout_s, config.timeout_s))
+
+    @property
+    def queue_deadline_s(self) -> float | None:
+        """By when it must have run."""
+        return None if self.queue_timeout_s is None else self.received_s + self.queue_timeout_s
+
+    @property
+    def deadline_s(self) -> float | None:
+        """By when it must have ended."""
+        return None if self.timeout_s is None else self.received_s + self.timeout_s
+
+    @contextmanager
+    def bounding_the_wait(self) -> Iterator[None]:
+        """Cancel what is done in this block before the request is queued once its time is up.
+
+        Raises:
+            DeadlineExceeded: it is.
+        """
+        limits = ((self.queue_timeout_s, QUEUE), (self.timeout_s, TOTAL))
+        given = [(timeout_s, what) for timeout_s, what in limits if timeout_s is not None]
+        if not given:
+            yield
+            return
+        timeout_s, what = min(given)
+        with anyio.move_on_after(max(0.0, self.received_s + timeout_s - time.monotonic())) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise DeadlineExceeded(what, timeout_s)
+
+
+def _shorter(one: float | None, other: float | None) -> float | None:
+    """Return the shorter of two limits."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)

@@ -1,0 +1,256 @@
+"""Pinned versions are on the device whatever else needs room, and cost nobody a place he was promised."""
+
+from __future__ import annotations
+
+import pytest
+
+from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.sequence import Sequence
+from descant_client.errors import AdapterTooLarge
+from descant_client.protocol import SamplingParams
+from fakes import FakeSink, version
+
+
+def sequence(number: int, adapter: str, num_bytes: int = 64) -> Sequence:
+    return Sequence(number, "r", [1], SamplingParams(), 0, FakeSink(), adapter=version(adapter, num_bytes))
+
+
+def go_on(gate: AdapterGate) -> list[str]:
+    """Open the gate and finish all loads; return what was loaded."""
+    gate.open()
+    loads = gate.take_work().loads
+    for load in loads:
+        gate.loaded(load)
+    gate.residency.check_integrity()
+    return [load.version.digest for load in loads]
+
+
+def use(gate: AdapterGate, number: int, adapter: str, num_bytes: int = 64) -> Sequence:
+    gate.enter(seq := sequence(number, adapter, num_bytes))
+    go_on(gate)
+    return seq
+
+
+def test_a_pin_is_loaded_at_once_and_never_evicted() -> None:
+    gate = AdapterGate(2, 128, 1)
+    gate.set_pins([version("p")])
+
+    assert go_on(gate) == ["p"]
+    for number, adapter in enumerate("abc", 1):
+        gate.leave(use(gate, number, adapter))
+    assert gate.residency.is_loaded("p")
+
+
+def test_a_pin_takes_the_place_of_what_nobody_uses() -> None:
+    gate = AdapterGate(1, 64, 1)
+    gate.leave(use(gate, 1, "a"))
+
+    gate.set_pins([version("p")])
+
+    assert go_on(gate) == ["p"]
+
+
+def test_what_is_no_longer_pinned_goes_like_any_other() -> None:
+    gate = AdapterGate(1, 64, 1)
+    gate.set_pins([version("p")])
+    go_on(gate)
+
+    gate.set_pins([])
+
+    assert use(gate, 1, "a").spans is not None
+    assert not gate.residency.is_resident("p")
+
+
+def test_what_is_in_use_is_pinned_where_it_is() -> None:
+    gate = AdapterGate(2, 128, 1)
+    user = use(gate, 1, "p")
+
+    gate.set_pins([version("p")])
+    assert go_on(gate) == []
+    gate.leave(user)
+
+    assert gate.residency.is_pinned("p")
+    with pytest.raises(AdapterTooLarge):
+        gate.enter(sequence(2, "large", 128))
+
+
+def test_a_pin_without_room_gets_it_as_soon_as_there_is_some() -> None:
+    gate = AdapterGate(1, 64, 1)
+    holder = use(gate, 1, "a")
+    gate.set_pins([version("p")])
+    assert go_on(gate) == []
+
+    gate.leave(holder)
+
+    assert go_on(gate) == ["p"]
+
+
+def test_a_pin_waits_for_those_who_were_promised_a_place() -> None:
+    gate = AdapterGate(2, 128, 1)
+    holder = use(gate, 1, "a")
+    gate.enter(large := sequence(2, "large", 128))
+    gate.set_pins([version("p")])
+    assert go_on(gate) == []
+
+    gate.leave(holder)
+    assert go_on(gate) == ["large"]
+    with pytest.raises(AdapterTooLarge) as caught:
+        gate.check_fits(version("another", 128))
+    assert caught.value.max_bytes == 64
+    gate.leave(large)
+    assert go_on(gate) == ["p"]
+
+
+def test_only_so_many_pass_a_pin() -> None:
+    gate = AdapterGate(2, 192, 1)
+    gate.enter(held := sequence(1, "a", 128))
+    go_on(gate)
+    gate.set_pins([version("p", 128)])
+    go_on(gate)
+
+    passing = [use(gate, number, "small") for number in range(2, 2 + MAX_PASSES)]
+    assert all(seq.spans is not None for seq in passing)
+    assert not gate.enter(late := sequence(1000, "small"))
+    gate.leave(held)
+
+    assert go_on(gate) == ["p"]
+    assert late.spans is not None
+
+
+def test_versions_that_do_not_fit_beside_the_pins_are_refused_with_what_is_left() -> None:
+    gate = AdapterGate(3, 320, 1)
+    gate.set_pins([version("p", 128), version("q", 64)])
+
+    with pytest.raises(AdapterTooLarge) as caught:
+        gate.check_fits(version("large", 192))
+    assert (caught.value.num_bytes, caught.value.max_bytes) == (192, 128)
+    gate.check_fits(version("fits", 128))
+    gate.check_fits(version("p", 128))
+
+
+def test_nothing_fits_when_pins_have_all_slots() -> None:
+    gate = AdapterGate(1, 320, 1)
+    gate.set_pins([version("p")])
+
+    with pytest.raises(AdapterTooLarge) as caught:
+        gate.check_fits(version("a"))
+    assert caught.value.max_bytes == 0
+
+
+def test_pins_that_can_never_fit_are_passed_over() -> None:
+    gate = AdapterGate(2, 192, 1)
+    gate.set_pins([version("p"), version("large", 192), version("q", 128), version("r")])
+
+    assert go_on(gate) == ["p", "q"]
+    assert [pin.digest for pin in gate.unplaceable_pins] == ["large", "r"]
+
+
+def test_a_pin_that_cannot_be_loaded_is_not_tried_for_ever() -> None:
+    gate = AdapterGate(2, 128, 1)
+    gate.set_pins([version("p")])
+    gate.open()
+    (load,) = gate.take_work().loads
+
+    assert gate.load_failed(load) == []
+    assert go_on(gate) == []
+    gate.set_pins([version("p")])
+    assert go_on(gate) == ["p"]
+
+
+def test_a_pin_that_could_not_be_loaded_is_pinned_once_a_request_gets_it_loaded() -> None:
+    gate = AdapterGate(2, 128, 1)
+    gate.set_pins([version("p")])
+    gate.open()
+    gate.load_failed(gate.take_work().loads[0])
+
+    use(gate, 1, "p")
+    gate.open()
+
+    assert gate.residency.is_pinned("p")
+
+
+def test_a_pin_and_its_users_wait_for_one_load() -> None:
+    gate = AdapterGate(1, 64, 1)
+    holder = use(gate, 1, "a")
+    gate.enter(early := sequence(2, "p"))
+    gate.set_pins([version("p")])
+    gate.enter(late := sequence(3, "p"))
+    gate.leave(holder)
+
+    assert go_on(gate) == ["p"]
+    assert early.spans == late.spans != None  # noqa: E711
+    gate.leave(early)
+    gate.leave(late)
+    gate.open()
+    assert gate.residency.is_pinned("p")
+
+
+def test_a_forgotten_version_goes_with_its_last_user() -> None:
+    gate = AdapterGate(2, 128, 1)
+    first, second = use(gate, 1, "a"), use(gate, 2, "a")
+    gate.leave(use(gate, 3, "b"))
+
+    for digest in ("a", "b", "unknown"):
+        gate.forget_version(digest)
+
+    assert not gate.residency.is_resident("b")
+    gate.leave(first)
+    assert gate.residency.is_loaded("a")
+    gate.leave(second)
+    assert not gate.residency.is_resident("a")
+    gate.residency.check_integrity()
+
+
+def test_a_version_forgotten_while_it_waits_or_is_loaded_goes_after_its_use() -> None:
+    gate = AdapterGate(1, 64, 1)
+    gate.enter(loading := sequence(1, "a"))
+    gate.enter(waiting := sequence(2, "b"))
+    for digest in ("a", "b"):
+        gate.forget_version(digest)
+
+    for seq in (loading, waiting):
+        go_on(gate)
+        assert seq.spans is not None
+        gate.leave(seq)
+    assert not gate.residency.is_resident("a")
+    assert not gate.residency.is_resident("b")
+
+
+def test_a_version_that_has_to_wait_is_prefetched_once() -> None:
+    gate = AdapterGate(1, 64, 1)
+    gate.enter(holder := sequence(1, "a"))
+    gate.enter(sequence(2, "b"))
+    gate.enter(sequence(3, "b"))
+
+    assert [one.digest for one in gate.take_work().prefetches] == ["b"]
+    gate.enter(sequence(4, "b"))
+    assert gate.take_work().prefetches == ()
+    gate.leave(holder)
+
+
+def test_what_gets_its_place_at_once_is_loaded_and_not_prefetched() -> None:
+    gate = AdapterGate(1, 64, 1)
+    gate.set_pins([version("p")])
+    gate.open()
+
+    work = gate.take_work()
+
+    assert [load.version.digest for load in work.loads] == ["p"]
+    assert work.prefetches == ()
+
+
+def test_a_closed_gate_does_not_look_again_until_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = AdapterGate(1, 64, 1)
+    holder = use(gate, 1, "a")
+    for number in range(2, 50):
+        gate.enter(sequence(number, f"v{number}"))
+    gate.open()
+    asked: list[str] = []
+    place = gate.residency.place
+    monkeypatch.setattr(gate.residency, "place", lambda one: asked.append(one.digest) or place(one))
+
+    assert gate.open() == []
+    assert asked == []
+    gate.leave(holder)
+    gate.open()
+    assert asked[0] == "v2"
