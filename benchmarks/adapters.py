@@ -31,13 +31,13 @@ from descant_client.client import Client, connect
 from descant_client.loadtest.popularity import PowerLaw
 from descant_client.stream import Result
 
-NUM_ADAPTERS = 100
-NUM_RESIDENT = 32
+NUM_ADAPTERS = 1000
+NUM_RESIDENT = 64
 RANKS = (4, 8, 16, 32, 64)
 NUM_REQUESTS = 100  # of each popularity
 CONCURRENCY = 32
 NEW_TOKENS = 32
-REPEATS = 1
+REPEATS = 5
 NUM_BASE_STREAMS = 8
 BASE_TOKENS = 400
 PROMPT = "All voices sing the same line."

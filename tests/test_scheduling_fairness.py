@@ -164,20 +164,19 @@ def test_who_has_had_more_than_the_others_waits_for_a_seat() -> None:
 def test_who_needs_many_blocks_is_not_passed_by_many_who_need_few(num_held: int) -> None:
     loop = Loop(engine(50), max_num_seqs=16)
     for i in range(40):
-        loop.submit([i] * 4, max_tokens=20, principal="small")
-    if num_held:
-        (held,) = loop.submit([901] * num_held, max_tokens=60, principal="big")
+        loop.submit([i] * 4, max_tokens=10 + i * 7 % 20, principal="small")
+    held = loop.submit([901] * num_held, max_tokens=60, principal="big") if num_held else []
     step(loop)
     (big,) = loop.submit([900] * (100 if num_held else 190), max_tokens=4, principal="big")
 
     for i in range(100):
-        loop.submit([i] * 4, max_tokens=20, principal="small")
+        loop.submit([i] * 4, max_tokens=10 + i * 7 % 20, principal="small")
         step(loop)
         if big.first_scheduled_s is not None:
             break
 
     assert big.first_scheduled_s is not None
-    assert num_held == 0 or not held.is_finished
+    assert not any(seq.is_finished for seq in held)
 
 
 def test_preempted_sequences_keep_their_order_and_their_tokens() -> None:
