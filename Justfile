@@ -50,6 +50,7 @@ bench: setup
     {{python}} benchmarks/scheduler.py
     {{python}} benchmarks/invariance.py
     {{python}} benchmarks/throughput.py
+    {{python}} benchmarks/adapters.py
 
 # Measure the kernels on a CUDA device
 bench-gpu: setup

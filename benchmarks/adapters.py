@@ -34,9 +34,9 @@ from descant_client.stream import Result
 NUM_ADAPTERS = 1000
 NUM_RESIDENT = 64
 RANKS = (4, 8, 16, 32, 64)
-NUM_REQUESTS = 100  # of each popularity
+NUM_REQUESTS = 500  # of each popularity
 CONCURRENCY = 32
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 REPEATS = 5
 NUM_BASE_STREAMS = 8
 BASE_TOKENS = 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,8 @@ async def test_the_dummys_executor_has_not_loaded_torch(server: tuple[System, st
 
     assert "msgspec" in maps
     assert "torch" not in maps
+
+
+def test_small_frames_are_sent_at_once() -> None:
+    with open_listener("127.0.0.1", 0) as listener:  # asyncio asks for it, of sockets that say they are TCP
+        assert listener.proto == socket.IPPROTO_TCP

@@ -45,6 +45,15 @@ async def test_the_main_thread_goes_on_and_the_answer_comes_when_it_is_done(chil
     assert isinstance(await beside, fixture.Done)
 
 
+async def test_it_begins_and_ends_while_the_main_thread_is_busy(child, tmp_path):
+    (tmp_path / "go").touch()
+    busy = asyncio.create_task(child.ref.ask(fixture.Spin(1000), timeout=LONG))
+
+    assert isinstance(await child.ref.ask(fixture.Beside(str(tmp_path / "go")), timeout=LONG), fixture.Done)
+    assert not busy.done()
+    busy.cancel()
+
+
 async def test_later_ones_overtake_one_that_waits(child, tmp_path):
     (tmp_path / "now").touch()
     slow = asyncio.create_task(child.ref.ask(fixture.Beside(str(tmp_path / "never")), timeout=LONG))

@@ -92,7 +92,7 @@ class AdapterConfig(Section, frozen=True):
 class KeyConfig(Section, frozen=True):
     """An API key: its SHA-256, never itself. `descant key NAME` makes one."""
 
-    name: str
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     roots: list[str] = []  # local directories this principal may name
     is_admin: bool = False  # may change shared adapters

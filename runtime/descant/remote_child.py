@@ -178,15 +178,29 @@ def _receive_start(uplink: Uplink) -> Start:
 
 
 def _handle_messages(uplink: Uplink, handler: Handler) -> None:
+    inbox: queue.SimpleQueue[tuple[Frame, Any] | Exception | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(uplink, handler, inbox), name="uplink", daemon=True).start()
+    while (item := inbox.get()) is not None:
+        if isinstance(item, Exception):
+            raise item
+        _handle(uplink, handler, *item)
+
+
+def _read(uplink: Uplink, handler: Handler, inbox: queue.SimpleQueue[tuple[Frame, Any] | Exception | None]) -> None:
+    """Sort what comes, so that what is handled beside the main thread does not wait for it."""
     decode = msgspec.msgpack.Decoder(handler.messages).decode
     side = _SideThreads(uplink, handler)
     beside: tuple[type, ...] = getattr(handler, "beside", ())
-    while (frame := uplink.receive()) is not None and frame.kind is not Kind.STOP:
-        message = decode(frame.payload)
-        if isinstance(message, beside):
-            side.handle(frame, message)
-        else:
-            _handle(uplink, handler, frame, message)
+    try:
+        while (frame := uplink.receive()) is not None and frame.kind is not Kind.STOP:
+            message = decode(frame.payload)
+            if isinstance(message, beside):
+                side.handle(frame, message)
+            else:
+                inbox.put((frame, message))
+        inbox.put(None)
+    except Exception as exc:  # noqa: BLE001 - the main thread raises it
+        inbox.put(exc)
 
 
 def _handle(uplink: Uplink, handler: Handler, frame: Frame, message: Any) -> None:
@@ -213,7 +227,7 @@ class _SideThreads:
         self._num_threads = 0
 
     def handle(self, frame: Frame, message: Any) -> None:
-        """Let a thread handle a message; the main thread calls this."""
+        """Let a thread handle a message; one thread calls this."""
         self._work.put((frame, message))
         if not self._num_idle.acquire(blocking=False) and self._num_threads < NUM_SIDE_THREADS:
             self._num_threads += 1

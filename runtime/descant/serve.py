@@ -47,6 +47,8 @@ async def _announce(system: System, console: Console, start_up: StartUp, started
     start_up.stop()
     seconds = time.monotonic() - started
     console.print(f"{banner(system, engine)} · {seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
+    if system.config.model.engine == "model" and engine.info.device == "cpu" and not engine.info.is_invariant:
+        console.print("On this machine tokens may depend, by rounding, on what shares a batch: see `descant doctor`.")
 
 
 def banner(system: System, engine: EngineReady) -> str:

@@ -156,7 +156,8 @@ class _Server(uvicorn.Server):
 def open_listener(host: str, port: int) -> socket.socket:
     """Return a socket listening on `host`:`port` (0: a free port). Raises ConfigInvalid if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named: asyncio sends small frames at once only on sockets that say they are TCP.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
