@@ -14,7 +14,7 @@ from descant_client.client import Client
 from descant_client.errors import AdapterNotFound
 from servers import Checkpoint, model_config, results, serve, wait_until
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 LONG_ANSWER = {"seed": 7, "max_tokens": 120, "ignore_eos": True}
 

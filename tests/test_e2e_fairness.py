@@ -98,6 +98,7 @@ async def test_the_servers_limit_cannot_be_lengthened(tmp_path: Path) -> None:
             await client.generate([1], ignore_eos=True, max_tokens=400, timeout_s=100.0).result()
 
 
+@pytest.mark.slow
 async def test_a_flood_leaves_room_for_a_trickle(tmp_path: Path) -> None:
     async with (
         server(tmp_path, SLOW, max_num_seqs=4) as uri,

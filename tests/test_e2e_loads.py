@@ -31,7 +31,7 @@ from servers import (
 )
 from tiny_models import save_adapter
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 NUM_TOKENS = 24
 

@@ -21,6 +21,7 @@ def run_cases(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.slow
 def test_triton_kernels_agree_with_the_reference():
     ran = run_cases(TRITON_INTERPRET="1")
 
@@ -29,6 +30,7 @@ def test_triton_kernels_agree_with_the_reference():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.slow
 def test_triton_kernels_agree_with_the_reference_on_a_gpu():
     ran = run_cases(DESCANT_TEST_DEVICE="cuda")
 
