@@ -30,7 +30,6 @@ def test_triton_kernels_agree_with_the_reference():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.slow
 def test_triton_kernels_agree_with_the_reference_on_a_gpu():
     ran = run_cases(DESCANT_TEST_DEVICE="cuda")
 
