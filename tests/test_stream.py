@@ -31,7 +31,8 @@ class Told:
         self.sequences = [
             Sequence(i, "s/r", [1, 2], SamplingParams(), 7, self.stream, choice=i, stop=stop) for i in range(n)
         ]
-        self.stream.accept(Accepted("r", 7, 2), self.sequences, tokenizer)
+        self.stream.expect(self.sequences, tokenizer)
+        self.stream.accept(Accepted("r", 7, 2))
 
     def _changed(self, stream: Stream) -> None:
         self.num_changes += 1

@@ -57,7 +57,7 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
         stream.expect(sequences, services.tokenizer)
         await services.scheduler.ask(Submit(tuple(sequences)), timeout=SUBMIT_TIMEOUT_S)
         stream.is_submitted = True
-        stream.accept(accepted, sequences, services.tokenizer)
+        stream.accept(accepted)
         if stream.is_cancelled:  # while it was being prepared
             await services.scheduler.tell(CancelRequest(stream.key))
     except DescantError as error:

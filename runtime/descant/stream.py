@@ -65,10 +65,9 @@ class Stream:
         """These are its choices, if the scheduler takes them: they may come to their sink before `accept`."""
         self._choices = [_Choice(sequence, tokenizer, self.request_id) for sequence in sequences]
 
-    def accept(self, accepted: Accepted, sequences: Sequence[TokenSequence], tokenizer: Tokenizer) -> None:
-        """The request is taken and these are its choices."""
+    def accept(self, accepted: Accepted) -> None:
+        """The request is taken, with the choices it expected."""
         self._accepted = accepted
-        self._choices = [_Choice(sequence, tokenizer, accepted.request_id) for sequence in sequences]
         self._changed(self)
 
     def hold(self, lease: Lease) -> None:
