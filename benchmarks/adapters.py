@@ -24,10 +24,12 @@ import torch
 from safetensors.torch import save_file
 
 from descant.actors.fetch import DEMO_MODEL
+from descant.adapters.extent import extent_bytes
 from descant.config import AdapterConfig, Config, ServerConfig
 from descant.engine.arch import LoraModule, from_hf, lora_modules
 from descant.system import System, running
 from descant_client.client import Client, connect
+from descant_client.loadtest.percentiles import percentile, spread_of
 from descant_client.loadtest.popularity import PowerLaw
 from descant_client.stream import Result
 
@@ -209,7 +211,7 @@ class Bench:
             tasks.start_soon(disturb)
             await _together([sing] * NUM_BASE_STREAMS)
             is_over.set()
-        return statistics.quantiles(gaps, n=100)[98]
+        return percentile(sorted(gaps), 99)
 
     async def _ask(self, name: str | None) -> Result:
         stream = self._client.generate(PROMPT, adapter=name, temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -221,7 +223,7 @@ def _name(index: int) -> str:
 
 
 def _extent_bytes(rank: int) -> int:
-    return 4 * rank * sum(module.in_features + module.out_features for module in _modules())
+    return extent_bytes([rank] * len(_modules()), _modules(), itemsize=4)
 
 
 def _modules() -> tuple[LoraModule, ...]:  # but the head
@@ -244,9 +246,8 @@ def _write_adapter(directory: Path, rank: int, seed: int) -> None:
 
 
 def _milliseconds(seconds: list[float]) -> str:
-    if len(seconds) < 2:
-        return "–"
-    return f"{1e3 * statistics.median(seconds):.0f}, {1e3 * statistics.quantiles(seconds, n=100)[98]:.0f} ms"
+    spread = spread_of(seconds)
+    return "–" if spread is None else f"{1e3 * spread.p50:.0f}, {1e3 * spread.p99:.0f} ms"
 
 
 async def _together(work: Sequence[Callable[[], Awaitable[None]]]) -> None:
