@@ -9,26 +9,27 @@ adapter costs at least is one read of its file, one SHA-256 over it and one copy
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anyio
 import torch
-from safetensors.torch import save_file
+from batches import run, served
+from random_model import projections, write_adapter
+from report import Report, figures, median, ratio, table
 
 from descant.actors.fetch import DEMO_MODEL
 from descant.adapters.extent import extent_bytes
-from descant.config import AdapterConfig, Config, ServerConfig
-from descant.engine.arch import LoraModule, from_hf, lora_modules
-from descant.system import System, running
-from descant_client.client import Client, connect
+from descant.config import AdapterConfig
+from descant.system import System
+from descant_client.client import Client
 from descant_client.loadtest.percentiles import percentile, spread_of
 from descant_client.loadtest.popularity import PowerLaw
 from descant_client.stream import Result
@@ -68,21 +69,17 @@ class Series:
 
 async def main() -> None:
     """Print the tables."""
-    with tempfile.TemporaryDirectory() as directory:
-        mean_bytes = statistics.mean(_extent_bytes(rank) for rank in RANKS)
-        adapters = AdapterConfig(num_slots=NUM_RESIDENT, memory_bytes=int(NUM_RESIDENT * mean_bytes))
-        config = Config(data_dir=f"{directory}/data", server=ServerConfig(port=0), adapters=adapters)
-        async with running(config) as system, connect(f"ws://127.0.0.1:{system.port}") as client:
-            print(
-                f"{NUM_ADAPTERS} adapters of ranks {RANKS}, room for {NUM_RESIDENT}; {CONCURRENCY} requests at a time"
-            )
-            print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
-            bench = Bench(system, client)
-            await bench.register(Path(directory))
-            await bench.ask_alone()
-            await show_popularities(bench)
-            await show_fitting_set(bench)
-            await show_base_latency(bench)
+    print(Report("adapters", Namespace()).header())
+    print(f"{NUM_ADAPTERS} adapters of ranks {RANKS}, room for {NUM_RESIDENT}; {CONCURRENCY} requests at a time")
+    mean_bytes = statistics.mean(_extent_bytes(rank) for rank in RANKS)
+    adapters = AdapterConfig(num_slots=NUM_RESIDENT, memory_bytes=int(NUM_RESIDENT * mean_bytes))
+    async with served(None, adapters=adapters) as (system, client):
+        bench = Bench(system, client)
+        await bench.register()
+        await bench.ask_alone()
+        await show_popularities(bench)
+        await show_fitting_set(bench)
+        await show_base_latency(bench)
 
 
 async def show_popularities(bench: Bench) -> None:
@@ -116,11 +113,10 @@ async def show_fitting_set(bench: Bench) -> None:
             series = await bench.run(list(itertools.islice(itertools.cycle(names), 4 * CONCURRENCY)))
             assert series.num_wrong == 0, "a benchmark of wrong answers is worth nothing"
             rates[label].append(series.tokens_per_s)
-    one = statistics.median(rates["1 adapter, rank 16"][1:])
-    print(f"\n{'working set that fits':<24}{'tokens/s':>10}{'of 1 adapter':>14}   median of {REPEATS}")
-    for label, values in rates.items():
-        median = statistics.median(values[1:])
-        print(f"{label:<24}{median:>10.0f}{median / one:>13.2f}×")
+    medians = {label: median(values[1:]) for label, values in rates.items()}
+    one = medians["1 adapter, rank 16"]
+    rows = [[label, figures(value), ratio(value, one)] for label, value in medians.items()]
+    print(f"\nmedians of {REPEATS}\n{table(['working set that fits', 'tokens/s', 'of 1 adapter'], rows)}")
 
 
 async def show_base_latency(bench: Bench) -> None:
@@ -135,11 +131,11 @@ async def show_base_latency(bench: Bench) -> None:
         before = bench.num_loads
         gaps["cold"].append(await bench.base_gap_p99(cold))
         loads += bench.num_loads - before
-    warm = statistics.median(gaps["warm"])
+    warm = median(gaps["warm"])
     print(f"\np99 gap between tokens of {NUM_BASE_STREAMS} base streams, median of {REPEATS}; {loads} loads while cold")
     for label, values in gaps.items():
-        median = statistics.median(values)
-        print(f"beside {label:<8}{1e3 * median:>8.2f} ms{median / warm:>8.2f}×  (×: of the same requests, warm)")
+        gap = median(values)
+        print(f"beside {label:<8}{1e3 * gap:>8.2f} ms{ratio(gap, warm):>9}  (×: of the same requests, warm)")
 
 
 class Bench:
@@ -155,14 +151,15 @@ class Bench:
         """Adapters put onto the device so far."""
         return self._system.services.model.num_adapter_loads
 
-    async def register(self, directory: Path) -> None:
+    async def register(self) -> None:
         """Make the adapters and load each under its name."""
-        await self._system.ready()
         started = time.perf_counter()
-        for index in range(NUM_ADAPTERS):
-            path = directory / "source"
-            _write_adapter(path, RANKS[index % len(RANKS)], seed=index)
-            await self._client.adapters.load(_name(index), path)
+        modules = projections(DEMO_MODEL)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory)
+            for index in range(NUM_ADAPTERS):
+                write_adapter(path, modules, RANKS[index % len(RANKS)], index, torch.float32)
+                await self._client.adapters.load(_name(index), path)
         print(f"made and loaded one after the other in {time.perf_counter() - started:.0f} s")
 
     async def ask_alone(self) -> None:
@@ -223,26 +220,8 @@ def _name(index: int) -> str:
 
 
 def _extent_bytes(rank: int) -> int:
-    return extent_bytes([rank] * len(_modules()), _modules(), itemsize=4)
-
-
-def _modules() -> tuple[LoraModule, ...]:  # but the head
-    return lora_modules(from_hf(DEMO_MODEL))[:-1]
-
-
-def _write_adapter(directory: Path, rank: int, seed: int) -> None:
-    """Write a random PEFT adapter that changes what the demo model says."""
-    directory.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    for module in _modules():
-        prefix = f"base_model.model.{module.name}"
-        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator) * 0.1
-        tensors[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator) * 0.1
-    save_file(tensors, directory / "adapter_model.safetensors")
-    targets = sorted({module.name.rpartition(".")[2] for module in _modules()})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
+    modules = projections(DEMO_MODEL)
+    return extent_bytes([rank] * len(modules), modules, itemsize=4)
 
 
 def _milliseconds(seconds: list[float]) -> str:
@@ -250,11 +229,11 @@ def _milliseconds(seconds: list[float]) -> str:
     return "–" if spread is None else f"{1e3 * spread.p50:.0f}, {1e3 * spread.p99:.0f} ms"
 
 
-async def _together(work: Sequence[Callable[[], Awaitable[None]]]) -> None:
+async def _together(work: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
     async with anyio.create_task_group() as tasks:
         for each in work:
             tasks.start_soon(each)
 
 
 if __name__ == "__main__":
-    anyio.run(main)
+    run(main)

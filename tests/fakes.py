@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,26 +10,26 @@ from typing import Any
 from descant.scheduling.gate import AdapterLoad
 from descant.scheduling.plan import (
     NO_ADAPTER,
-    Admit,
     EngineLimits,
-    LogprobRows,
     Row,
     RowResult,
     StepPlan,
     StepResult,
-    pack_floats,
     pack_ints,
     unpack_ints,
     validate_plan,
 )
 from descant.scheduling.policy import Policy
+from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence, SequenceTable, Stopper
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError
 from descant_client.protocol import SamplingParams
 from fake_arena import FakeArena
+from fake_model import Behavior, FakeRow, extend_history, hash_history, logprob_rows
+from fake_model import counter as counter
+from fake_model import echo as echo
 
-PRIME = 2**61 - 1
 LIMITS = EngineLimits(num_blocks=64, block_size=4, max_context=200, vocab_size=1000, num_adapter_slots=4)
 
 
@@ -38,49 +38,13 @@ class EngineDied(Exception):
 
 
 @dataclass
-class FakeRow:
-    """What the engine keeps of a sequence."""
-
-    admit: Admit
-    tokens: list[int]
-    blocks: list[int]
-    num_computed: int
-
-    @property
-    def output_index(self) -> int:
-        return len(self.tokens) - self.admit.num_prompt_tokens
-
-
-Behavior = Callable[[FakeRow, int], int]
-
-
-def echo(row: FakeRow, history: int) -> int:
-    """Say the prompt again and again."""
-    return row.tokens[row.output_index % row.admit.num_prompt_tokens]
-
-
-def counter(row: FakeRow, history: int) -> int:
-    """Count from 0."""
-    return row.output_index
-
-
-def hash_history(row: FakeRow, history: int) -> int:
-    """Depend on every token so far, the adapter, the seed and the choice."""
-    return extend_history(history, row.admit.seed, str(row.admit.choice)) % 997
-
-
-def extend_history(history: int, token_id: int, adapter: str) -> int:
-    """Return a number that stands for a history, a token and the adapter that read it."""
-    return (history * 1000003 + (token_id + 1) * 2654435761 + zlib.crc32(adapter.encode()) + 1) % PRIME
-
-
-@dataclass
 class FakeEngine:
     """A callable from `StepPlan` to `StepResult` which holds every plan to its contract.
 
     Instead of K/V a slot of the cache holds the history up to its position. A row only runs if each of its earlier
     positions holds exactly that row's history, so that any mistake with blocks, prefixes or adapters is an
-    AssertionError. `kills` says whether a row ends the engine, `row_error` whether it fails alone.
+    AssertionError. `kills` says whether a row ends the engine, `row_error` whether it fails alone. What a launched
+    step reads and writes it reads and writes when it is collected, so that whatever is taken from it before shows.
     """
 
     limits: EngineLimits = LIMITS
@@ -98,14 +62,22 @@ class FakeEngine:
         """Lose everything."""
         self.rows.clear()
         self._step = 0
+        self.launched: deque[StepPlan] = deque()
         self._cache: dict[tuple[int, int], int] = {}
         self.arena = FakeArena()
 
     def __call__(self, plan: StepPlan) -> StepResult:
         """Carry out a plan. Raises EngineDied, or AssertionError and InvalidRequest if the plan is wrong."""
+        self.launch(plan)
+        return self.collect()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Take a plan. Raises AssertionError and InvalidRequest if it is wrong."""
         self._check_order(plan)
         validate_plan(plan, self.limits, list(self.rows))
+        self._check_given_blocks(plan)
         self.plans.append(plan)
+        self.launched.append(plan)
         for row in unpack_ints(plan.drop):
             del self.rows[row]
         self._copy_blocks(unpack_ints(plan.copy_blocks))
@@ -113,6 +85,10 @@ class FakeEngine:
             assert admit.row not in self.rows, "a row is admitted twice"
             blocks = unpack_ints(admit.blocks)
             self.rows[admit.row] = FakeRow(admit, unpack_ints(admit.token_ids), blocks, admit.num_cached_tokens)
+
+    def collect(self) -> StepResult:
+        """Carry out the oldest launched plan. Raises EngineDied, or AssertionError if it is wrong."""
+        plan = self.launched.popleft()
         for row in plan.rows:
             if self.kills(self.rows[row.row]):
                 raise EngineDied(f"row {row.row}")
@@ -135,7 +111,18 @@ class FakeEngine:
             self.rows.clear()
         assert plan.step == self._step + 1, "steps are numbered one by one"
         assert plan.rows, "a step without rows"
+        assert len(self.launched) < self.limits.max_steps_in_flight, "too many steps in flight"
         self._step = plan.step
+
+    def _check_given_blocks(self, plan: StepPlan) -> None:
+        """Check that no block which a step in flight may write to is given to somebody else."""
+        cached = {admit.row: admit.num_cached_tokens // self.limits.block_size for admit in plan.admit}
+        given = [block for admit in plan.admit for block in unpack_ints(admit.blocks)[cached[admit.row] :]]
+        given += [block for row in plan.rows for block in unpack_ints(row.blocks)]
+        in_flight = {row.row for launched in self.launched for row in launched.rows}
+        owned = {block for row in in_flight for block in self.rows[row].blocks}
+        assert owned.isdisjoint(given), "a block is given away in flight"
+        assert in_flight.isdisjoint(unpack_ints(plan.drop)), "a row is dropped in flight"
 
     def _copy_blocks(self, pairs: list[int]) -> None:
         for source, target in zip(pairs[::2], pairs[1::2], strict=True):
@@ -162,6 +149,7 @@ class FakeEngine:
             self._cache[self._slot(state, position)] = histories[position]
         state.num_computed = end
         if (error := self.row_error(state)) is not None:
+            state.tokens += [0] * (end == len(state.tokens))  # a later step may have been planned with it
             return RowResult(row.row, start, error=error)
         return self._result(row, state, start, histories)
 
@@ -183,15 +171,6 @@ class FakeEngine:
         )
         state.tokens += token_ids
         return result
-
-
-def logprob_rows(histories: list[int], num_top: int) -> LogprobRows:
-    """Return made-up log-probabilities that depend on the histories."""
-    chosen = [-float(history % 1024) for history in histories]
-    top_ids = [(history + i) % 997 for history in histories for i in range(num_top)]
-    return LogprobRows(
-        len(histories), num_top, pack_floats(chosen), pack_ints(top_ids), pack_floats(map(float, top_ids))
-    )
 
 
 @dataclass
@@ -220,7 +199,7 @@ def version(digest: str, num_bytes: int = 64) -> AdapterVersion:
 
 
 class Loop:
-    """What the scheduler actor does, without waiting: a policy and an engine, one step at a time."""
+    """What the scheduler actor does, without waiting: a policy and an engine with as many steps as it takes."""
 
     def __init__(
         self,
@@ -242,6 +221,7 @@ class Loop:
         }
         self.lives: list[bool] = []  # of executors that died: were they of use?
         self.loads: list[AdapterLoad] = []  # started, not done
+        self.in_flight: deque[PlannedStep] = deque()
         self.load_error: Callable[[AdapterLoad], DescantError | None] = lambda load: None
         self.restart_policy()
 
@@ -312,20 +292,35 @@ class Loop:
         self.lives.append(self.policy.executor_lost(reason))
         self._start_executor()
 
-    def step(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
-        """Plan, run and apply one step; `meanwhile` happens while it is in flight. False: nothing to run."""
-        self.clock += 1.0
+    def launch(self) -> bool:
+        """Plan and launch a step. False: nothing to run now."""
         planned = self.policy.plan()
         self.start_loads()
         if planned is None:
             return False
+        self.engine.launch(planned.plan)
+        self.in_flight.append(planned)
+        return True
+
+    def collect(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Run and apply the oldest step; `meanwhile` happens in between."""
+        planned = self.in_flight.popleft()
         try:
-            result = self.engine(planned.plan)
+            result = self.engine.collect()
         except EngineDied as exc:
             self.crash(str(exc))
         else:
             meanwhile()
             self.policy.apply(planned, result)
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Launch all the steps there can be and apply the first of them. False: nothing to run."""
+        self.clock += 1.0
+        while self.launch():
+            pass
+        if not self.in_flight:
+            return False
+        self.collect(meanwhile)
         return True
 
     def run(self, max_steps: int = 1000) -> None:
@@ -340,4 +335,5 @@ class Loop:
     def _start_executor(self) -> None:
         self.engine.restart()
         self.loads.clear()
+        self.in_flight.clear()
         self.policy.executor_up(self.engine.limits, self.adapter_bytes)

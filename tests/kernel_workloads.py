@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from descant_kernels import AttentionBatch, LoraTables, Segments
+from descant_kernels import AttentionBatch, LoraTables, PairLayout, Segments
 
 DEVICE = os.environ.get("DESCANT_TEST_DEVICE", "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -82,12 +82,12 @@ class LoraCase:
 
 def lora_case(ranks: list[list[int]], in_size: int, out_sizes: tuple[int, ...], dtype: torch.dtype) -> LoraCase:
     """Adapters with random matrices; `ranks[slot][slice]`. Module 0 belongs to some other projection."""
-    offsets, position = [], 5
+    offsets, position = [], 64
     for slot_ranks in ranks:
         row = [0]
         for rank, out_size in zip(slot_ranks, out_sizes, strict=True):
             row.append(position)
-            position += rank * (in_size + out_size)
+            position += PairLayout.of(rank, in_size, out_size).size
         offsets.append(row)
     arena = (normal(position, seed=1) * 0.2).to(dtype)
     return LoraCase(in_size, out_sizes, 1, LoraTables.of(arena, offsets, [[0, *row] for row in ranks]))

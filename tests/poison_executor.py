@@ -8,7 +8,7 @@ import signal
 from descant.actors.executor import Executor
 from descant.actors.executor import start as start_executor
 from descant.messages import ExecutorMessage, Loaded, Staged, Step, StepDone
-from descant.remote_child import Notify
+from descant.remote_child import Later, Notify
 from descant.scheduling.plan import unpack_ints
 
 FACTORY = "poison_executor:start"
@@ -24,7 +24,7 @@ class PoisonedExecutor:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
-    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | None:
+    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | Later | None:
         """Carry out one message, or die of it."""
         if isinstance(message, Step) and any(POISON in unpack_ints(admit.token_ids) for admit in message.plan.admit):
             os.kill(os.getpid(), signal.SIGKILL)

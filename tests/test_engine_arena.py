@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.adapters.extent import ALIGNMENT, extent_bytes
+from descant.adapters.extent import extent_bytes
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.adapters.store import write_version
 from descant.engine import arena as arena_module
 from descant.engine.arch import LoraModule
 from descant.engine.arena import Arena
 from descant_client.errors import AdapterInvalid
-from descant_kernels import Segments, add_lora
+from descant_kernels import PairLayout, Segments, add_lora
 
 MODULES = (LoraModule("q", 6, 4), LoraModule("k", 6, 2), LoraModule("head", 6, 10))
 
@@ -35,8 +35,7 @@ def stored(directory: Path, ranks: dict[int, int], seed: int, scaling: float = 1
 def resident(arena: Arena, slot: int, index: int) -> tuple[Tensor, Tensor]:
     tables, module = arena.tables(), MODULES[index]
     rank, start = int(tables.ranks[slot, index]), int(tables.offsets[slot, index])
-    middle, end = start + rank * module.in_features, start + rank * (module.in_features + module.out_features)
-    return tables.arena[start:middle].view(rank, -1), tables.arena[middle:end].view(-1, rank)
+    return PairLayout.of(rank, module.in_features, module.out_features).views(tables.arena, start)
 
 
 def assert_resident(arena: Arena, slot: int, factors: dict[int, Factors], dtype: torch.dtype = torch.float32) -> None:
@@ -50,28 +49,28 @@ def assert_resident(arena: Arena, slot: int, factors: dict[int, Factors], dtype:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loaded_version_lies_where_the_tables_say(dtype: torch.dtype, scaling: float, tmp_path: Path) -> None:
     path, factors = stored(tmp_path, {0: 3, 2: 5}, seed=0, scaling=scaling)
-    arena = Arena(MODULES, num_slots=4, num_bytes=4096, dtype=dtype)
+    arena = Arena(MODULES, num_slots=4, num_bytes=8192, dtype=dtype)
 
-    arena.load(2, 640, path)
+    arena.load(2, 768, path)
 
     assert arena.tables().host_ranks[2] == [3, 0, 5]
-    assert int(arena.tables().offsets[2, 0]) * dtype.itemsize == 640
+    assert int(arena.tables().offsets[2, 0]) * dtype.itemsize == 768
     assert_resident(arena, 2, factors, dtype)
 
 
 def test_a_staged_version_says_what_it_takes(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3, 2: 5}, seed=0)
 
-    staged = Arena(MODULES, num_slots=1, num_bytes=4096, dtype=torch.bfloat16).stage(path)
+    staged = Arena(MODULES, num_slots=1, num_bytes=8192, dtype=torch.bfloat16).stage(path)
 
     assert staged.num_bytes == extent_bytes([3, 0, 5], MODULES, 2)
 
 
 def test_host_and_device_tables_agree(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3, 2: 5}, seed=0)
-    arena = Arena(MODULES, num_slots=3, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=3, num_bytes=8192, dtype=torch.float32)
 
-    arena.load(1, 64, path)
+    arena.load(1, 256, path)
 
     tables = arena.tables()
     assert tables.ranks.tolist() == tables.host_ranks
@@ -81,7 +80,7 @@ def test_host_and_device_tables_agree(tmp_path: Path) -> None:
 def test_versions_side_by_side_do_not_touch_each_other(tmp_path: Path) -> None:
     (one, kept), (two, _) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
     size = extent_bytes([3, 0, 0], MODULES, 4)
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
 
     arena.load(0, 0, one)
     arena.load(1, size, two)
@@ -91,13 +90,13 @@ def test_versions_side_by_side_do_not_touch_each_other(tmp_path: Path) -> None:
 
 def test_an_extent_aligns_every_module() -> None:
     assert extent_bytes([0, 0, 0], MODULES, 4) == 0
-    assert extent_bytes([1, 1, 0], MODULES, 4) == 2 * ALIGNMENT * 4
-    assert extent_bytes([3, 0, 5], MODULES, 2) == (64 + 128) * 2
+    assert extent_bytes([1, 1, 0], MODULES, 4) == (128 + 128) * 4
+    assert extent_bytes([3, 0, 5], MODULES, 2) == (128 + 192) * 2
 
 
 def test_an_unloaded_slot_has_no_ranks(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, path)
 
     arena.unload(0)
@@ -108,7 +107,7 @@ def test_an_unloaded_slot_has_no_ranks(tmp_path: Path) -> None:
 
 def test_tables_change_by_becoming_a_new_object_on_the_same_tensors(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
     before = arena.tables()
 
     arena.load(0, 0, path)
@@ -119,13 +118,13 @@ def test_tables_change_by_becoming_a_new_object_on_the_same_tensors(tmp_path: Pa
 
 
 @pytest.mark.parametrize("at_once_bytes", [4, 100, 1 << 20])
-@pytest.mark.parametrize("offset", [0, 64, 960, 1024, 1088, 2048, 3072])
+@pytest.mark.parametrize("offset", [0, 256, 768, 1024, 1280, 2048, 4096])
 def test_a_version_moves_to_any_place_even_one_it_overlaps(
     offset: int, at_once_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arena_module, "_MOVED_AT_ONCE_BYTES", at_once_bytes)
     path, factors = stored(tmp_path, {0: 9, 2: 5}, seed=0, scaling=0.5)
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(1, 1024, path)
     before = arena.tables()
 
@@ -141,12 +140,12 @@ def test_a_version_moves_to_any_place_even_one_it_overlaps(
 
 def test_a_move_leaves_its_neighbors_alone(tmp_path: Path) -> None:
     (one, kept), (two, moved) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
-    arena = Arena(MODULES, num_slots=3, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=3, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, one)
-    arena.load(1, 512, two)
-    arena.load(2, 1024, one)
+    arena.load(1, 1024, two)
+    arena.load(2, 2048, one)
 
-    arena.move(1, 256)
+    arena.move(1, 512)
 
     assert_resident(arena, 0, kept)
     assert_resident(arena, 1, moved)
@@ -155,9 +154,9 @@ def test_a_move_leaves_its_neighbors_alone(tmp_path: Path) -> None:
 
 def test_an_emptied_slot_moves_nothing(tmp_path: Path) -> None:
     (one, kept), (two, _) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, one)
-    arena.load(1, 512, two)
+    arena.load(1, 1024, two)
     arena.unload(1)
 
     arena.move(1, 0)
@@ -167,11 +166,11 @@ def test_an_emptied_slot_moves_nothing(tmp_path: Path) -> None:
 
 def test_a_version_moves_only_within_the_arena(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=1, num_bytes=512, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=1, num_bytes=1024, dtype=torch.float32)
     arena.load(0, 0, path)
 
     with pytest.raises(AssertionError):
-        arena.move(0, 320)
+        arena.move(0, 768)
     with pytest.raises(AssertionError):
         arena.move(0, 4)
 
@@ -181,7 +180,7 @@ def test_a_damaged_version_leaves_the_slot_empty(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, other)
 
     with pytest.raises(AdapterInvalid):
@@ -191,7 +190,7 @@ def test_a_damaged_version_leaves_the_slot_empty(tmp_path: Path) -> None:
 
 
 def test_a_missing_version_is_invalid(tmp_path: Path) -> None:
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
 
     with pytest.raises(AdapterInvalid):
         arena.load(0, 0, tmp_path / "versions" / "0.safetensors")
@@ -199,16 +198,16 @@ def test_a_missing_version_is_invalid(tmp_path: Path) -> None:
 
 def test_an_extent_outside_the_arena_is_our_own_fault(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=128, dtype=torch.float32)
+    arena = Arena(MODULES, num_slots=2, num_bytes=512, dtype=torch.float32)
 
     with pytest.raises(AssertionError):
-        arena.load(0, 64, path)
+        arena.load(0, 256, path)
 
 
 def test_the_kernel_adds_what_was_loaded(tmp_path: Path) -> None:
     path, factors = stored(tmp_path, {0: 3, 1: 2}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=4096, dtype=torch.float32)
-    arena.load(1, 128, path)
+    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena.load(1, 256, path)
     x, y = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)), torch.zeros(5, 6)
 
     add_lora(y, x, arena.tables(), Segments.of([2, 3], [-1, 1]), 0, (4, 2))

@@ -37,6 +37,18 @@ def test_it_equals_the_reference(dtype, block_size, window):
     assert_near(actual, reference.paged_attention(q, cache.k, cache.v, batch, SCALE, window))
 
 
+@pytest.mark.parametrize("soft_cap", [0.5, 50.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_soft_cap_bounds_the_scores(dtype, soft_cap):
+    q, cache, batch, tables = packed(16, dtype)
+
+    together = kernels.paged_attention(q, cache.k, cache.v, batch, SCALE, None, soft_cap)
+
+    assert_near(together, reference.paged_attention(q, cache.k, cache.v, batch, SCALE, None, soft_cap))
+    assert same_bits(together, alone(q, cache, tables, None, soft_cap))
+    assert not same_bits(together, kernels.paged_attention(q, cache.k, cache.v, batch, SCALE))
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(1, 1, 6), (7, 1, 10), (14, 2, 64), (3, 3, 80), (8, 8, 128), (6, 2, 7)]
 )
@@ -49,14 +61,14 @@ def test_any_head_layout_works_and_is_invariant(heads, kv_heads, head_dim):
     assert same_bits(together, alone(q, cache, tables, None))
 
 
-def alone(q, cache, tables, window):
+def alone(q, cache, tables, window, soft_cap=None):
     """Every token computed as the only decode token of its batch."""
     rows, first = [], 0
     for n, context, table in zip(QUERY_LENS, CONTEXT_LENS, tables, strict=True):
         for j in range(n):
             batch = AttentionBatch.of([1], [context - n + j + 1], [table])
             row = q[first + j : first + j + 1].clone()
-            rows.append(kernels.paged_attention(row, cache.k, cache.v, batch, SCALE, window))
+            rows.append(kernels.paged_attention(row, cache.k, cache.v, batch, SCALE, window, soft_cap))
         first += n
     return torch.cat(rows)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import descant_kernels as kernels
-from descant_kernels import Segments, cpu_lora, reference
+from descant_kernels import LoraTables, Segments, cpu_lora, reference
 from kernel_workloads import (
     DTYPES,
     POPULARITIES,
@@ -118,12 +118,12 @@ def test_rows_past_the_last_segment_keep_their_bits():
     assert not y[2:].any()
 
 
-def test_padded_matrices_stay_within_their_budget(monkeypatch):
+def test_tables_stay_within_their_budget(monkeypatch):
     case = lora_case([[8]] * 6, 64, (64,), torch.float32)
     x = normal(1, 64)
     expected = [added(case, x, [slot]) for slot in range(6)]
 
-    monkeypatch.setattr(cpu_lora, "CACHE_BYTES", 20_000)
+    monkeypatch.setattr(cpu_lora, "TABLE_BYTES", 20_000)
     case.tables.memo.clear()
 
     assert all(same_bits(added(case, x, [slot]), expected[slot]) for slot in range(6))
@@ -138,3 +138,21 @@ def test_tiles_cover_each_row_with_an_adapter_once():
     assert rows == [(r, 2) for r in range(5)] + [(r, 0) for r in (45, 46, 47)] + [(r, 3) for r in range(48, 64)]
     assert segments.has_adapter
     assert not Segments.of([5], [-1]).has_adapter
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_scales_apply_to_base_and_update_but_not_to_the_bias(dtype, bias):
+    case = lora_case([[8, 8], [3, 0], [16, 16]], 48, (24, 16), dtype)
+    arena = torch.cat((case.tables.arena, normal(40, dtype=dtype, seed=8).abs()))
+    at = case.tables.arena.numel()
+    scales = [[-1, at, at + 24], [-1, at, -1], [-1, -1, -1]]
+    tables = LoraTables.of(arena, case.tables.host_offsets, case.tables.host_ranks, scales)
+    x, y = normal(7, 48, dtype=dtype), normal(7, 40, dtype=dtype, seed=3)
+    biases = normal(40, dtype=dtype, seed=4) if bias else None
+    segments, expected = Segments.of([2, 1, 1, 3], [0, -1, 2, 1]), y.clone()
+
+    kernels.add_lora(y, x, tables, segments, 1, (24, 16), biases)
+
+    reference.add_lora(expected, x, tables, segments, 1, (24, 16), biases)
+    assert_near(y, expected)

@@ -1,8 +1,8 @@
-"""rms_norm, rope and silu_mul on the CPU: right, and every row independent of its batch."""
+"""Norm and gated activations on the CPU: right, and every row independent of its batch."""
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import descant_kernels as kernels
 from descant_kernels import reference
@@ -53,76 +53,29 @@ def test_rms_norm_of_a_row_does_not_depend_on_the_others(dtype, width):
         assert same_bits(alone, together[part])
 
 
-def angles(num_tokens, half, seed=5):
-    angle = normal(num_tokens, half, seed=seed) * 3
-    return angle.cos(), angle.sin()
-
-
-def test_rope_is_that_of_llama():
-    q, k = normal(6, 4, 32), normal(6, 2, 32, seed=1)
-    cos, sin = angles(6, 16)
-    double = [torch.cat((t, t), dim=-1)[None] for t in (cos, sin)]
-    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], *double)
-
-    kernels.rope(q, k, cos, sin)
-
-    for actual, theirs in zip((q, k), expected, strict=True):
-        torch.testing.assert_close(actual, theirs[0].transpose(0, 1), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("half", [1, 5, 16])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_equals_the_reference_also_for_part_of_a_head(dtype, half):
-    qkv = normal(7, 200, dtype=dtype)
-    q, k = qkv[:, :128].view(7, 4, 32), qkv[:, 128:192].view(7, 2, 32)
-    expected = q.clone(), k.clone()
-    cos, sin = angles(7, half)
-
-    kernels.rope(q, k, cos, sin)
-
-    reference.rope(*expected, cos, sin)
-    assert_near(q, expected[0])
-    assert_near(k, expected[1])
-    assert same_bits(q[..., 2 * half :], expected[0][..., 2 * half :])
-
-
-@pytest.mark.parametrize("half", [5, 16])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rope_of_a_row_does_not_depend_on_the_others(dtype, half):
-    q, k = normal(40, 3, 32, dtype=dtype), normal(40, 1, 32, dtype=dtype, seed=1)
-    cos, sin = angles(40, half)
-    parts = [[t[2 : 2 + n].clone() for t in (q, k, cos, sin)] for n in SIZES]
-
-    kernels.rope(q, k, cos, sin)
-
-    for num_rows, part in zip(SIZES, parts, strict=True):
-        kernels.rope(*part)
-        assert same_bits(part[0], q[2 : 2 + num_rows])
-        assert same_bits(part[1], k[2 : 2 + num_rows])
-
-
+@pytest.mark.parametrize("activation", ["silu_mul", "gelu_mul"])
 @pytest.mark.parametrize("width", [1, 13, 64, 2433])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_silu_mul_equals_the_reference_row_by_row(dtype, width):
+def test_gated_activations_equal_the_reference_row_by_row(dtype, width, activation):
+    gated = getattr(kernels, activation)
     gate_up = normal(40, 2 * width, dtype=dtype) * 5
-    together = kernels.silu_mul(gate_up)
+    together = gated(gate_up)
 
-    assert_near(together, reference.silu_mul(gate_up))
+    assert_near(together, getattr(reference, activation)(gate_up))
     for num_rows in SIZES:
-        assert same_bits(kernels.silu_mul(gate_up[2 : 2 + num_rows].clone()), together[2 : 2 + num_rows])
+        assert same_bits(gated(gate_up[2 : 2 + num_rows].clone()), together[2 : 2 + num_rows])
 
 
-def test_silu_mul_survives_large_numbers():
+@pytest.mark.parametrize("activation", ["silu_mul", "gelu_mul"])
+def test_gated_activations_survive_large_numbers(activation):
     gate_up = torch.tensor([[-200.0, 200.0, 0.0, 1.0, 1.0, 1.0]])
 
-    assert kernels.silu_mul(gate_up).tolist() == [[0.0, 200.0, 0.0]]
+    assert getattr(kernels, activation)(gate_up).tolist() == [[0.0, 200.0, 0.0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_rows_give_no_rows(dtype):
     empty = torch.empty(0, 4, 8, dtype=dtype)
 
-    kernels.rope(empty, empty, torch.empty(0, 4), torch.empty(0, 4))
-
     assert kernels.rms_norm(empty, torch.ones(8, dtype=dtype), 1e-5).shape == (0, 4, 8)
-    assert kernels.silu_mul(empty[:, 0]).shape == (0, 4)
+    assert kernels.silu_mul(empty[:, 0]).shape == kernels.gelu_mul(empty[:, 0]).shape == (0, 4)

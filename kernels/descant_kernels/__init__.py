@@ -11,12 +11,14 @@ Shapes and dtypes are the caller's promise: a broken one is a bug, caught by `as
 import functools
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 from torch import Tensor
 
-from descant_kernels import cpu, cpu_attention, cpu_sample, reference
+from descant_kernels import cpu, cpu_attention, cpu_linear, cpu_lora, cpu_sample, reference
 from descant_kernels.batch import AttentionBatch, LoraTables, NodeNoise, PackedLinear, Segments, Walk
+from descant_kernels.pair import PairLayout
 from descant_kernels.probe import Invariance, probe_invariance
 
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "LoraTables",
     "NodeNoise",
     "PackedLinear",
+    "PairLayout",
     "Segments",
     "Walk",
     "add_lora",
     "copy_blocks",
+    "gelu_mul",
     "gumbel_noise",
     "linear",
     "move_kv",
@@ -36,11 +40,10 @@ __all__ = [
     "paged_attention",
     "probe_invariance",
     "rms_norm",
-    "rope",
+    "rope_write_kv",
     "sample_nodes",
     "silu_mul",
     "walk_tree",
-    "write_kv",
 ]
 
 
@@ -50,7 +53,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     Args:
       weight: `[out, in]`, float32, bfloat16 or float16. bias: `[out]` of the same dtype, or None.
     """
-    return _plain_or_cpu(weight).pack_linear(weight, bias)
+    return _implementation("linear", weight).pack_linear(weight, bias)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -59,58 +62,85 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     Args:
       x: `[T, in]` of the weight's dtype; T may be 0. Returns `[T, out]` of the same dtype.
     """
-    return _plain_or_cpu(x).linear(x, packed)
+    return _implementation("linear", x).linear(x, packed)
 
 
 def add_lora(
-    y: Tensor, x: Tensor, tables: LoraTables, segments: Segments, first_module: int, out_sizes: tuple[int, ...]
+    y: Tensor,
+    x: Tensor,
+    tables: LoraTables,
+    segments: Segments,
+    first_module: int,
+    out_sizes: tuple[int, ...],
+    bias: Tensor | None = None,
 ) -> None:
     """Add every row's adapter output to a group of projections that share their input. In place on `y`.
 
     Semantics, for segment g with slot s >= 0, slice j and module m = first_module + j, where ranks[s, m] > 0:
-      A, B = arena[offsets[s, m]:].split → `[R, in]`, `[out_j, R]`
+      A, B = PairLayout.of(ranks[s, m], in, out_j).views(arena, offsets[s, m]) → `[R, in]`, `[out_j, R]`
       y[indptr[g]:indptr[g+1], slice j] += (x[indptr[g]:indptr[g+1]] @ A.T) @ B.T
+    and where the module has a row scale, with what was added as delta (DoRA, Liu et al. 2024):
+      y = scale * (y - bias + delta) + bias
 
     Args:
       y: `[T, sum(out_sizes)]`, dtype of the model. x: `[T, in]`, same dtype. tables, segments: see there.
       first_module: index of slice 0 in the tables' second axis. out_sizes: width of each slice of y.
+      bias: `[sum(out_sizes)]` of the same dtype, already in y, None = zeros; only row scales need it.
     Ranks are true ranks, 1 to any size, and may differ between adapters and slices. Products accumulate in float32.
     """
     if not segments.has_adapter:
         return
-    _triton_or_reference("lora", y).add_lora(y, x, tables, segments, first_module, out_sizes)
+    _implementation("lora", y).add_lora(y, x, tables, segments, first_module, out_sizes, bias)
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """Attention of new tokens over their sequences' paged cache: prefill, decode and tree verify alike.
 
     Semantics, for new token j of sequence s with n_s new tokens, p = context_lens[s] - n_s + j:
-      out[row] = softmax(scale * q[row] @ K.T) @ V over positions max(0, p - window + 1) .. p, per head;
-      query head h reads kv head h // (Hq / Hkv). Tree nodes: see `AttentionBatch`; positions then count along the
-      node's own path, and the result is what plain decode of that path gives.
+      out[row] = softmax(cap(scale * q[row] @ K.T)) @ V over positions max(0, p - window + 1) .. p, per head;
+      cap(x) = soft_cap * tanh(x / soft_cap), or x; query head h reads kv head h // (Hq / Hkv). Tree nodes: see
+      `AttentionBatch`; positions then count along the node's own path, and the result is what plain decode of that
+      path gives.
 
     Args:
       q: `[T, Hq, D]`. k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype, the new tokens' keys and
-      values already written. window: positions seen, the token itself included; None = all.
+      values already written. window: positions seen, the token itself included; None = all. soft_cap: None = none.
     Returns `[T, Hq, D]` of q's dtype. Softmax and sums are float32. What lies in the cache outside a sequence's
     visible positions, NaN included, never matters.
     """
-    implementation = cpu_attention if q.device.type == "cpu" else reference
-    return implementation.paged_attention(q, k_cache, v_cache, batch, scale, window)
+    return _implementation("attention", q).paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Store new keys and values. In place on the caches.
+def rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """Rotate queries and keys by position and store keys and values. In place on `q` and the caches.
 
-    Semantics: cache[slot // block_size, :, slot % block_size] = k[t] for slot = slot_mapping[t] >= 0.
+    Semantics, halves convention, x1 and x2 the halves of the first 2·d components of a head (the others stay):
+      x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin, in float32; then, for slot = slot_mapping[t] >= 0,
+      cache[slot // block_size, :, slot % block_size] = k[t].
 
     Args:
-      k, v: `[T, Hkv, D]`. k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype, contiguous.
-      slot_mapping: `[T]` int64, no slot twice; -1 = do not store.
+      q: `[T, Hq, D]`. k, v: `[T, Hkv, D]`; what is in `k` afterwards is unspecified. cos, sin: `[T, d]` float32,
+      d <= D / 2 (d = D / 2 rotates whole heads). k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype,
+      contiguous. slot_mapping: `[T]` int64, no slot twice; -1 = do not store.
     """
-    _triton_or_reference("kv", k).write_kv(k, v, k_cache, v_cache, slot_mapping)
+    _implementation("kv", k).rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
 
 
 def move_kv(k_cache: Tensor, v_cache: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
@@ -119,7 +149,7 @@ def move_kv(k_cache: Tensor, v_cache: Tensor, src_slots: Tensor, dst_slots: Tens
     Args:
       k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`. src_slots, dst_slots: `[M]` int64; no destination twice.
     """
-    _plain_or_cpu(k_cache).move_kv(k_cache, v_cache, src_slots, dst_slots)
+    _implementation("kv", k_cache).move_kv(k_cache, v_cache, src_slots, dst_slots)
 
 
 def copy_blocks(cache: Tensor, src_blocks: Tensor, dst_blocks: Tensor) -> None:
@@ -140,19 +170,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     Args:
       x: `[..., H]`, any leading axes. weight: `[H]`. residual: like x, contiguous, or None.
     """
-    return _triton_or_reference("fused", x).rms_norm(x, weight, eps, residual)
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate queries and keys by position, halves convention. In place on `q` and `k`.
-
-    Semantics, x1 and x2 the halves of the first 2·d components of a head (the others stay as they are):
-      x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin, in float32.
-
-    Args:
-      q: `[T, Hq, D]`. k: `[T, Hkv, D]`. cos, sin: `[T, d]` float32, d <= D / 2 (d = D / 2 rotates whole heads).
-    """
-    _plain_or_cpu(q).rope(q, k, cos, sin)
+    return _implementation("fused", x).rms_norm(x, weight, eps, residual)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -161,7 +179,16 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     Args:
       gate_up: `[T, 2 * I]`, gate first. Returns `[T, I]`.
     """
-    return _plain_or_cpu(gate_up).silu_mul(gate_up)
+    return _implementation("fused", gate_up).silu_mul(gate_up)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up` with the tanh approximation (Hendrycks and Gimpel 2016), in the tensor's dtype.
+
+    Args:
+      gate_up: `[T, 2 * I]`, gate first. Returns `[T, I]`.
+    """
+    return _implementation("fused", gate_up).gelu_mul(gate_up)
 
 
 def gumbel_noise(seeds: Tensor, choices: Tensor, output_indices: Tensor, vocab_size: int) -> Tensor:
@@ -189,11 +216,12 @@ def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
       logits: `[N, V]` float32, processed, excluded tokens -inf. noise: see `NodeNoise` and `gumbel_noise`.
     Returns `[N]` int64.
     """
-    implementation = cpu_sample if logits.device.type == "cpu" else reference
-    return implementation.sample_nodes(logits, noise)
+    return _implementation("sample", logits).sample_nodes(logits, noise)
 
 
-def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor) -> Walk:
+def walk_tree(
+    parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor, max_nodes: int | None = None
+) -> Walk:
     """Walk each sequence's draft tree as far as the target agrees with it.
 
     Semantics: start at node 0; while the token sampled at the current node is a child's draft token, go to that
@@ -202,25 +230,35 @@ def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_t
     Args:
       parents: `[N]` int64, index of each node's parent among its sequence's nodes, smaller than its own; -1 for node 0.
       cu_nodes: `[S + 1]` int64, no sequence empty. draft_tokens: `[N]` int64, that of node 0 (the last known token)
-      is ignored. sampled_tokens: `[N]` int64.
+      is ignored. sampled_tokens: `[N]` int64. max_nodes: width of the result; no sequence has more nodes. None reads
+      it from `cu_nodes`, which waits for the device (so never inside a CUDA graph).
     """
-    implementation = cpu_sample if parents.device.type == "cpu" else reference
-    return implementation.walk_tree(parents, cu_nodes, draft_tokens, sampled_tokens)
+    if max_nodes is None:
+        max_nodes = max(cu_nodes.diff().tolist(), default=0)
+    return _implementation("sample", parents).walk_tree(parents, cu_nodes, draft_tokens, sampled_tokens, max_nodes)
 
 
-def _plain_or_cpu(tensor: Tensor) -> ModuleType:
-    return cpu if tensor.device.type == "cpu" else reference
+_CPU_MODULES: dict[str, ModuleType] = {
+    "attention": cpu_attention,
+    "fused": cpu,
+    "kv": cpu,
+    "linear": cpu_linear,
+    "lora": cpu_lora,
+    "sample": cpu_sample,
+}
+_TRITON_TOPICS = _CPU_MODULES.keys() - {"linear"}
 
 
-def _triton_or_reference(topic: str, tensor: Tensor) -> ModuleType:
+def _implementation(topic: str, tensor: Tensor) -> ModuleType:
     if tensor.device.type == "cpu":
-        return cpu
+        return _CPU_MODULES[topic]
     return _triton_module(topic) or reference
 
 
 @functools.cache
 def _triton_module(topic: str) -> ModuleType | None:
     """The module of Triton kernels on a topic; imported on first use, so that a CPU server needs no Triton."""
-    if importlib.util.find_spec("triton") is None:
+    if topic not in _TRITON_TOPICS or importlib.util.find_spec("triton") is None:
         return None
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of every kernel unless somebody chose
     return importlib.import_module(f"descant_kernels.{topic}")

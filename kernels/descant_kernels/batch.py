@@ -5,7 +5,7 @@ launchers, so that no op ever reads a scalar back from the device. `memo` fields
 derived from the batch (gather indices, masks) for the next layer; they die with the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -21,17 +21,11 @@ TILE_ROWS = 16
 class PackedLinear:
     """A weight in the layout its device multiplies fastest. Made by `pack_linear`, opaque to others."""
 
-    weight: Tensor
-    bias: Tensor | None
+    product: Callable[[Tensor], Tensor]  # [n, in] -> [n, out], bias included
+    padded_rows: Callable[[int], int]  # row count -> the one at least as large that the product is given
+    dtype: torch.dtype  # of the rows `linear` takes and gives
     in_features: int
     out_features: int
-    is_packed: bool
-    min_rows: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the rows `linear` takes and gives."""
-        return self.weight.dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +34,8 @@ class Segments:
 
     Rows `indptr[g]:indptr[g + 1]` use `slots[g]`; -1 = no adapter. `indptr[0] == 0`, never decreasing;
     rows from `indptr[G]` on use no adapter. `tiles` cuts the segments that have an adapter into runs of at most
-    `TILE_ROWS` rows, each `(first row, number of rows, slot)`: one Triton program each, none empty.
+    `TILE_ROWS` rows, each `(first row, number of rows, slot)`: one Triton program each. Whoever pads
+    `tiles` to a fixed number does so with `(0, 0, 0)`: nothing is done for it.
     """
 
     indptr: Tensor  # [G + 1] int32
@@ -79,27 +74,39 @@ class Segments:
 class LoraTables:
     """Where every resident adapter's matrices lie in the arena.
 
-    Module `m` of slot `s` has rank `ranks[s, m]` (0 = untouched) and its A `[rank, in]` directly followed by its
-    B `[out, rank]` (scaling folded in) at element `offsets[s, m]` of `arena`. Make a new object when a slot
-    changes: CPU paths keep views of the arena in `memo`.
+    Module `m` of slot `s` has rank `ranks[s, m]` (0 = untouched) and its A and B (scaling folded in) at element
+    `offsets[s, m]` of `arena`, a multiple of 64, laid out as `pair.PairLayout` says: both transposed. A module with
+    `row_scales[s, m] >= 0` has its row scale `[out]` at that element. Make a new object when a slot changes: CPU paths
+    keep what they derived in `memo`.
     """
 
     arena: Tensor  # [N] dtype of the model
     offsets: Tensor  # [num_slots, num_modules] int64
     ranks: Tensor  # [num_slots, num_modules] int32
+    row_scales: Tensor  # [num_slots, num_modules] int64, -1 = none
     host_offsets: list[list[int]]
     host_ranks: list[list[int]]
+    host_row_scales: list[list[int]]
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, arena: Tensor, offsets: list[list[int]], ranks: list[list[int]]) -> "LoraTables":
-        """Tables on the arena's device from host lists `[num_slots][num_modules]`."""
+    def of(
+        cls,
+        arena: Tensor,
+        offsets: list[list[int]],
+        ranks: list[list[int]],
+        row_scales: list[list[int]] | None = None,
+    ) -> "LoraTables":
+        """Tables on the arena's device from host lists `[num_slots][num_modules]`; no row scales by default."""
+        row_scales = row_scales or [[-1] * len(slot) for slot in ranks]
         return cls(
             arena=arena,
             offsets=torch.tensor(offsets, dtype=torch.int64).to(arena.device),
             ranks=torch.tensor(ranks, dtype=torch.int32).to(arena.device),
+            row_scales=torch.tensor(row_scales, dtype=torch.int64).to(arena.device),
             host_offsets=offsets,
             host_ranks=ranks,
+            host_row_scales=row_scales,
         )
 
 

@@ -77,7 +77,13 @@ class Plan:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """See `descant_kernels.paged_attention`."""
     out = torch.empty_like(q)
@@ -86,11 +92,11 @@ def paged_attention(
     if plans is None:
         plans = batch.memo[key] = list(_make_plans(batch, window, q.shape[1], k_cache))
     for plan in plans:
-        out.index_copy_(0, plan.rows, _attend(q, k_cache, v_cache, plan, scale).to(q.dtype))
+        out.index_copy_(0, plan.rows, _attend(q, k_cache, v_cache, plan, scale, soft_cap).to(q.dtype))
     return out
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, scale: float) -> Tensor:
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, scale: float, soft_cap: float | None) -> Tensor:
     """Attention of a plan's queries: `[len(plan.rows), Hq, D]` float32."""
     num_heads, head_dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
@@ -101,7 +107,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, scale: floa
     queries = F.pad(queries, (0, -head_dim % BMM_ROWS, 0, -(group * plan.tokens) % BMM_ROWS))
     state: tuple[Tensor, Tensor, Tensor] | None = None
     for wave in plan.waves:
-        state = _combine(state, _chunk_sums(queries, k_cache, v_cache, plan.tokens, wave), wave.counts)
+        state = _combine(state, _chunk_sums(queries, k_cache, v_cache, plan.tokens, wave, soft_cap), wave.counts)
     assert state is not None, "a plan has at least one tile"
     _, total, weighted = state
     attended = (weighted / total)[:, :, : group * plan.tokens, :head_dim]
@@ -111,7 +117,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, scale: floa
 
 
 def _chunk_sums(
-    queries: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int, wave: Wave
+    queries: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int, wave: Wave, soft_cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maximum `[U, Hkv, M, 1]`, sum of exponentials `[U, Hkv, M, 1]` and weighted values `[U, Hkv, M, D]`."""
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
@@ -129,6 +135,9 @@ def _chunk_sums(
     if padded_dim != head_dim:
         keys, values = (F.pad(t, (0, padded_dim - head_dim)) for t in (keys, values))
     scores = torch.bmm(queries.reshape(-1, num_rows, padded_dim), keys.transpose(1, 2))
+    if soft_cap is not None:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1): `exp` gives equal bits anywhere in a tensor, `tanh` does not.
+        scores.mul_(2.0 / soft_cap).exp_().add_(1.0).reciprocal_().mul_(-2.0 * soft_cap).add_(soft_cap)
     by_token = scores.view(num_pairs, kv_heads, num_rows // tokens, tokens, CHUNK)
     by_token.masked_fill_(wave.hidden, -torch.inf)
     # Clamped so that a chunk of which a row sees nothing has finite terms: all its weights are exactly 0.

@@ -1,174 +1,264 @@
-"""CPU path of `add_lora`: many adapters in few products, every row bitwise independent of its batch.
+"""CPU path of `add_lora`: weighted sums of the runs in which A and B lie in the arena.
 
-All products have one shape per adapter: `[TILE, in] @ [in, R]` and `[TILE, R] @ [R, out]` in float32, batched over
-tiles of rows; a segment shorter than a tile is padded. As nothing about the shape depends on the batch, neither do
-the bits. Ranks are padded with zeros to a power of two, so that adapters of like rank share a batched product.
-The padded matrices of the slots in use are kept with the tables, within a budget.
+Shrink is, per row, the sum over input features of x[k] times a run of A; expand the sum over ranks of h[r] times runs
+of B. Both are `embedding_bag`: it reads the arena in place and in its own dtype, at true ranks, with no loop over
+adapters and no copy of their matrices. And as it adds up each sum by itself, one term after another in float32,
+a row's bits depend on nothing else in the batch. h and the update are rounded to the arena's dtype, as they are where
+A and B are two linear layers.
+
+Which runs a sum takes is a table of indices. Slots whose versions have the same ranks have the same tables but for
+where they begin; layers differ in where in a version they lie: that is where the view of the arena begins. So tables
+are made once for a batch, not once per layer, and kept while the same adapters meet.
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from descant_kernels.batch import LoraTables, Segments
+from descant_kernels.pair import ALIGNMENT, PairLayout
 
-TILE = 8
-"""Rows of every product."""
+TILE = 64
+"""Most rows of one call: long segments then share their tables."""
 
-MIN_WIDTH = 16
-"""Fewest columns of every product: below, rows of one tile were measured to differ."""
-
-CACHE_BYTES = 256 * 2**20
-"""Most bytes of padded matrices kept with one `LoraTables`."""
+TABLE_BYTES = 64 * 2**20
+"""Most bytes of index tables kept with one `LoraTables`."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TileGroup:
-    """Tiles of rows whose adapters have the same padded ranks, multiplied in one batch.
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One slice of y that adapters of a shape touch."""
 
-    Either one tile of each of `slots`, or several tiles of a single slot.
-    """
-
-    slots: tuple[int, ...]
-    ranks: tuple[int, ...]  # padded, one per slice
-    gather: Tensor  # [num_tiles * TILE] rows of x, padding repeats a row
-    kept: Tensor | None  # rows of the product that are no padding; None = all
-    rows: Tensor  # rows of y that they belong to
+    column: int  # where it begins in y
+    distance: int  # from the first such slice's pair to this one's, in elements
+    layout: PairLayout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PaddedMatrices:
-    """Float32 matrices of a group's slots: shrink of all slices side by side, expand of each slice."""
+class Sums:
+    """Runs to add up, of `width` elements each, counted from where a view of the arena begins."""
 
-    shrink: Tensor  # [num_slots, in, sum(ranks)]
-    expand: tuple[Tensor | None, ...]  # [num_slots, rank, max(out, MIN_WIDTH)] each
+    width: int
+    runs: Tensor  # [num_terms] int32
+    starts: Tensor  # [num_sums] int32, the first term of each sum
 
 
-def padded_rank(rank: int) -> int:
-    """Zero, or the power of two from MIN_WIDTH up that holds the rank."""
-    return 0 if rank == 0 else max(MIN_WIDTH, 1 << (rank - 1).bit_length())
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows of y, as consecutive as may be, whose slots have the same shape."""
+
+    rows: Tensor | slice
+    origins: tuple[int, ...]  # where each row's version begins in the arena
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What versions of the same ranks share: per module, the rank and the distance from where the version begins."""
+
+    ranks: tuple[int, ...]
+    distances: tuple[int, ...]
 
 
 def add_lora(
-    y: Tensor, x: Tensor, tables: LoraTables, segments: Segments, first_module: int, out_sizes: tuple[int, ...]
+    y: Tensor,
+    x: Tensor,
+    tables: LoraTables,
+    segments: Segments,
+    first_module: int,
+    out_sizes: tuple[int, ...],
+    bias: Tensor | None = None,
 ) -> None:
     """See `descant_kernels.add_lora`."""
-    for group in _groups(tables, segments, first_module, len(out_sizes)):
-        matrices = _matrices(tables, group.slots, group.ranks, first_module, x.shape[1], out_sizes)
-        num_tiles = group.gather.shape[0] // TILE
-        tiles = x.index_select(0, group.gather).float().view(num_tiles, TILE, -1)
-        shrunk = torch.bmm(tiles, matrices.shrink.expand(num_tiles, -1, -1))
-        column, h_column = 0, 0
-        for out_size, rank, expand in zip(out_sizes, group.ranks, matrices.expand, strict=True):
-            if expand is not None:
-                h = shrunk[:, :, h_column : h_column + rank]
-                delta = torch.bmm(h, expand.expand(num_tiles, -1, -1)).view(num_tiles * TILE, -1)
-                _add_rows(y[:, column : column + out_size], delta[:, :out_size], group)
-            column += out_size
-            h_column += rank
-
-
-def _add_rows(y: Tensor, delta: Tensor, group: TileGroup) -> None:
-    if group.kept is not None:
-        delta = delta.index_select(0, group.kept)
-    if y.dtype == delta.dtype:
-        y.index_add_(0, group.rows, delta)
-    else:
-        y.index_copy_(0, group.rows, (y.index_select(0, group.rows) + delta).to(y.dtype))
-
-
-def _groups(tables: LoraTables, segments: Segments, first_module: int, num_slices: int) -> list[TileGroup]:
-    """Tile groups of the batch; layers whose adapters have the same ranks share them."""
-    last_module = first_module + num_slices
-    ranks = tuple(
-        () if slot < 0 else tuple(tables.host_ranks[slot][first_module:last_module]) for slot in segments.host_slots
-    )
-    groups = segments.memo.get(ranks)
-    if groups is None:
-        groups = segments.memo[ranks] = _make_groups(segments, ranks)
-    return groups
-
-
-def _make_groups(segments: Segments, ranks: Sequence[tuple[int, ...]]) -> list[TileGroup]:
-    short: dict[tuple[int, ...], list[tuple[int, range]]] = {}
-    groups: list[TileGroup] = []
-    for index, slot in enumerate(segments.host_slots):
-        rows = range(segments.host_indptr[index], segments.host_indptr[index + 1])
-        padded = tuple(padded_rank(rank) for rank in ranks[index])
-        if slot < 0 or not rows or not any(padded):
+    for shape, tiles in _tiles(tables, segments).items():
+        slices = _slices(tables, shape, first_module, x.shape[1], out_sizes)
+        if not slices:
             continue
-        if len(rows) <= TILE:
-            short.setdefault(padded, []).append((slot, rows))
+        first = first_module + slices[0][0]
+        touched = tuple(slice_ for _, slice_ in slices)
+        view = tables.arena[shape.distances[first] :]
+        for tile in tiles:
+            shrink, expand = _sums(tables, touched, tile.origins)
+            rows = x[tile.rows]
+            h = _shrink(view, rows, shrink)
+            delta = _expand(view, h, touched, expand)
+            _add(y, delta, touched, tile)
+    if _has_row_scales(tables, segments):
+        _scale(y, tables, segments, first_module, out_sizes, bias)
+
+
+def _shrink(view: Tensor, rows: Tensor, sums: Sums) -> Tensor:
+    """x @ A.T of all slices side by side, each as wide as its rows of A: `[n, sum(a_stride)]`."""
+    num_rows, in_size = rows.shape
+    sums_per_row = sums.starts.shape[0] // num_rows
+    weights = rows[:, None].expand(num_rows, sums_per_row, in_size).reshape(-1)
+    return _weighted_sums(view, weights, sums).view(num_rows, -1)
+
+
+def _expand(view: Tensor, h: Tensor, slices: tuple[Slice, ...], sums: Sums) -> Tensor:
+    """h @ B.T of all slices side by side, each as wide as its rows of B: `[n, sum(b_stride)]`."""
+    weights: list[Tensor] = []
+    column = 0
+    for slice_ in slices:
+        layout = slice_.layout
+        part = h[:, None, column : column + layout.rank]
+        weights.append(part.expand(-1, layout.b_stride // sums.width, -1).flatten(1))
+        column += layout.a_stride
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
+    return _weighted_sums(view, weight.reshape(-1), sums).view(h.shape[0], -1)
+
+
+def _weighted_sums(view: Tensor, weights: Tensor, sums: Sums) -> Tensor:
+    table = view[: view.shape[0] // sums.width * sums.width].view(-1, sums.width)
+    # The positional flags: no scaling by frequency, mode 0 = sum, no sparse gradient.
+    return torch.embedding_bag(table, sums.runs, sums.starts, False, 0, False, weights)[0]
+
+
+def _add(y: Tensor, delta: Tensor, slices: tuple[Slice, ...], tile: Tile) -> None:
+    column = 0
+    for slice_ in slices:
+        out_size = slice_.layout.out_size
+        target = y[:, slice_.column : slice_.column + out_size]
+        part = delta[:, column : column + out_size]
+        if isinstance(tile.rows, slice):
+            target[tile.rows] += part
         else:
-            tiles = [rows[start : start + TILE] for start in range(0, len(rows), TILE)]
-            groups.append(_make_group((slot,), padded, tiles))
-    for padded, members in short.items():
-        slots = tuple(slot for slot, _ in members)
-        # One slot many times over needs its matrices once.
-        slots = slots[:1] if len(set(slots)) == 1 else slots
-        groups.append(_make_group(slots, padded, [rows for _, rows in members]))
-    return groups
+            target.index_add_(0, tile.rows, part)
+        column += slice_.layout.b_stride
 
 
-def _make_group(slots: tuple[int, ...], ranks: tuple[int, ...], tiles: Sequence[range]) -> TileGroup:
-    gather = [row for tile in tiles for row in (*tile, *([tile[0]] * (TILE - len(tile))))]
-    kept = [index * TILE + row for index, tile in enumerate(tiles) for row in range(len(tile))]
-    return TileGroup(
-        slots=slots,
-        ranks=ranks,
-        gather=torch.tensor(gather),
-        kept=None if len(kept) == len(gather) else torch.tensor(kept),
-        rows=torch.tensor([row for tile in tiles for row in tile]),
-    )
-
-
-def _matrices(
+def _scale(
+    y: Tensor,
     tables: LoraTables,
-    slots: tuple[int, ...],
-    ranks: tuple[int, ...],
+    segments: Segments,
     first_module: int,
-    in_size: int,
     out_sizes: tuple[int, ...],
-) -> PaddedMatrices:
-    key = (first_module, slots)
-    matrices = tables.memo.get(key)
-    if matrices is None:
-        matrices = _make_matrices(tables, slots, ranks, first_module, in_size, out_sizes)
-        num_bytes = sum(m.nbytes for m in (matrices.shrink, *matrices.expand) if m is not None)
-        if tables.memo.get("bytes", 0) + num_bytes > CACHE_BYTES:
+    bias: Tensor | None,
+) -> None:
+    """Apply row scales to rows that have their update already."""
+    for (start, end), slot in zip(pairwise(segments.host_indptr), segments.host_slots, strict=True):
+        column = 0
+        for module, out_size in enumerate(out_sizes, first_module):
+            at = tables.host_row_scales[slot][module] if slot >= 0 and tables.host_ranks[slot][module] else -1
+            if at >= 0:
+                scale = tables.arena[at : at + out_size].float()
+                unscaled = 0.0 if bias is None else bias[column : column + out_size].float()
+                target = y[start:end, column : column + out_size]
+                target.copy_((target.float() - unscaled) * scale + unscaled)
+            column += out_size
+
+
+def _has_row_scales(tables: LoraTables, segments: Segments) -> bool:
+    key = (tables, "row scales")
+    if key not in segments.memo:
+        used = [tables.host_row_scales[slot] for slot in segments.host_slots if slot >= 0]
+        segments.memo[key] = any(max(row_scales) >= 0 for row_scales in used)
+    return segments.memo[key]
+
+
+# ---- which rows, which slices, which runs ---------------------------------------------------------------------------
+
+
+def _tiles(tables: LoraTables, segments: Segments) -> dict[Shape, list[Tile]]:
+    """The batch's rows that have an adapter, by the shape of it; the same for every layer."""
+    tiles = segments.memo.get(tables)
+    if tiles is None:
+        rows: dict[Shape, list[tuple[int, int]]] = {}
+        for (start, end), slot in zip(pairwise(segments.host_indptr), segments.host_slots, strict=True):
+            if slot >= 0 and start < end:
+                shape, origin = _shape(tables, slot)
+                rows.setdefault(shape, []).extend((row, origin) for row in range(start, end))
+        tiles = {
+            shape: [_tile(some[at : at + TILE]) for at in range(0, len(some), TILE)] for shape, some in rows.items()
+        }
+        segments.memo[tables] = tiles
+    return tiles
+
+
+def _tile(rows: list[tuple[int, int]]) -> Tile:
+    first, last = rows[0][0], rows[-1][0]
+    is_run = last - first + 1 == len(rows)
+    indices = slice(first, last + 1) if is_run else torch.tensor([row for row, _ in rows])
+    return Tile(indices, tuple(origin for _, origin in rows))
+
+
+def _shape(tables: LoraTables, slot: int) -> tuple[Shape, int]:
+    """The shape of the version in a slot, and where it begins."""
+    key = ("shape", slot)
+    if key not in tables.memo:
+        ranks, offsets = tables.host_ranks[slot], tables.host_offsets[slot]
+        origin = min((offset for offset, rank in zip(offsets, ranks, strict=True) if rank), default=0)
+        distances = tuple(offset - origin if rank else 0 for offset, rank in zip(offsets, ranks, strict=True))
+        tables.memo[key] = Shape(tuple(ranks), distances), origin
+    return tables.memo[key]
+
+
+def _slices(
+    tables: LoraTables, shape: Shape, first_module: int, in_size: int, out_sizes: tuple[int, ...]
+) -> list[tuple[int, Slice]]:
+    """The touched slices of a group of projections, with their numbers."""
+    key = (shape, first_module)
+    slices = tables.memo.get(key)
+    if slices is None:
+        slices, column, first = [], 0, None
+        for number, out_size in enumerate(out_sizes):
+            rank, distance = shape.ranks[first_module + number], shape.distances[first_module + number]
+            if rank:
+                first = distance if first is None else first
+                slices.append((number, Slice(column, distance - first, PairLayout.of(rank, in_size, out_size))))
+            column += out_size
+        tables.memo[key] = slices
+    return slices
+
+
+def _sums(tables: LoraTables, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> tuple[Sums, Sums]:
+    """The sums of shrink and expand for rows whose versions begin at `origins`."""
+    key = (slices, origins)
+    sums = tables.memo.get(key)
+    if sums is None:
+        begins = torch.tensor(origins, dtype=torch.int64)
+        sums = _shrink_sums(slices, begins), _expand_sums(slices, begins)
+        num_bytes = sum(4 * (part.runs.numel() + part.starts.numel()) for part in sums)
+        if tables.memo.get("bytes", 0) + num_bytes > TABLE_BYTES:
             tables.memo.clear()
-        tables.memo[key] = matrices
+        tables.memo[key] = sums
         tables.memo["bytes"] = tables.memo.get("bytes", 0) + num_bytes
-    return matrices
+    return sums
 
 
-def _make_matrices(
-    tables: LoraTables,
-    slots: tuple[int, ...],
-    ranks: tuple[int, ...],
-    first_module: int,
-    in_size: int,
-    out_sizes: tuple[int, ...],
-) -> PaddedMatrices:
-    shrink: list[Tensor] = []
-    expand: list[Tensor | None] = []
-    for module, (padded, out_size) in enumerate(zip(ranks, out_sizes, strict=True), first_module):
-        if padded == 0:
-            expand.append(None)
-            continue
-        pairs = [_adapter_matrices(tables, slot, module, in_size, out_size) for slot in slots]
-        shrink.append(torch.stack([F.pad(a.T, (0, padded - a.shape[0])) for a, _ in pairs]))
-        missing = max(0, MIN_WIDTH - out_size)
-        expand.append(torch.stack([F.pad(b.T, (0, missing, 0, padded - b.shape[1])) for _, b in pairs]))
-    return PaddedMatrices(torch.cat(shrink, dim=2), tuple(expand))
+def _shrink_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
+    """Per row and slice, a_stride / width sums of one run per input feature."""
+    width = math.gcd(ALIGNMENT, *(slice_.layout.a_stride for slice_ in slices))
+    parts = [
+        slice_.distance // width + _grid(slice_.layout.a_stride // width, slice_.layout.in_size) for slice_ in slices
+    ]
+    return _all_rows(width, parts, begins)
 
 
-def _adapter_matrices(tables: LoraTables, slot: int, module: int, in_size: int, out_size: int) -> tuple[Tensor, Tensor]:
-    rank, offset = tables.host_ranks[slot][module], tables.host_offsets[slot][module]
-    middle = offset + rank * in_size
-    a = tables.arena[offset:middle].view(rank, in_size)
-    b = tables.arena[middle : middle + out_size * rank].view(out_size, rank)
-    return a.float(), b.float()
+def _expand_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
+    """Per row and slice, b_stride / width sums of one run per rank."""
+    width = math.gcd(ALIGNMENT, *(slice_.layout.b_stride for slice_ in slices))
+    parts = [
+        (slice_.distance + slice_.layout.b_start) // width + _grid(slice_.layout.b_stride // width, slice_.layout.rank)
+        for slice_ in slices
+    ]
+    return _all_rows(width, parts, begins)
+
+
+def _grid(num_sums: int, num_terms: int) -> Tensor:
+    """Runs of the sums over the rows of a matrix `num_sums` runs wide: `[num_sums, num_terms]`."""
+    return torch.arange(num_sums)[:, None] + torch.arange(num_terms) * num_sums
+
+
+def _all_rows(width: int, parts: list[Tensor], begins: Tensor) -> Sums:
+    runs = torch.cat([part.flatten() for part in parts])
+    lengths = torch.cat([torch.full((part.shape[0],), part.shape[1]) for part in parts])
+    starts = lengths.cumsum(0) - lengths
+    rows = torch.arange(begins.shape[0])[:, None]
+    return Sums(
+        width,
+        (begins[:, None] // width + runs).flatten().int(),
+        (rows * runs.shape[0] + starts).flatten().int(),
+    )

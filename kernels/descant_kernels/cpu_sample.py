@@ -46,7 +46,7 @@ def _wrap_32(words: Tensor) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor) -> Walk:
+def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor, max_nodes: int) -> Walk:
     """See `descant_kernels.walk_tree`."""
     bounds = cu_nodes.tolist()
     sampled = sampled_tokens.tolist()
@@ -59,14 +59,13 @@ def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_t
         while (node := child.get((path[-1], sampled[start + path[-1]]))) is not None:
             path.append(node)
         paths.append(path)
-    width = max((end - start for start, end in itertools.pairwise(bounds)), default=0)
-    nodes = [path + [-1] * (width - len(path)) for path in paths]
+    nodes = [path + [-1] * (max_nodes - len(path)) for path in paths]
     tokens = [
-        [sampled[start + node] for node in path] + [-1] * (width - len(path))
+        [sampled[start + node] for node in path] + [-1] * (max_nodes - len(path))
         for start, path in zip(bounds, paths, strict=False)
     ]
     return Walk(
         counts=torch.tensor([len(path) for path in paths], dtype=torch.int64),
-        nodes=torch.tensor(nodes, dtype=torch.int64).reshape(-1, width),
-        tokens=torch.tensor(tokens, dtype=torch.int64).reshape(-1, width),
+        nodes=torch.tensor(nodes, dtype=torch.int64).reshape(len(paths), max_nodes),
+        tokens=torch.tensor(tokens, dtype=torch.int64).reshape(len(paths), max_nodes),
     )

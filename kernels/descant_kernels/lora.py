@@ -1,192 +1,212 @@
-# pyright: reportArgumentType=false
-# Triton turns launch arguments into constexpr; its annotations do not say so.
-"""Triton kernels of `add_lora`: segmented shrink and expand, two launches per group of projections.
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+"""How `add_lora` is launched on a GPU: in one launch or two, with how large tiles, with how much scratch memory.
 
-One program takes one tile of a segment's rows, so all its rows share one adapter and its true rank is a loop bound.
-Long reductions are split along K into a fixed number of parts by input size alone; expand adds the parts in order.
-So nothing needs zeroing first, there are no atomics, and a row's bits do not depend on the batch.
+*One launch or two.* One launch saves 2 to 3 µs. But in it every block of `BLOCK_N` columns makes h again, so it reads
+A again: for rank 16 in 16 bits 32 * in_size bytes per block and tile. They come mostly from the L2 cache, which gives
+about 5 TB/s in all on an H100 or H200 (HBM: 3.3 and 4.8) and about 50 bytes/ns to one program. So
+- in_size * blocks = `FUSED_WORK` = 8,192 rereads 256 KiB per tile, 0.05 µs: one launch wins up to some 48 tiles, and
+  loses some 11 µs at 256;
+- in_size = `FUSED_IN_SIZE` = 1,024 keeps one program at its A for 0.7 µs, which two launches spread over programs.
+With in_size 4,096 A alone takes one program 2.6 µs, all that a launch costs, and 64 blocks reread 8 MiB per tile, which
+is 1.7 µs more: nothing is won for one tile, and much is lost for many. So one launch is for small models, of hidden
+sizes up to about 512. All of this is arithmetic, nothing measured. The choice looks at the model's sizes only: never at
+the batch, nor at ranks. So it is the same for a row in any company, in a prompt and after it, in a CUDA graph or not.
+
+*Tiles.* A tile of 16 rows loads A and B for 16 rows: at rank 64 four times the bytes of its x. So where two launches
+are made, large batches with long segments are cut into tiles of 64 rows. Batches of up to `MAX_SPLIT_ROWS` have too few
+tiles to fill a device: in those the parts of a long reduction get programs of their own, each with its plane of h, and
+expand adds the planes in order; in a larger batch one program adds all parts. Neither changes the order of a row's sums
+(see `lora_tiles`). Tiles of 64 rows run on two warps: with four, a Hopper takes another tensor core instruction (wgmma)
+than for 16 rows (mma.sync), which may round otherwise. The compiled code has mma.sync in all kernels, for compute
+capabilities 8.0, 9.0 and 10.0; that a row's bits are the same in all of them is unverified on a GPU.
+
+*Scratch memory.* h is `[planes, slices, rows, highest rank in the batch]`, float32 if there are planes to add, else of
+the model's dtype. For q/k/v at rank 64 with 256 rows and 8 planes that is 1.5 MiB, with 8,192 rows 3 MiB; with an
+adapter of rank 1,024 in the batch 24 and 48 MiB. While a CUDA graph is captured, `segments` and `tables` must bound
+what it will be replayed with.
 """
+
+from functools import cache
+from itertools import accumulate, pairwise
+from math import gcd
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from descant_kernels import lora_tiles
 from descant_kernels.batch import TILE_ROWS, LoraTables, Segments
+from descant_kernels.pair import OUT_STEP, RANK_STEP
 
-BLOCK_K = 128
 BLOCK_N = 64
-SPLIT_SIZE = 1024
-"""Input features per part of a split reduction."""
-MAX_SPLITS = 8
-MAX_BLOCK_R = 64
-
-
-@triton.jit
-def _shrink_kernel(
-    # Pointers
-    x_ptr,
-    arena_ptr,
-    h_ptr,
-    tiles_ptr,
-    offsets_ptr,
-    ranks_ptr,
-    # Sizes
-    in_size,
-    split_size,
-    num_modules,
-    first_module,
-    # Strides
-    x_stride,
-    h_split_stride,
-    h_slice_stride,
-    h_row_stride,
-    # Meta
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """h[split, slice, rows] = x[rows, part of K] @ A.T[part of K]."""
-    tile = tl.program_id(0)
-    slice_index = tl.program_id(1)
-    split = tl.program_id(2)
-    first_row = tl.load(tiles_ptr + tile * 3)
-    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
-    slot = tl.load(tiles_ptr + tile * 3 + 2)
-    entry = slot.to(tl.int64) * num_modules + first_module + slice_index
-    rank = tl.load(ranks_ptr + entry)
-    a_ptr = arena_ptr + tl.load(offsets_ptr + entry)
-
-    m = tl.arange(0, BLOCK_M)
-    rows = (first_row + m).to(tl.int64)
-    m_mask = m < num_rows
-    k_start = split * split_size
-    k_end = tl.minimum(k_start + split_size, in_size)
-    h_base = h_ptr + split * h_split_stride + slice_index * h_slice_stride
-    for r_start in range(0, rank, BLOCK_R):
-        r = r_start + tl.arange(0, BLOCK_R)
-        acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        for k_block in range(k_start, k_end, BLOCK_K):
-            k = k_block + tl.arange(0, BLOCK_K)
-            k_mask = k < k_end
-            x = tl.load(
-                x_ptr + rows[:, None] * x_stride + k[None, :], mask=m_mask[:, None] & k_mask[None, :], other=0.0
-            )
-            a = tl.load(
-                a_ptr + r[None, :] * in_size + k[:, None], mask=(r < rank)[None, :] & k_mask[:, None], other=0.0
-            )
-            acc = tl.dot(x, a, acc, input_precision=PRECISION)
-        h = h_base + rows[:, None] * h_row_stride + r[None, :]
-        tl.store(h, acc, mask=m_mask[:, None] & (r < rank)[None, :])
-
-
-@triton.jit
-def _expand_kernel(
-    # Pointers
-    y_ptr,
-    arena_ptr,
-    h_ptr,
-    tiles_ptr,
-    offsets_ptr,
-    ranks_ptr,
-    columns_ptr,
-    # Sizes
-    in_size,
-    num_modules,
-    first_module,
-    # Strides
-    y_stride,
-    h_split_stride,
-    h_slice_stride,
-    h_row_stride,
-    # Meta
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """y[rows, slice] += (sum over splits of h[split, slice, rows]) @ B.T."""
-    tile = tl.program_id(0)
-    slice_index = tl.program_id(2)
-    column = tl.load(columns_ptr + slice_index)
-    out_size = tl.load(columns_ptr + slice_index + 1) - column
-    first_row = tl.load(tiles_ptr + tile * 3)
-    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
-    slot = tl.load(tiles_ptr + tile * 3 + 2)
-    entry = slot.to(tl.int64) * num_modules + first_module + slice_index
-    rank = tl.load(ranks_ptr + entry)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if (rank > 0) & (tl.program_id(1) * BLOCK_N < out_size):
-        b_ptr = arena_ptr + tl.load(offsets_ptr + entry) + rank.to(tl.int64) * in_size
-        m = tl.arange(0, BLOCK_M)
-        rows = (first_row + m).to(tl.int64)
-        m_mask = m < num_rows
-        n_mask = n < out_size
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for r_start in range(0, rank, BLOCK_R):
-            r = r_start + tl.arange(0, BLOCK_R)
-            r_mask = r < rank
-            h_ptrs = h_ptr + slice_index * h_slice_stride + rows[:, None] * h_row_stride + r[None, :]
-            h_mask = m_mask[:, None] & r_mask[None, :]
-            h = tl.load(h_ptrs, mask=h_mask, other=0.0)
-            for split in tl.static_range(1, NUM_SPLITS):  # pyright: ignore[reportGeneralTypeIssues]
-                h += tl.load(h_ptrs + split * h_split_stride, mask=h_mask, other=0.0)
-            b = tl.load(b_ptr + n[None, :] * rank + r[:, None], mask=n_mask[None, :] & r_mask[:, None], other=0.0)
-            acc = tl.dot(h.to(b.dtype), b, acc, input_precision=PRECISION)
-        y_ptrs = y_ptr + rows[:, None] * y_stride + column + n[None, :]
-        y_mask = m_mask[:, None] & n_mask[None, :]
-        y = tl.load(y_ptrs, mask=y_mask, other=0.0)
-        tl.store(y_ptrs, (y.to(tl.float32) + acc).to(y.dtype), mask=y_mask)
+BLOCK_K_BYTES = 128
+"""Of each row of x in one step of a product: a cache line."""
+WIDE_TILE_ROWS = 64
+PART_SIZE = 512
+"""Least input features in one part of a long reduction."""
+MAX_PARTS = 8
+MAX_SPLIT_ROWS = 512
+"""Most rows of a batch in which parts of a reduction are spread over programs: 32 tiles, 8 of `WIDE_TILE_ROWS`."""
+MAX_RANK_PROGRAMS = 8
+FUSED_WORK = 8192
+FUSED_IN_SIZE = 1024
 
 
 def add_lora(
-    y: Tensor, x: Tensor, tables: LoraTables, segments: Segments, first_module: int, out_sizes: tuple[int, ...]
+    y: Tensor,
+    x: Tensor,
+    tables: LoraTables,
+    segments: Segments,
+    first_module: int,
+    out_sizes: tuple[int, ...],
+    bias: Tensor | None = None,
 ) -> None:
-    """See `descant_kernels.add_lora`. Rows of x and y must be contiguous."""
+    """See `descant_kernels.add_lora`. Features must be contiguous in x, y and bias; rows may have any stride."""
     assert x.stride(1) == y.stride(1) == 1, "features must be contiguous"
-    num_tiles, num_slices = segments.tiles.shape[0], len(out_sizes)
-    in_size, num_modules = x.shape[1], tables.ranks.shape[1]
-    max_rank = _max_rank(tables)
-    if num_tiles == 0 or max_rank == 0:
+    assert bias is None or bias.is_contiguous(), "the bias must be contiguous"
+    if segments.tiles.shape[0] == 0 or _max_rank(tables, segments) == 0:
         return
-    num_splits = max(1, min(MAX_SPLITS, in_size // SPLIT_SIZE))
-    split_size = triton.cdiv(triton.cdiv(in_size, BLOCK_K), num_splits) * BLOCK_K
-    block_r = max(16, min(MAX_BLOCK_R, triton.next_power_of_2(max_rank)))
-    precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    h = torch.empty(num_splits, num_slices, x.shape[0], max_rank, dtype=torch.float32, device=x.device)
-    _shrink_kernel[(num_tiles, num_slices, num_splits)](
-        *(x, tables.arena, h, segments.tiles, tables.offsets, tables.ranks),
-        *(in_size, split_size, num_modules, first_module),
-        *(x.stride(0), h.stride(0), h.stride(1), h.stride(2)),
+    launch = _launch_once if is_fused(x.shape[1], out_sizes) else _launch_twice
+    launch(y, x, tables, segments, first_module, out_sizes, bias)
+
+
+def _launch_once(
+    y: Tensor,
+    x: Tensor,
+    tables: LoraTables,
+    segments: Segments,
+    first_module: int,
+    out_sizes: tuple[int, ...],
+    bias: Tensor | None,
+) -> None:
+    columns = _columns(out_sizes, y.device)
+    block_k, part_size = _steps(x)
+    lora_tiles.fused_kernel[(len(segments.tiles), len(columns))](
+        *(y, x, tables.arena, y if bias is None else bias),
+        *(segments.tiles, columns, tables.offsets, tables.ranks, tables.row_scales),
+        *(x.shape[1], part_size, tables.ranks.shape[1], first_module),
+        *(y.stride(0), x.stride(0)),
+        HAS_BIAS=bias is not None,
+        OUT_MULTIPLE=gcd(OUT_STEP, *out_sizes),
         BLOCK_M=TILE_ROWS,
-        BLOCK_R=block_r,
-        BLOCK_K=BLOCK_K,
-        PRECISION=precision,
+        BLOCK_K=block_k,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+        num_stages=4,
     )
-    _expand_kernel[(num_tiles, triton.cdiv(max(out_sizes), BLOCK_N), num_slices)](
-        *(y, tables.arena, h, segments.tiles, tables.offsets, tables.ranks, _columns(tables, out_sizes)),
+
+
+def _launch_twice(
+    y: Tensor,
+    x: Tensor,
+    tables: LoraTables,
+    segments: Segments,
+    first_module: int,
+    out_sizes: tuple[int, ...],
+    bias: Tensor | None,
+) -> None:
+    num_rows, in_size = x.shape
+    num_slices, num_modules = len(out_sizes), tables.ranks.shape[1]
+    is_small = num_rows <= MAX_SPLIT_ROWS
+    wide_tiles = None if is_small else _wide_tiles(segments)
+    tiles = segments.tiles if wide_tiles is None else wide_tiles
+    block_m, num_warps = (TILE_ROWS, 4) if wide_tiles is None else (WIDE_TILE_ROWS, 2)
+    columns = _columns(out_sizes, y.device)
+    block_k, part_size = _steps(x)
+    num_planes = triton.cdiv(in_size, part_size) if is_small else 1
+    max_rank = _max_rank(tables, segments)
+    rank_programs = min(triton.cdiv(max_rank, lora_tiles.BLOCK_R.value), MAX_RANK_PROGRAMS)
+    h = torch.empty(
+        *(num_planes, num_slices, num_rows, triton.cdiv(max_rank, RANK_STEP) * RANK_STEP),
+        dtype=torch.float32 if num_planes > 1 else x.dtype,
+        device=x.device,
+    )
+    lora_tiles.shrink_kernel[(len(tiles), num_slices * rank_programs, num_planes)](
+        *(x, tables.arena, h, tiles, tables.offsets, tables.ranks),
+        *(in_size, part_size, part_size if num_planes > 1 else in_size, num_slices, num_modules, first_module),
+        *(x.stride(0), h.stride(0), h.stride(1), h.stride(2)),
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+        num_stages=4,
+    )
+    lora_tiles.expand_kernel[(len(tiles), len(columns))](
+        *(y, tables.arena, h, y if bias is None else bias),
+        *(tiles, columns, tables.offsets, tables.ranks, tables.row_scales),
         *(in_size, num_modules, first_module),
         *(y.stride(0), h.stride(0), h.stride(1), h.stride(2)),
-        NUM_SPLITS=num_splits,
-        BLOCK_M=TILE_ROWS,
-        BLOCK_R=block_r,
+        NUM_PLANES=num_planes,
+        HAS_BIAS=bias is not None,
+        OUT_MULTIPLE=gcd(OUT_STEP, *out_sizes),
+        BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
-        PRECISION=precision,
+        num_warps=num_warps,
+        num_stages=2,  # each holds all planes
     )
 
 
-def _max_rank(tables: LoraTables) -> int:
-    """The highest rank of any slot, so that the buffer's size does not depend on the batch."""
-    if "max_rank" not in tables.memo:
-        tables.memo["max_rank"] = max((rank for ranks in tables.host_ranks for rank in ranks), default=0)
-    return tables.memo["max_rank"]
+def is_fused(in_size: int, out_sizes: tuple[int, ...]) -> bool:
+    """Whether a group of projections takes one launch."""
+    num_blocks = sum(triton.cdiv(out_size, BLOCK_N) for out_size in out_sizes)
+    return in_size <= FUSED_IN_SIZE and in_size * num_blocks <= FUSED_WORK
 
 
-def _columns(tables: LoraTables, out_sizes: tuple[int, ...]) -> Tensor:
-    """Columns at which slices start, and the end of the last: `[num_slices + 1]` int32 on the device."""
-    if out_sizes not in tables.memo:
-        starts = torch.tensor((0, *out_sizes)).cumsum(0).int()
-        tables.memo[out_sizes] = starts.to(tables.arena.device)
-    return tables.memo[out_sizes]
+def _steps(x: Tensor) -> tuple[int, int]:
+    """Input features in one step of a product, and in each part of a reduction but the last: whole steps."""
+    block_k, in_size = BLOCK_K_BYTES // x.element_size(), x.shape[1]
+    num_parts = max(1, min(MAX_PARTS, in_size // PART_SIZE))
+    return block_k, triton.cdiv(triton.cdiv(in_size, num_parts), block_k) * block_k
+
+
+def _max_rank(tables: LoraTables, segments: Segments) -> int:
+    """The highest rank of any module of the slots in the batch: what h has room for."""
+    key = ("highest rank", tables)
+    if key not in segments.memo:
+        slots = {slot for slot in segments.host_slots if slot >= 0}
+        segments.memo[key] = max((_max_rank_of(tables, slot) for slot in slots), default=0)
+    return segments.memo[key]
+
+
+def _max_rank_of(tables: LoraTables, slot: int) -> int:
+    key = ("highest rank", slot)
+    if key not in tables.memo:
+        tables.memo[key] = max(tables.host_ranks[slot], default=0)
+    return tables.memo[key]
+
+
+def _wide_tiles(segments: Segments) -> Tensor | None:
+    """Tiles as `Segments.tiles`, but of up to `WIDE_TILE_ROWS` rows; None if no segment has as many."""
+    key = "wide tiles"
+    if key not in segments.memo:
+        runs = [(*run, slot) for run, slot in zip(pairwise(segments.host_indptr), segments.host_slots, strict=True)]
+        tiles = [
+            (row, min(WIDE_TILE_ROWS, end - row), slot)
+            for start, end, slot in runs
+            if slot >= 0
+            for row in range(start, end, WIDE_TILE_ROWS)
+        ]
+        is_long = any(num_rows == WIDE_TILE_ROWS for _, num_rows, _ in tiles)
+        segments.memo[key] = _on_device(tiles, segments.tiles.device) if is_long else None
+    return segments.memo[key]
+
+
+@cache
+def _columns(out_sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Blocks of columns of a group: slice, number in the slice, width and first column of it in the multiple's units.
+
+    `[num_blocks, 4]` int32. It lives as long as the process: CUDA graphs read it.
+    """
+    multiple, starts = gcd(OUT_STEP, *out_sizes), accumulate(out_sizes, initial=0)
+    blocks = [
+        (number, block, out_size // multiple, start // multiple)
+        for number, (out_size, start) in enumerate(zip(out_sizes, starts, strict=False))
+        for block in range(triton.cdiv(out_size, BLOCK_N))
+    ]
+    return _on_device(blocks, device)
+
+
+def _on_device(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    """The integers as int32 on the device, without waiting for it."""
+    values = torch.tensor(rows, dtype=torch.int32)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from descant_kernels.batch import AttentionBatch, LoraTables, NodeNoise, PackedLinear, Segments, Walk
+from descant_kernels.pair import PairLayout
 
 LOW_32_BITS = 0xFFFFFFFF
 MIX_1 = 0x7FEB352D
@@ -22,17 +23,22 @@ SEED_SALT_B = 0x85EBCA6B
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """See `descant_kernels.pack_linear`; keeps the weight as it is."""
     out_features, in_features = weight.shape
-    return PackedLinear(weight, bias, in_features, out_features, is_packed=False, min_rows=1)
+    return PackedLinear(lambda x: F.linear(x, weight, bias), int, weight.dtype, in_features, out_features)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     """See `descant_kernels.linear`."""
-    assert not packed.is_packed, "the reference multiplies plain weights"
-    return F.linear(x, packed.weight, packed.bias)
+    return packed.product(x)
 
 
 def add_lora(
-    y: Tensor, x: Tensor, tables: LoraTables, segments: Segments, first_module: int, out_sizes: tuple[int, ...]
+    y: Tensor,
+    x: Tensor,
+    tables: LoraTables,
+    segments: Segments,
+    first_module: int,
+    out_sizes: tuple[int, ...],
+    bias: Tensor | None = None,
 ) -> None:
     """See `descant_kernels.add_lora`."""
     indptr, slots = segments.indptr.tolist(), segments.slots.tolist()
@@ -42,17 +48,27 @@ def add_lora(
         for module, out_size in enumerate(out_sizes, first_module):
             rank = int(tables.ranks[slot, module]) if slot >= 0 else 0
             if rank:
-                offset = int(tables.offsets[slot, module])
-                a_end = offset + rank * in_size
-                a = tables.arena[offset:a_end].view(rank, in_size).float()
-                b = tables.arena[a_end : a_end + out_size * rank].view(out_size, rank).float()
+                layout = PairLayout.of(rank, in_size, out_size)
+                a, b = layout.views(tables.arena, int(tables.offsets[slot, module]))
                 target = y[start:end, column : column + out_size]
-                target.copy_(target.float() + (x[start:end].float() @ a.T) @ b.T)
+                adapted = target.float() + (x[start:end].float() @ a.float().T) @ b.float().T
+                scale_offset = int(tables.row_scales[slot, module])
+                if scale_offset >= 0:
+                    scale = tables.arena[scale_offset : scale_offset + out_size].float()
+                    unscaled = 0.0 if bias is None else bias[column : column + out_size].float()
+                    adapted = scale * (adapted - unscaled) + unscaled
+                target.copy_(adapted)
             column += out_size
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, window: int | None = None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """See `descant_kernels.paged_attention`."""
     out = torch.zeros_like(q)
@@ -65,6 +81,8 @@ def paged_attention(
             keys = k_cache[blocks, :, seen % block_size].float().repeat_interleave(group, dim=1)
             values = v_cache[blocks, :, seen % block_size].float().repeat_interleave(group, dim=1)
             scores = torch.einsum("hd,nhd->hn", q[row].float() * scale, keys)
+            if soft_cap is not None:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
             out[row] = torch.einsum("hn,nhd->hd", scores.softmax(dim=-1), values).to(q.dtype)
     return out
 
@@ -80,8 +98,12 @@ def visible_positions(batch: AttentionBatch, sequence: int, row: int, window: in
     return path if window is None else path[-window:]
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See `descant_kernels.write_kv`."""
+def rope_write_kv(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """See `descant_kernels.rope_write_kv`."""
+    rope(q, cos, sin)
+    rope(k, cos, sin)
     block_size = k_cache.shape[2]
     for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
@@ -106,20 +128,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """See `descant_kernels.rope`."""
+def rope(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate heads `[T, n, D]` in place, as `descant_kernels.rope_write_kv` says."""
     half = cos.shape[1]
     cos, sin = cos[:, None].float(), sin[:, None].float()
-    for heads in (q, k):
-        x1, x2 = heads[..., :half].float(), heads[..., half : 2 * half].float()
-        rotated = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-        heads[..., : 2 * half] = rotated.to(heads.dtype)
+    x1, x2 = heads[..., :half].float(), heads[..., half : 2 * half].float()
+    rotated = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    heads[..., : 2 * half] = rotated.to(heads.dtype)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See `descant_kernels.silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate.float()).to(gate.dtype) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """See `descant_kernels.gelu_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate.float(), approximate="tanh").to(gate.dtype) * up
 
 
 def mix_32(x: Tensor) -> Tensor:
@@ -161,11 +188,10 @@ def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
     return torch.where(noise.sampled[:, None], logits + gumbel, logits).argmax(dim=-1)
 
 
-def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor) -> Walk:
+def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor, max_nodes: int) -> Walk:
     """See `descant_kernels.walk_tree`."""
     bounds = cu_nodes.tolist()
-    width = max((end - start for start, end in itertools.pairwise(bounds)), default=0)
-    shape = (len(bounds) - 1, width)
+    shape = (len(bounds) - 1, max_nodes)
     nodes = torch.full(shape, -1, dtype=torch.int64)
     tokens = torch.full(shape, -1, dtype=torch.int64)
     counts = torch.zeros(shape[0], dtype=torch.int64)

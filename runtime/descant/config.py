@@ -51,7 +51,8 @@ class ModelConfig(Section, frozen=True):
     engine: EngineKind = "model"
     dtype: Dtype | None = None  # None: the checkpoint's
     device: Literal["cpu", "cuda"] = "cpu"
-    kv_bytes: Positive = 256 * MiB
+    kv_bytes: Positive | None = None  # None: 256 MiB on a CPU, what is left of a GPU's memory_fraction
+    memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9  # of a GPU's memory, all together
     num_threads: Positive | None = None  # None: one for small models, torch's choice for others
     dummy_tokens_per_s: NonNegative = 50.0  # per sequence, with the dummy engine; 0: as fast as it goes
 
@@ -83,6 +84,9 @@ class AdapterConfig(Section, frozen=True):
     host_bytes: Annotated[int, msgspec.Meta(ge=0)] = 512 * MiB  # in host memory, ready for the device
     store_bytes: Positive = 64 * 1024 * MiB  # on disk
     max_pinned_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # of device memory and of slots
+    max_names: Positive = 10_000  # of one principal's own
+    # Of the store and of what may be pinned, for one principal's own; None: half with API keys, without them all.
+    max_owner_share: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     max_rank: Positive = 1024
     max_file_bytes: Positive = 4096 * MiB
     roots: list[str] | None = None  # where local references may point; None: anywhere while no API keys exist

@@ -12,7 +12,8 @@ thread works; at its end of file the parent is gone and the process exits at onc
 
 The factory is `FACTORY(config, notify) -> Handler`: it may take its time (imports, weights). Both it and
 `Handler.handle` run on the main thread; handling goes in order of arrival. Only messages of the types a handler lists
-in `beside` are handled on other threads, while the main thread goes on, and answered whenever they are done. A
+in `beside` are handled on other threads, while the main thread goes on, and answered whenever they are done. What is
+handled with a `Later` is answered once that is ready, in order; meanwhile the main thread handles what comes next. A
 DescantError of the factory is the refusal to start, one of the handler is the reply; any other exception, on whatever
 thread, ends the process.
 """
@@ -29,8 +30,9 @@ import socket
 import struct
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -42,6 +44,16 @@ HEADER = struct.Struct("<I")
 NUM_SIDE_THREADS = 8  # messages handled beside the main thread at once; more wait their turn
 
 
+class Later(NamedTuple):
+    """A reply that takes its time. `wait` is called on another thread, and then `reply` on the main thread returns it.
+
+    Only the oldest of those a handler owes is waited for.
+    """
+
+    wait: Callable[[], None]
+    reply: Callable[[], Any]
+
+
 class Handler(Protocol):
     """What a factory returns: a synchronous actor."""
 
@@ -50,7 +62,7 @@ class Handler(Protocol):
     messages: Any
 
     def handle(self, message: Any) -> Any:
-        """Return the reply, a Struct of the reply union (or None)."""
+        """Return the reply, a Struct of the reply union (or None), or a `Later`."""
         ...
 
     def close(self) -> None:
@@ -177,16 +189,33 @@ def _receive_start(uplink: Uplink) -> Start:
     return msgspec.msgpack.decode(frame.payload, type=Start)
 
 
+class _Ready(NamedTuple):
+    """The oldest of the replies that take their time is there."""
+
+
+_Item = tuple[Frame, Any] | _Ready | Exception | None  # None: no message will follow
+
+
 def _handle_messages(uplink: Uplink, handler: Handler) -> None:
-    inbox: queue.SimpleQueue[tuple[Frame, Any] | Exception | None] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+    owed = _Owed(uplink, inbox)
     threading.Thread(target=_read, args=(uplink, handler, inbox), name="uplink", daemon=True).start()
-    while (item := inbox.get()) is not None:
-        if isinstance(item, Exception):
-            raise item
-        _handle(uplink, handler, *item)
+    is_open = True
+    while is_open or owed:
+        match inbox.get():
+            case None:
+                is_open = False
+            case Exception() as error:
+                raise error
+            case _Ready():
+                owed.answer()
+            case frame, message:
+                later = _answer(uplink, frame, message, lambda message=message: handler.handle(message))
+                if later is not None:
+                    owed.add(frame, message, later)
 
 
-def _read(uplink: Uplink, handler: Handler, inbox: queue.SimpleQueue[tuple[Frame, Any] | Exception | None]) -> None:
+def _read(uplink: Uplink, handler: Handler, inbox: queue.SimpleQueue[_Item]) -> None:
     """Sort what comes, so that what is handled beside the main thread does not wait for it."""
     decode = msgspec.msgpack.Decoder(handler.messages).decode
     side = _SideThreads(uplink, handler)
@@ -203,17 +232,59 @@ def _read(uplink: Uplink, handler: Handler, inbox: queue.SimpleQueue[tuple[Frame
         inbox.put(exc)
 
 
-def _handle(uplink: Uplink, handler: Handler, frame: Frame, message: Any) -> None:
+def _answer(uplink: Uplink, frame: Frame, message: Any, make_reply: Callable[[], Any]) -> Later | None:
+    """Answer a message with what `make_reply` returns or refuses with; return that instead if it is a `Later`."""
     try:
-        reply = handler.handle(message)
+        reply = make_reply()
     except DescantError as error:
         if frame.kind is Kind.ASK:
             uplink.refuse(frame.ask_id, error)
         else:
             logger.warning("%s refused: %s", type(message).__name__, error)
-    else:
-        if frame.kind is Kind.ASK:
-            uplink.send(Kind.REPLY, frame.ask_id, reply)
+        return None
+    if isinstance(reply, Later):
+        return reply
+    if frame.kind is Kind.ASK:
+        uplink.send(Kind.REPLY, frame.ask_id, reply)
+    return None
+
+
+class _Owed:
+    """The replies that take their time, and the thread that waits for the oldest."""
+
+    def __init__(self, uplink: Uplink, inbox: queue.SimpleQueue[_Item]) -> None:
+        self._uplink = uplink
+        self._inbox = inbox
+        self._replies: deque[tuple[Frame, Any, Later]] = deque()
+        self._waits: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def add(self, frame: Frame, message: Any, later: Later) -> None:
+        """A message will be answered later."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._wait, name="later", daemon=True)
+            self._thread.start()
+        self._replies.append((frame, message, later))
+        if len(self._replies) == 1:
+            self._waits.put(later.wait)
+
+    def answer(self) -> None:
+        """Answer the oldest message, and wait for the next."""
+        frame, message, later = self._replies.popleft()
+        _answer(self._uplink, frame, message, later.reply)
+        if self._replies:
+            self._waits.put(self._replies[0][2].wait)
+
+    def _wait(self) -> None:
+        try:
+            while True:
+                self._waits.get()()
+                self._inbox.put(_Ready())
+        except Exception as exc:  # noqa: BLE001 - the main thread raises it
+            self._inbox.put(exc)
 
 
 class _SideThreads:
@@ -236,7 +307,8 @@ class _SideThreads:
     def _run(self) -> None:
         try:
             while True:
-                _handle(self._uplink, self._handler, *self._work.get())
+                frame, message = self._work.get()
+                _answer(self._uplink, frame, message, lambda message=message: self._handler.handle(message))
                 self._num_idle.release()
         except SystemExit:
             os._exit(0)  # the parent is gone
@@ -269,4 +341,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from descant import remote_child  # the module by the name under which handlers know its `Later`
+
+    remote_child.main(sys.argv[1:])

@@ -264,6 +264,7 @@ def _executor_program(system: System, model_dir: Path) -> Program:
             dtype=config.model.dtype,
             device=config.model.device,
             num_kv_bytes=config.model.kv_bytes,
+            memory_fraction=config.model.memory_fraction,
             num_adapter_slots=config.adapters.num_slots,
             num_adapter_bytes=config.adapters.memory_bytes,
             num_host_bytes=config.adapters.host_bytes,

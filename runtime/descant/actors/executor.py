@@ -9,10 +9,12 @@ Its code runs in the child; the server process holds a `Ref` and never imports t
 from __future__ import annotations
 
 import sys
+from collections import deque
 
 import msgspec
 
 from descant.child_config import ExecutorConfig
+from descant.engine.allocator import keep_freed_memory
 from descant.engine.dummy import DummyEngine, DummyOptions
 from descant.engine.host_cache import HostCache
 from descant.engine.interface import StagedAdapter, StepEngine
@@ -29,7 +31,8 @@ from descant.messages import (
     Step,
     StepDone,
 )
-from descant.remote_child import Notify
+from descant.remote_child import Later, Notify
+from descant.scheduling.plan import StepPlan, StepResult
 
 SWITCH_INTERVAL_S = 0.0005  # a side thread that runs Python holds up each operator of a step no longer than this
 
@@ -43,8 +46,11 @@ class Executor:
     def __init__(self, engine: StepEngine, num_host_bytes: int) -> None:
         self._engine = engine
         self._host: HostCache[StagedAdapter] = HostCache(num_host_bytes)
+        self._epoch = 0  # of the latest step
+        self._num_launched = 0  # steps that are not collected
+        self._collected: deque[StepResult] = deque()  # and not answered
 
-    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | None:
+    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | Later | None:
         """Carry out one message. DescantErrors concern that message; anything else ends the process."""
         match message:
             case StageAdapter():
@@ -63,10 +69,35 @@ class Executor:
                 return None
             case Step(plan):
                 self._host.begin(plan.epoch)
-                return StepDone(self._engine.step(plan))
+                return self._step(plan)
 
     def close(self) -> None:
         """Nothing outlives the process."""
+
+    def _step(self, plan: StepPlan) -> StepDone | Later:
+        """Carry out a step, or start it if the next may come before its answer."""
+        if self._engine.limits.max_steps_in_flight == 1:
+            return StepDone(self._engine.step(plan))
+        if plan.epoch != self._epoch:  # of another scheduler, which does not count those before
+            self._epoch = plan.epoch
+            while self._num_launched:
+                self._collect()
+        self._engine.launch(plan)
+        self._num_launched += 1
+        return Later(self._wait, self._reply)
+
+    def _wait(self) -> None:
+        if not self._collected:
+            self._engine.wait()
+
+    def _reply(self) -> StepDone:
+        if not self._collected:
+            self._collect()
+        return StepDone(self._collected.popleft())
+
+    def _collect(self) -> None:
+        self._num_launched -= 1
+        self._collected.append(self._engine.collect())
 
     def _stage(self, message: StageAdapter) -> Staged:
         version = message.version
@@ -80,6 +111,7 @@ class Executor:
 def start(config: bytes, notify: Notify) -> Executor:
     """Build the engine the configuration asks for, telling the parent how far it is."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    keep_freed_memory()
     settings = msgspec.msgpack.decode(config, type=ExecutorConfig)
     engine = _dummy_engine(settings) if settings.engine == "dummy" else _model_engine(settings, notify)
     notify(EngineReady(engine.limits, engine.info))
@@ -92,8 +124,9 @@ def _dummy_engine(settings: ExecutorConfig) -> StepEngine:
         DummyOptions(
             tokens_per_s=settings.dummy_tokens_per_s,
             num_adapter_slots=options.num_adapter_slots,
-            num_adapter_bytes=options.num_adapter_bytes,
+            num_adapter_bytes=options.num_adapter_bytes or DummyOptions().num_adapter_bytes,
             max_num_batched_tokens=options.max_num_batched_tokens,
+            max_steps_in_flight=options.pipeline_depth,
         )
     )
 

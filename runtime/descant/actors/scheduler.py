@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import anyio
+import anyio.lowlevel
 
 from descant.actor import Actor, ActorError, ActorFailed, AskTimeout, Ref
 from descant.messages import (
@@ -35,6 +37,7 @@ from descant.messages import (
 )
 from descant.remote import Remote
 from descant.scheduling.gate import AdapterLoad
+from descant.scheduling.plan import StepResult
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence
@@ -67,6 +70,7 @@ class Scheduler(Actor[SchedulerMessage]):
         self._registry = registry
         self._prefetches: dict[str, AdapterVersion] = {}  # by digest, not yet begun
         self._num_prefetching = 0
+        self._outcomes: deque[tuple[PlannedStep, StepResult | DescantError]] = deque()  # of steps, not yet applied
         self._probe = probe  # makes the request that shows a first life can step
         self._work = anyio.Event()
 
@@ -115,20 +119,39 @@ class Scheduler(Actor[SchedulerMessage]):
 
     async def _run(self) -> None:
         while True:
-            self._work = anyio.Event()  # before the plan: what comes while moves are told may change it
+            self._work = anyio.Event()  # before all else: what comes while moves are told may change the plan
+            self._apply_outcomes()
             self._policy.expire()
             planned = self._policy.plan() if self._model.is_up else None
             await self._start_adapter_work()
             if planned is None:
                 with anyio.move_on_after(self._policy.seconds_to_deadline()):
                     await self._work.wait()
+            elif self._model.engine.limits.max_steps_in_flight == 1:
+                await self._ask(planned)  # nothing can be planned before its answer
             else:
-                await self._step(planned)
+                self.start_soon(self._ask, planned)
+                await anyio.lowlevel.checkpoint()  # it is in the mailbox before anything that is decided later
 
-    async def _step(self, planned: PlannedStep) -> None:
+    async def _ask(self, planned: PlannedStep) -> None:
         try:
             done: StepDone = await self._executor.ref.ask(Step(planned.plan), timeout=STEP_TIMEOUT_S)
-            self._policy.apply(planned, done.result)
+            self._outcomes.append((planned, done.result))
+        except DescantError as error:
+            self._outcomes.append((planned, error))
+        self._work.set()
+
+    def _apply_outcomes(self) -> None:
+        while self._outcomes:
+            planned, outcome = self._outcomes.popleft()
+            if self._policy.awaits(planned):
+                self._apply(planned, outcome)
+
+    def _apply(self, planned: PlannedStep, outcome: StepResult | DescantError) -> None:
+        try:
+            if isinstance(outcome, DescantError):
+                raise outcome
+            self._policy.apply(planned, outcome)
         except ActorFailed as error:
             self._down(str(error))
             return

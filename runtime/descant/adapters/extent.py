@@ -1,7 +1,7 @@
 """How a version's factors lie in one flat tensor: the same in the store's files and in the arena, in every dtype.
 
-Module after module in the order of the LoRA tables: A `[R, in]`, B `[out, R]`, both row-major, then zeros up to the
-next multiple of `ALIGNMENT` elements. Modules that are not touched take no room.
+Module after module in the order of the LoRA tables, each pair as `descant_kernels.PairLayout` has it, the padding
+zeros. Modules that are not touched take no room.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.engine.arch import LoraModule
-
-ALIGNMENT = 64
-"""In elements: every pair begins at a cache line, whatever an element takes."""
+from descant_kernels import PairLayout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,11 +27,7 @@ class Extent:
 
 def extent_offsets(ranks: Sequence[int], modules: Sequence[LoraModule]) -> list[int]:
     """Return where each module's pair begins, in elements, and at the end how many elements the extent has."""
-    sizes = (
-        -(-rank * (module.in_features + module.out_features) // ALIGNMENT) * ALIGNMENT
-        for rank, module in zip(ranks, modules, strict=True)
-    )
-    return [0, *accumulate(sizes)]
+    return [0, *accumulate(_layout(rank, module).size for rank, module in zip(ranks, modules, strict=True))]
 
 
 def extent_bytes(ranks: Sequence[int], modules: Sequence[LoraModule], itemsize: int) -> int:
@@ -72,10 +66,7 @@ def unpack(extent: Extent, modules: Sequence[LoraModule]) -> LowRankAdapter:
     factors: dict[str, Factors] = {}
     for module, rank, scaling, start in zip(modules, extent.ranks, extent.scalings, starts, strict=True):
         if rank:
-            middle = start + rank * module.in_features
-            a = extent.data[start:middle].view(rank, module.in_features)
-            b = extent.data[middle : middle + rank * module.out_features].view(module.out_features, rank)
-            factors[module.name] = Factors(a, b, scaling)
+            factors[module.name] = Factors(*_layout(rank, module).views(extent.data, start), scaling)
     return LowRankAdapter(factors)
 
 
@@ -86,9 +77,13 @@ def apply_scalings(extent: Extent, modules: Sequence[LoraModule]) -> None:
     scalings: list[float] = []
     for module, rank, scaling, start in zip(modules, extent.ranks, extent.scalings, starts, strict=True):
         if rank and scaling != 1.0:
-            middle = start + rank * module.in_features
-            slices.append(extent.data[middle : middle + rank * module.out_features])
+            layout = _layout(rank, module)
+            slices.append(extent.data[start + layout.b_start : start + layout.size])
             scalings.append(scaling)
     if slices:
         # One call: it runs beside the step loop, which wants the interpreter.
         torch._foreach_mul_(slices, scalings)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _layout(rank: int, module: LoraModule) -> PairLayout:
+    return PairLayout.of(rank, module.in_features, module.out_features)

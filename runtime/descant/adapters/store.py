@@ -23,7 +23,7 @@ from descant.adapters.low_rank import LowRankAdapter
 from descant.engine.arch import LoraModule
 from descant_client.errors import AdapterInvalid
 
-FORMAT = "descant-version-2"
+FORMAT = "descant-version-3"
 ABANDONED_AFTER_S = 3600.0
 """Age from which a temporary file belongs to a writer that was killed: nobody writes one version for so long."""
 

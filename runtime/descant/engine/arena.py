@@ -1,8 +1,12 @@
 """The adapter arena: one tensor on the device that holds every resident adapter version, and the tables kernels read.
 
 A version is one contiguous extent. Where extents lie is the scheduler's decision; this module only fills them.
+
+Versions may arrive beside the steps (`uploads`): a step that uses a slot waits for what was put there, and an extent is
+overwritten only after the steps that were launched with what was in it. Tables change in the order of the steps.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +16,9 @@ from torch import Tensor
 from descant.adapters.extent import apply_scalings, extent_offsets
 from descant.adapters.store import read_extent
 from descant.engine.arch import LoraModule
+from descant.engine.uploads import Mark, Uploader, upload, uploader_for
 from descant_kernels import LoraTables
-
-ALIGNMENT_BYTES = 64
-"""Every extent begins at a multiple of this: a cache line, and enough for any vector load."""
+from descant_kernels.pair import ALIGNMENT
 
 _MOVED_AT_ONCE_BYTES = 16 << 20
 
@@ -44,16 +47,24 @@ class Arena:
         num_bytes: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        uploader: Uploader | None = None,
     ) -> None:
+        """`uploader` is the device's own unless a test brings one."""
         self._modules = modules
+        self._uploader = uploader or uploader_for(torch.device(device))
         self._itemsize = dtype.itemsize
         self._data = torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device=device)
         self._offsets = torch.zeros(num_slots, len(modules), dtype=torch.int64, device=device)
         self._ranks = torch.zeros(num_slots, len(modules), dtype=torch.int32, device=device)
+        self._row_scales = torch.full_like(self._offsets, -1)  # no version has any yet
         empty = [0] * len(modules)
         self._host_offsets = [empty] * num_slots
         self._host_ranks = [empty] * num_slots
+        self._host_row_scales = [[-1] * len(modules)] * num_slots
         self._sizes = [0] * num_slots  # of each slot's extent, in elements
+        self._arrivals: list[Mark] = [None] * num_slots  # when each slot's version is there, unless a step has waited
+        self._last_arrival: Mark = None
+        self._busy: list[tuple[int, int, Mark]] = []  # elements that work in the order of the steps may still touch
         self._tables = self._new_tables()
 
     @property
@@ -78,27 +89,33 @@ class Arena:
         """
         extent = read_extent(Path(path), self._modules)
         apply_scalings(extent, self._modules)
-        data, dtype = extent.data, self._data.dtype
-        if self._data.is_cuda:
-            data = torch.empty(data.numel(), dtype=dtype, pin_memory=True).copy_(data)
-        return StagedVersion(data.to(dtype), extent.ranks, extent_offsets(extent.ranks, self._modules)[:-1])
+        data = self._uploader.stage(extent.data, self._data.dtype)
+        return StagedVersion(data, extent.ranks, extent_offsets(extent.ranks, self._modules)[:-1])
 
     def commit(self, slot: int, offset_bytes: int, staged: StagedVersion) -> None:
-        """Copy a staged version into the extent at `offset_bytes` and put it in the slot."""
+        """Copy a staged version into the extent at `offset_bytes` and put it in the slot.
+
+        Steps launched so far still find what was in the extent; the copy begins when they are done with it.
+        """
         start, end = self._place(offset_bytes, staged.data.numel())
-        self._data[start:end].copy_(staged.data, non_blocking=True)
+        after = [mark for first, last, mark in self._busy if first < end and start < last]
+        arrival = self._uploader.copy(self._data[start:end], staged.data, after)
+        self._arrivals[slot] = self._last_arrival = arrival
         self._sizes[slot] = end - start
         self._set_row(slot, [start + offset for offset in staged.offsets], staged.ranks)
 
     def move(self, slot: int, offset_bytes: int) -> None:
         """Move the version in the slot to the extent at `offset_bytes`, which may overlap the one it is in."""
         size, offsets, ranks = self._sizes[slot], self._host_offsets[slot], self._host_ranks[slot]
+        self._uploader.wait(self._last_arrival)  # copies arrive in order: now all are there that were begun
+        self._arrivals[slot] = None
         source, (start, _) = offsets[0], self._place(offset_bytes, size)
         at_once = _MOVED_AT_ONCE_BYTES // self._itemsize
         pieces = [(at, min(at + at_once, size)) for at in range(0, size, at_once)]
         # From the end it moves towards, so that no piece is overwritten before its turn; a piece may overlap itself.
         for begin, end in pieces if start < source else reversed(pieces):
             self._data[start + begin : start + end].copy_(self._data[source + begin : source + end].clone())
+        self._occupy([(source, source + size), (start, start + size)])
         self._set_row(slot, [offset + start - source for offset in offsets], ranks)
 
     def unload(self, slot: int) -> None:
@@ -107,24 +124,50 @@ class Arena:
         if any(self._host_ranks[slot]):
             self._set_row(slot, [0] * len(self._modules), [0] * len(self._modules))
 
+    def begin_use(self, slots: Iterable[int]) -> None:
+        """Let the step that is launched next wait for the versions in its slots. Call before it is launched."""
+        for slot in slots:
+            self._uploader.wait(self._arrivals[slot])
+            self._arrivals[slot] = None
+
+    def end_use(self, slots: Iterable[int]) -> None:
+        """Keep what the step launched last reads until it is done. Call after it was launched."""
+        starts = [(self._host_offsets[slot][0], self._sizes[slot]) for slot in slots if self._sizes[slot]]
+        self._occupy([(start, start + size) for start, size in starts])
+
     def tables(self) -> LoraTables:
         """Return the tables of what is resident now: the same device tensors always, a new object after a change."""
         return self._tables
 
+    def _occupy(self, extents: list[tuple[int, int]]) -> None:
+        """Note extents that the work queued so far may touch, and forget those that nothing touches any more."""
+        mark = self._uploader.mark() if extents else None
+        if mark is not None:
+            self._busy = [entry for entry in self._busy if entry[2] and not entry[2].query()]
+            self._busy += [(start, end, mark) for start, end in extents]
+
     def _place(self, offset_bytes: int, num_elements: int) -> tuple[int, int]:
         """First element of an extent, and the one after its last."""
         start, end = offset_bytes // self._itemsize, offset_bytes // self._itemsize + num_elements
-        assert offset_bytes % ALIGNMENT_BYTES == 0, "extents begin at aligned offsets"
+        assert start % ALIGNMENT == 0, "extents are whole pairs one after the other, and so begin where a pair may"
         assert 0 <= start <= end <= self._data.numel(), "the extent must lie in the arena"
         return start, end
 
     def _set_row(self, slot: int, offsets: list[int], ranks: list[int]) -> None:
-        self._offsets[slot].copy_(torch.tensor(offsets, dtype=torch.int64))
-        self._ranks[slot].copy_(torch.tensor(ranks, dtype=torch.int32))
+        rows = [torch.tensor(offsets, dtype=torch.int64), torch.tensor(ranks, dtype=torch.int32)]
+        for table, row in zip((self._offsets, self._ranks), upload(rows, self._data.device), strict=True):
+            table[slot].copy_(row)
         self._host_offsets[slot] = offsets
         self._host_ranks[slot] = ranks
         self._tables = self._new_tables()
 
     def _new_tables(self) -> LoraTables:
-        host_offsets, host_ranks = list(self._host_offsets), list(self._host_ranks)
-        return LoraTables(self._data, self._offsets, self._ranks, host_offsets, host_ranks)
+        return LoraTables(
+            arena=self._data,
+            offsets=self._offsets,
+            ranks=self._ranks,
+            row_scales=self._row_scales,
+            host_offsets=list(self._host_offsets),
+            host_ranks=list(self._host_ranks),
+            host_row_scales=self._host_row_scales,
+        )

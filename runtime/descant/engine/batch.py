@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -12,19 +12,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from descant.engine.sampling import SamplingRow
+from descant.engine.uploads import upload
 from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row
+from descant_client.protocol import SamplingParams
 from descant_kernels import AttentionBatch, Segments
 
 _MIN_CAPACITY = 64
+_KNOWN = -1  # source of a token that the host knows
+
+
+class PendingTokens:
+    """Tokens that steps in flight sampled, on the device: later steps read them before the host knows them.
+
+    One lane of `max_rows` tokens per step in flight; the lanes are used in turn. A token's *source* is its index.
+    """
+
+    def __init__(self, num_lanes: int, max_rows: int, device: torch.device) -> None:
+        self.tokens = torch.zeros(num_lanes * max_rows, dtype=torch.int64, device=device)  # [num_lanes * max_rows]
+        self._num_lanes = num_lanes
+        self._max_rows = max_rows
+        self._lane = 0
+
+    def put(self, token_ids: Tensor) -> range:
+        """Store a step's sampled tokens, `[N]` int64 with N <= max_rows, in the next lane; return their sources."""
+        first = self._lane * self._max_rows
+        self._lane = (self._lane + 1) % self._num_lanes
+        sources = range(first, first + len(token_ids))
+        self.tokens[sources.start : sources.stop].copy_(token_ids)
+        return sources
+
+    def fill_in(self, input_ids: Tensor, sources: Tensor) -> Tensor:
+        """Return `input_ids` with the tokens that have a source in place. `[T]` int64 all three."""
+        return torch.where(sources == _KNOWN, input_ids, self.tokens[sources.clamp(min=0)])
 
 
 class EngineRow:
-    """The engine's state of one sequence: its tokens, its blocks, and how much of it is in the cache."""
+    """The engine's state of one sequence: its tokens, its blocks, and how much of it is in the cache.
+
+    All counts are as they will be after the steps launched so far. A token sampled by a step that is still in flight
+    is *pending*: it counts, but only its source is known.
+    """
 
     def __init__(self, admit: Admit) -> None:
         self.row = admit.row
         self.num_prompt_tokens = admit.num_prompt_tokens
         self.num_computed = admit.num_cached_tokens  # positions whose K/V is valid
+        self.error: str | None = None  # why the row is lost; steps planned before that was known go on with it
+        self._pending: dict[int, int] = {}  # position -> source
         self._sampling = admit
         self._blocks = np.frombuffer(admit.blocks, dtype="<i4")
         prompt_and_output = np.frombuffer(admit.token_ids, dtype="<i4")
@@ -46,12 +80,36 @@ class EngineRow:
         """Token ids of positions `start` to `end`, a view."""
         return self._buffer[start:end]
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its tokens are drawn."""
+        return self._sampling.sampling
+
     def append_token(self, token_id: int) -> None:
         """Add the token that follows the last known one."""
         if self.num_tokens == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1
+
+    def append_pending(self, source: int) -> None:
+        """Add a token that only the device knows."""
+        self._pending[self.num_tokens] = source
+        self.append_token(0)
+
+    def resolve(self, position: int, token_id: int) -> None:
+        """Learn a pending token."""
+        del self._pending[position]
+        self._buffer[position] = token_id
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether any of its tokens is known to the device only."""
+        return bool(self._pending)
+
+    def source(self, position: int) -> int:
+        """Where the device has a pending token; -1 for one that the host knows."""
+        return self._pending.get(position, _KNOWN)
 
     def append_blocks(self, blocks: bytes) -> None:
         """Lengthen the block table by packed ids."""
@@ -105,7 +163,8 @@ class ForwardBatch:
     """Packed new tokens. Rows of one adapter lie together, those without any last. Letters: see `decoder`."""
 
     rows: tuple[ScheduledRow, ...]  # in packed order
-    input_ids: Tensor  # [T] int64
+    input_ids: Tensor  # [T] int64, 0 for pending tokens
+    sources: Tensor | None  # [T] int64, source of each pending token, -1 for known ones; None = none is pending
     positions: Tensor  # [T] int64
     slot_mapping: Tensor  # [T] int64
     attention: AttentionBatch
@@ -114,9 +173,44 @@ class ForwardBatch:
     sampled_tokens: Tensor  # [N] int64, index of each one's last token
     sampled_segments: Segments  # over N rows of logits
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row computes one token and is sampled."""
+        return len(self.sampled_rows) == len(self.input_ids)
+
     @classmethod
     def of(cls, rows: Sequence[tuple[EngineRow, Row]], block_size: int, device: torch.device) -> ForwardBatch:
         """Lay out a step. The rows' blocks are already appended and cover their new positions."""
+        return cls._on_host(rows, block_size).to(device)
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """Copy a batch from the CPU to a device, by one transfer that the host does not wait for."""
+        if device.type == "cpu":
+            return self
+        attention, segments, sampled = self.attention, self.segments, self.sampled_segments
+        ids, positions, slots, last, cu_seqlens_q, context_lens, tables, *rest = upload(
+            [self.input_ids, self.positions, self.slot_mapping, self.sampled_tokens]
+            + [attention.cu_seqlens_q, attention.context_lens, attention.block_tables]
+            + [segments.indptr, segments.slots, segments.tiles, sampled.indptr, sampled.slots, sampled.tiles]
+            + ([] if self.sources is None else [self.sources]),
+            device,
+        )
+        return replace(
+            self,
+            input_ids=ids,
+            sources=rest[6] if rest[6:] else None,
+            positions=positions,
+            slot_mapping=slots,
+            attention=replace(
+                attention, cu_seqlens_q=cu_seqlens_q, context_lens=context_lens, block_tables=tables, memo={}
+            ),
+            segments=replace(segments, indptr=rest[0], slots=rest[1], tiles=rest[2], memo={}),
+            sampled_tokens=last,
+            sampled_segments=replace(sampled, indptr=rest[3], slots=rest[4], tiles=rest[5], memo={}),
+        )
+
+    @classmethod
+    def _on_host(cls, rows: Sequence[tuple[EngineRow, Row]], block_size: int) -> ForwardBatch:
         scheduled = _schedule(rows)
         states = [row.state for row in scheduled]
         query_lens = np.array([row.end - row.start for row in scheduled])
@@ -129,14 +223,15 @@ class ForwardBatch:
         input_ids = np.concatenate([row.state.tokens(row.start, row.end) for row in scheduled])
         return cls(
             rows=scheduled,
-            input_ids=torch.from_numpy(input_ids).to(device),
-            positions=torch.from_numpy(positions).to(device),
-            slot_mapping=torch.from_numpy(slots).to(device),
-            attention=_attention(query_lens, [row.end for row in scheduled], tables, device),
-            segments=_segments([(row.adapter_slot, row.end - row.start) for row in scheduled], device),
+            input_ids=torch.from_numpy(input_ids),
+            sources=_sources(scheduled),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slots),
+            attention=_attention(query_lens, [row.end for row in scheduled], tables),
+            segments=_segments([(row.adapter_slot, row.end - row.start) for row in scheduled]),
             sampled_rows=sampled,
-            sampled_tokens=torch.from_numpy(last_tokens).to(device),
-            sampled_segments=_segments([(row.adapter_slot, 1) for row in sampled], device),
+            sampled_tokens=torch.from_numpy(last_tokens),
+            sampled_segments=_segments([(row.adapter_slot, 1) for row in sampled]),
         )
 
 
@@ -151,6 +246,12 @@ def _schedule(rows: Sequence[tuple[EngineRow, Row]]) -> tuple[ScheduledRow, ...]
     return tuple(scheduled)
 
 
+def _sources(rows: Sequence[ScheduledRow]) -> Tensor | None:
+    if not any(row.state.has_pending for row in rows):
+        return None
+    return torch.tensor([row.state.source(position) for row in rows for position in range(row.start, row.end)])
+
+
 def _block_tables(states: Sequence[EngineRow]) -> NDArray[np.int32]:
     tables = np.zeros((len(states), max(state.num_blocks for state in states)), dtype=np.int32)
     for table, state in zip(tables, states, strict=True):
@@ -158,24 +259,22 @@ def _block_tables(states: Sequence[EngineRow]) -> NDArray[np.int32]:
     return tables
 
 
-def _attention(
-    query_lens: NDArray[np.int64], context_lens: list[int], tables: NDArray[np.int32], device: torch.device
-) -> AttentionBatch:
+def _attention(query_lens: NDArray[np.int64], context_lens: list[int], tables: NDArray[np.int32]) -> AttentionBatch:
     cu_seqlens_q = (0, *accumulate(query_lens.tolist()))
     return AttentionBatch(
-        cu_seqlens_q=torch.tensor(cu_seqlens_q, dtype=torch.int32).to(device),
-        context_lens=torch.tensor(context_lens, dtype=torch.int32).to(device),
-        block_tables=torch.from_numpy(tables).to(device),
+        cu_seqlens_q=torch.tensor(cu_seqlens_q, dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        block_tables=torch.from_numpy(tables),
         host_cu_seqlens_q=cu_seqlens_q,
         host_context_lens=tuple(context_lens),
     )
 
 
-def _segments(lengths: list[tuple[int, int]], device: torch.device) -> Segments:
+def _segments(lengths: list[tuple[int, int]]) -> Segments:
     """One segment per adapter; rows come sorted, those without one need none."""
     adapters = [
         (slot, sum(length for _, length in group))
         for slot, group in groupby(lengths, key=lambda pair: pair[0])
         if slot != NO_ADAPTER
     ]
-    return Segments.of([length for _, length in adapters], [slot for slot, _ in adapters], device)
+    return Segments.of([length for _, length in adapters], [slot for slot, _ in adapters])

@@ -25,9 +25,8 @@ from descant_kernels import (
     linear,
     paged_attention,
     rms_norm,
-    rope,
+    rope_write_kv,
     silu_mul,
-    write_kv,
 )
 
 # Offsets of a layer's linears in the LoRA tables (`arch.lora_modules`).
@@ -84,9 +83,8 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        rope(q, k, cos, sin)
         keys, values = self._cache.keys[i], self._cache.values[i]
-        write_kv(k, v, keys, values, batch.slot_mapping)
+        rope_write_kv(q, k, v, cos, sin, keys, values, batch.slot_mapping)
         attended = paged_attention(q, keys, values, batch.attention, self._scale, config.windows[i])
         return _adapted_linear(
             attended.flatten(1), layer.o, batch.segments, lora, first_module + _O, (config.hidden_size,)

@@ -6,6 +6,7 @@ It holds plans against the same rules as the model's engine, so that it can stan
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class DummyOptions:
     num_adapter_slots: int = 64
     num_adapter_bytes: int = 256 * 1024 * 1024
     max_num_batched_tokens: int = 1024
+    max_steps_in_flight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +65,15 @@ class DummyEngine:
         self._options = options
         self._rows: dict[int, _DummyRow] = {}
         self._epoch = 0
-        self._due = 0.0  # monotonic time before which no tokens may be had
+        self._due = 0.0  # monotonic time before which the latest tokens may not be had
+        self._launched: deque[tuple[StepResult, float | None]] = deque()  # with their own due times
         self.limits = EngineLimits(
             num_blocks=options.num_blocks,
             block_size=options.block_size,
             max_context=options.max_context,
             vocab_size=options.vocab_size,
             num_adapter_slots=options.num_adapter_slots,
+            max_steps_in_flight=options.max_steps_in_flight,
         )
         self.info = EngineInfo(
             dtype="float32",
@@ -90,14 +94,14 @@ class DummyEngine:
     def move_adapter(self, adapter_slot: int, offset: int) -> None:
         """Do nothing."""
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan, taking the time its tokens take.
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step; its tokens take their time.
 
         Raises:
             InvalidRequest: as the model's engine.
             UnsupportedRequest: as the model's engine.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
             self._rows.clear()
             self._epoch = plan.epoch
@@ -107,17 +111,32 @@ class DummyEngine:
         for admit in plan.admit:
             self._rows[admit.row] = _DummyRow(admit)
         results = tuple(self._rows[row.row].advance(row) for row in plan.rows)
-        if any(result.token_ids for result in results):
-            self._keep_pace()
-        return StepResult(plan.epoch, plan.step, results, time.perf_counter() - started)
+        due = None
+        if any(result.token_ids for result in results) and self._options.tokens_per_s > 0:
+            # Counting from the last due time makes up for time spent between steps, but not for idle time.
+            due = self._due = max(started, self._due + 1 / self._options.tokens_per_s)
+        self._launched.append((StepResult(plan.epoch, plan.step, results, (due or started) - started), due))
 
-    def _keep_pace(self) -> None:
-        if self._options.tokens_per_s <= 0:
-            return
-        now = time.monotonic()
-        # Counting from the last due time makes up for time spent between steps, but not for idle time.
-        self._due = max(now, self._due + 1 / self._options.tokens_per_s)
-        time.sleep(self._due - now)
+    def wait(self) -> None:
+        """Let the oldest launched step take its time."""
+        due = self._launched[0][1]
+        if due is not None:
+            time.sleep(max(0.0, due - time.monotonic()))
+
+    def collect(self) -> StepResult:
+        """Return the result of the oldest launched step, once it is due."""
+        self.wait()
+        return self._launched.popleft()[0]
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan, taking the time its tokens take.
+
+        Raises:
+            InvalidRequest: as the model's engine.
+            UnsupportedRequest: as the model's engine.
+        """
+        self.launch(plan)
+        return self.collect()
 
 
 class _DummyRow:

@@ -20,21 +20,30 @@ class EngineOptions:
     """Sizes and placement of an engine.
 
     `dtype` None serves in the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as
-    fit in `num_kv_bytes`. `num_threads` is of the whole process; None takes one for small models and torch's choice
-    for others. `probe` measures at start whether rows are bitwise independent on this machine, which takes a second.
+    fit in `num_kv_bytes`. Cache and arena None: on a GPU what `memory_fraction` of its memory leaves beside the weights
+    and the largest step, elsewhere 256 MiB each. `num_threads` is of the whole process; None takes one for small models
+    and torch's choice for others. `probe` measures at start whether rows are bitwise independent on this machine, which
+    takes a second. `max_steps_in_flight` None is 1 on a CPU, which has no idle time to fill, and 2 on a GPU.
     """
 
     dtype: Dtype | None = None
     device: str = "cpu"
-    num_kv_bytes: int = 256 * 1024 * 1024
+    num_kv_bytes: int | None = None
     num_blocks: int | None = None
     block_size: int = 16
     num_adapter_slots: int = 64
-    num_adapter_bytes: int = 256 * 1024 * 1024
+    num_adapter_bytes: int | None = None
+    memory_fraction: float = 0.9
     num_host_bytes: int = 512 * 1024 * 1024  # of adapters kept in host memory
     max_num_batched_tokens: int = 1024  # new tokens of all rows of a step
     num_threads: int | None = None
     probe: bool = True
+    max_steps_in_flight: int | None = None
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Steps that may be launched before the first of them is collected."""
+        return self.max_steps_in_flight or (1 if self.device == "cpu" else 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,13 @@ class StagedAdapter(Protocol):
 
 
 class StepEngine(Protocol):
-    """What the model's engine and the dummy have in common. Calls come from one thread, but for `stage_adapter`."""
+    """What the model's engine and the dummy have in common.
+
+    Steps are launched and collected in the same order, at most `limits.max_steps_in_flight` of them at once. A step
+    works on the rows, the cache and the adapters as those launched before it, and what was placed and moved since,
+    will leave them; a row that failed in one of those is lost, not the step. Calls come from one thread, but for
+    `stage_adapter` and `wait`.
+    """
 
     @property
     def limits(self) -> EngineLimits:
@@ -87,22 +102,38 @@ class StepEngine(Protocol):
         """Move what is in a slot to `offset` bytes; the two extents may overlap."""
         ...
 
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step, and return at once where the device works by itself.
+
+        Raises:
+            InvalidRequest, UnsupportedRequest: as `check_plan`; nothing of the plan was carried out.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Wait until the oldest launched step is done. One other thread may, while this one launches."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Return the result of the oldest launched step, once it is done."""
+        ...
+
     def step(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan."""
+        """Carry out a plan, `launch` and `collect` in one, while no step is in flight."""
         ...
 
 
 class RowCounts(Protocol):
-    """What there must be to know of a row before a plan touches it."""
+    """What there must be to know of a row before a plan touches it: as the steps launched before will leave it."""
 
     @property
     def num_tokens(self) -> int:
-        """Known tokens."""
+        """Tokens, those still being sampled included."""
         ...
 
     @property
     def num_computed(self) -> int:
-        """Positions whose K/V is valid."""
+        """Positions whose K/V is, or will be, valid."""
         ...
 
     @property

@@ -1,8 +1,17 @@
-"""The engine: it carries out step plans. One thread, no asyncio; whoever owns it decides when."""
+"""The engine: it carries out step plans. One thread, no asyncio; whoever owns it decides when.
+
+On a CPU a step is done when `launch` returns. On a GPU it is only queued then, so that the next one can be laid out
+meanwhile: a row's newest token is *pending*, known to the device alone, until its step is resolved. Steps with
+penalties or filters are sampled with the host's help; they resolve all steps before them and wait.
+
+Whatever differs on a GPU lies in `graphs`, `uploads` and `memory`, which say what has never run on one.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,28 +20,45 @@ from torch import Tensor
 
 from descant.engine.arch import DecoderConfig, from_hf, lora_modules
 from descant.engine.arena import Arena, StagedVersion
-from descant.engine.batch import EngineRow, ForwardBatch, ScheduledRow
+from descant.engine.batch import EngineRow, ForwardBatch, PendingTokens, ScheduledRow
 from descant.engine.checkpoint import ProgressCallback
 from descant.engine.decoder import Decoder
+from descant.engine.draws import Draw, DrawnAlready, draw_later, needs_host
+from descant.engine.graphs import MAX_GRAPH_ROWS, Capture, CudaCapture, DecodeGraphs, StaticBatch
 from descant.engine.interface import EngineInfo, EngineOptions, check_plan
 from descant.engine.kv_cache import KVCache, blocks_within
+from descant.engine.memory import memory_shares
 from descant.engine.rotary import rope_tables
 from descant.engine.sampling import NOT_FINITE, SampledToken, Sampler
+from descant.engine.uploads import upload
 from descant.engine.weights import load_weights
 from descant.scheduling.plan import (
     EngineLimits,
     LogprobRows,
-    Row,
     RowResult,
     StepPlan,
     StepResult,
     pack_ints,
     unpack_ints,
 )
-from descant_kernels import Segments, probe_invariance
+from descant_kernels import LoraTables, Segments, probe_invariance
 
+_CPU = torch.device("cpu")
 _SMALL_PRODUCT = 1 << 20  # weights of one projection
 _SCORED_AT_ONCE = 256  # prompt positions whose logits are in memory together
+
+
+@dataclass(slots=True, eq=False)
+class _StepInFlight:
+    """A launched step; `result` is None until it is resolved."""
+
+    plan: StepPlan
+    started: float
+    rows: tuple[ScheduledRow, ...]
+    sampled_rows: tuple[ScheduledRow, ...]
+    draw: Draw  # of the sampled rows
+    prompt_logprobs: dict[int, LogprobRows]
+    result: StepResult | None = None
 
 
 class Engine:
@@ -48,7 +74,7 @@ class Engine:
 
         Raises:
             ModelInvalid: the directory holds no model this engine can serve exactly.
-            ConfigInvalid: `num_kv_bytes` does not hold one block.
+            ConfigInvalid: `num_kv_bytes` does not hold one block, or the device's memory not what is asked for.
         """
         self.config: DecoderConfig = from_hf(model_dir)
         torch.set_num_threads(options.num_threads or _default_num_threads(self.config))
@@ -56,31 +82,31 @@ class Engine:
         self._dtype: torch.dtype = getattr(torch, options.dtype or self.config.dtype)
         self._device = torch.device(options.device)
         weights = load_weights(model_dir, self.config, self._dtype, self._device, on_progress)
-        self._cache = self._new_cache()
+        shares = memory_shares(options, self.config, weights, self._dtype, self._device)
+        self._cache = self._new_cache(shares.num_kv_bytes)
         max_context = min(self.config.max_context, self._cache.num_blocks * options.block_size)
         tables = rope_tables(self.config, max_context, self._device)
         self._decoder = Decoder(self.config, weights, self._cache, tables)
         self._arena = Arena(
-            lora_modules(self.config), options.num_adapter_slots, options.num_adapter_bytes, self._dtype, self._device
+            lora_modules(self.config), options.num_adapter_slots, shares.num_adapter_bytes, self._dtype, self._device
         )
         self._sampler = Sampler(self.config.vocab_size, self._device)
         self._rows: dict[int, EngineRow] = {}
         self._epoch = 0
+        self._in_flight: deque[_StepInFlight] = deque()
+        self._last_end = 0.0  # when the step resolved last was done
+        self._draws_later = self._device.type == "cuda"
+        self._pending = PendingTokens(options.pipeline_depth, options.max_num_batched_tokens, self._device)
         self.limits = EngineLimits(
             num_blocks=self._cache.num_blocks,
             block_size=options.block_size,
             max_context=max_context,
             vocab_size=self.config.vocab_size,
             num_adapter_slots=options.num_adapter_slots,
+            max_steps_in_flight=options.pipeline_depth,
         )
-        self.info = EngineInfo(
-            dtype=options.dtype or self.config.dtype,
-            device=options.device,
-            eos_token_ids=self.config.eos_token_ids,
-            num_parameters=weights.num_parameters,
-            num_adapter_bytes=self._arena.num_bytes,
-            is_invariant=options.probe and self._probe(),
-        )
+        self._graphs = self._new_graphs(CudaCapture(self._device)) if self._device.type == "cuda" else None
+        self.info = self._new_info(weights.num_parameters)
 
     def stage_adapter(self, path: Path | str) -> StagedVersion:
         """Read, verify and lay out the version stored at `path` on the host; any thread may, beside a step.
@@ -111,28 +137,67 @@ class Engine:
         self._arena.unload(adapter_slot)
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan. What goes wrong with one row alone is an error in its result.
+        """Carry out a plan, while no step is in flight: `launch` and `collect` in one.
 
         Raises:
-            InvalidRequest: the plan contradicts itself, the limits or the rows; nothing of it was carried out.
+            InvalidRequest, UnsupportedRequest: as `launch`.
+        """
+        assert not self._in_flight, "what is launched is collected first"
+        self.launch(plan)
+        return self.collect()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step; on a CPU it is done then. What goes wrong with one row alone is an error in its result.
+
+        Raises:
+            InvalidRequest: the plan contradicts itself, the limits or the rows as the steps launched before will
+                leave them; nothing of it was carried out.
             UnsupportedRequest: it uses what this engine does not do yet; likewise.
         """
         started = time.perf_counter()
+        assert len(self._in_flight) < self.limits.max_steps_in_flight, "the oldest step is collected first"
         if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
             self._rows.clear()
             self._epoch = plan.epoch
         check_plan(plan, self.limits, self._rows, self._options.max_num_batched_tokens)
         self._apply_changes(plan)
-        results = self._compute([(self._rows[row.row], row) for row in plan.rows]) if plan.rows else {}
-        device_s = time.perf_counter() - started
-        return StepResult(plan.epoch, plan.step, tuple(results[row.row] for row in plan.rows), device_s)
+        self._in_flight.append(self._start(plan, started))
 
-    def _new_cache(self) -> KVCache:
+    def wait(self) -> None:
+        """Wait until the oldest launched step, if there is one, is done. One other thread may, beside all else."""
+        for step in tuple(self._in_flight)[:1]:
+            step.draw.wait()
+
+    def collect(self) -> StepResult:
+        """Return the result of the oldest launched step, once it is done."""
+        step = self._in_flight.popleft()
+        return step.result or self._resolve(step)
+
+    def _new_cache(self, num_bytes: int) -> KVCache:
         options = self._options
         num_blocks = options.num_blocks
         if num_blocks is None:
-            num_blocks = blocks_within(options.num_kv_bytes, self.config, options.block_size, self._dtype)
+            num_blocks = blocks_within(num_bytes, self.config, options.block_size, self._dtype)
         return KVCache(self.config, num_blocks, options.block_size, self._dtype, self._device)
+
+    def _new_graphs(self, capture: Capture) -> DecodeGraphs:
+        max_rows, limits = min(MAX_GRAPH_ROWS, self._options.max_num_batched_tokens), self.limits
+        static = StaticBatch(max_rows, -(-limits.max_context // limits.block_size), self._device)
+        hidden = torch.zeros(max_rows, self.config.hidden_size, dtype=self._dtype, device=self._device)
+        lora, forward = self._arena.tables(), self._decoder.forward
+        graphs = DecodeGraphs(forward, static, self._pending, hidden, lora, limits.max_context, capture)
+        graphs.capture_short()
+        return graphs
+
+    def _new_info(self, num_parameters: int) -> EngineInfo:
+        return EngineInfo(
+            dtype=self._options.dtype or self.config.dtype,
+            device=self._options.device,
+            eos_token_ids=self.config.eos_token_ids,
+            num_parameters=num_parameters,
+            num_adapter_bytes=self._arena.num_bytes,
+            is_invariant=self._options.probe and self._probe(),
+        )
 
     def _probe(self) -> bool:
         if self._device.type != "cpu":
@@ -153,7 +218,7 @@ class Engine:
             self._rows.pop(row, None)
         if plan.copy_blocks:
             pairs = torch.tensor(unpack_ints(plan.copy_blocks), dtype=torch.int64).reshape(-1, 2)
-            self._cache.copy_blocks(pairs.to(self._device))
+            self._cache.copy_blocks(*upload([pairs], self._device))
         for admit in plan.admit:
             self._rows[admit.row] = EngineRow(admit)
         for row in plan.rows:
@@ -162,19 +227,64 @@ class Engine:
     # ---- the forward pass and after ----
 
     @torch.inference_mode()
-    def _compute(self, rows: list[tuple[EngineRow, Row]]) -> dict[int, RowResult]:
-        lora = self._arena.tables()
-        batch = ForwardBatch.of(rows, self.limits.block_size, self._device)
+    def _start(self, plan: StepPlan, started: float) -> _StepInFlight:
+        """Compute a step, or queue it on the device. Its rows are then as they will be after it."""
+        if not plan.rows:
+            step = _StepInFlight(plan, started, (), (), DrawnAlready([]), {})
+            self._resolve(step)
+            return step
+        rows = [(self._rows[row.row], row) for row in plan.rows]
+        batch = ForwardBatch.of(rows, self.limits.block_size, _CPU)
+        lora, slots = self._arena.tables(), batch.segments.host_slots
+        self._arena.begin_use(slots)
+        hidden, segments, prompt_logprobs = self._forward(batch, lora)
+        draw: Draw = DrawnAlready([])
+        if batch.sampled_rows:
+            draw = self._draw(self._decoder.logits(hidden, segments, lora), batch.sampled_rows)
+        self._arena.end_use(slots)
+        step = _StepInFlight(plan, started, batch.rows, batch.sampled_rows, draw, prompt_logprobs)
+        for row in batch.rows:
+            row.state.num_computed = row.end
+        for row, source in zip(batch.sampled_rows, draw.sources, strict=True):
+            row.state.append_pending(source)
+        if draw.is_known:
+            self._resolve(step)
+        return step
+
+    def _forward(self, batch: ForwardBatch, lora: LoraTables) -> tuple[Tensor, Segments, dict[int, LogprobRows]]:
+        """Hidden states of the sampled rows, `[N, H]`, the segments over them, and what prompts ask for."""
+        if self._graphs is not None and self._graphs.accepts(batch, lora):
+            return *self._graphs.forward(batch, lora), {}
+        batch = batch.to(self._device)
+        if batch.sources is not None:
+            batch = replace(batch, input_ids=self._pending.fill_in(batch.input_ids, batch.sources))
         hidden = self._decoder.forward(batch, lora)  # [T, H]
         scores = {row.state.row: self._score_prompt(row, hidden) for row in batch.rows if row.num_scored}
-        sampled: dict[int, SampledToken] = {}
-        if batch.sampled_rows:
-            logits = self._decoder.logits(hidden[batch.sampled_tokens], batch.sampled_segments, lora)  # [N, V]
-            drawn = self._sampler.sample(logits, [row.state.sampling_row() for row in batch.sampled_rows])
-            sampled = {row.state.row: token for row, token in zip(batch.sampled_rows, drawn, strict=True)}
-        return {
-            row.state.row: _finish(row, sampled.get(row.state.row), scores.get(row.state.row)) for row in batch.rows
+        return hidden[batch.sampled_tokens], batch.sampled_segments, scores
+
+    def _draw(self, logits: Tensor, rows: tuple[ScheduledRow, ...]) -> Draw:
+        """Sample `logits`, `[N, V]`: on the device alone if it can be done and pays, else with the host's help."""
+        if self._draws_later and not any(needs_host(row.state.sampling) for row in rows):
+            return draw_later(logits, [row.state.sampling_row() for row in rows], self._pending.put)
+        for step in self._in_flight:  # in order, for a row that one of these lost stays lost
+            if step.result is None:
+                self._resolve(step)
+        return DrawnAlready(self._sampler.sample(logits, [row.state.sampling_row() for row in rows]))
+
+    def _resolve(self, step: _StepInFlight) -> StepResult:
+        """Wait for a step, tell its rows their tokens, and make its result."""
+        drawn = step.draw.tokens()
+        sampled = {row.state.row: token for row, token in zip(step.sampled_rows, drawn, strict=True)}
+        results = {
+            row.state.row: _finish(row, sampled.get(row.state.row), step.prompt_logprobs.get(row.state.row))
+            for row in step.rows
         }
+        ended = time.perf_counter()
+        device_s = ended - max(step.started, self._last_end)  # it waits for the step before
+        self._last_end = ended
+        rows = tuple(results[row.row] for row in step.plan.rows)
+        step.result = StepResult(step.plan.epoch, step.plan.step, rows, device_s)
+        return step.result
 
     def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> LogprobRows:
         """Log-probabilities of the prompt tokens that follow the row's computed positions."""
@@ -190,17 +300,19 @@ class Engine:
 
 
 def _finish(row: ScheduledRow, sampled: SampledToken | None, prompt_logprobs: LogprobRows | None) -> RowResult:
-    """Note in the row's state what was computed, and report it."""
-    row.state.num_computed = row.end
+    """Note in the row's state what was sampled, and report what was computed. A lost row stays lost."""
+    state = row.state
+    if sampled is not None:
+        state.resolve(row.end, max(0, sampled.token_id))
+        state.error = state.error or sampled.error
     if prompt_logprobs is not None and not _is_finite(prompt_logprobs):
-        return RowResult(row.state.row, row.end, error=NOT_FINITE)
+        state.error = state.error or NOT_FINITE
+        prompt_logprobs = None
+    if state.error is not None:
+        return RowResult(state.row, row.end, prompt_logprobs=prompt_logprobs, error=state.error)
     if sampled is None:
-        return RowResult(row.state.row, row.end, prompt_logprobs=prompt_logprobs)
-    if sampled.error is not None:
-        return RowResult(row.state.row, row.end, prompt_logprobs=prompt_logprobs, error=sampled.error)
-    row.state.append_token(sampled.token_id)
-    token_ids = pack_ints([sampled.token_id])
-    return RowResult(row.state.row, row.end, token_ids, sampled.logprobs, prompt_logprobs)
+        return RowResult(state.row, row.end, prompt_logprobs=prompt_logprobs)
+    return RowResult(state.row, row.end, pack_ints([sampled.token_id]), sampled.logprobs, prompt_logprobs)
 
 
 def _is_finite(logprobs: LogprobRows) -> bool:

@@ -100,9 +100,9 @@ class Sampler:
         """
         chosen_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=logits.device)
         chunks = zip(logits.split(_LOGPROB_CHUNK_ROWS), chosen_ids.split(_LOGPROB_CHUNK_ROWS), strict=True)
-        parts = [_logprobs(chunk, ids, num_top) for chunk, ids in chunks] or [_no_logprobs()]
+        parts = [top_logprobs(chunk, ids, num_top) for chunk, ids in chunks] or [_no_logprobs()]
         chosen, top_ids, top = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return _pack_logprobs(chosen, top_ids, top)
+        return pack_logprobs(chosen, top_ids, top)
 
     def _process(self, scores: Tensor, rows: Sequence[SamplingRow], errors: dict[int, str]) -> None:
         """Everything before the noise, in the order of the wire contract. In place."""
@@ -260,7 +260,7 @@ def _order_keys(scores: Tensor) -> Tensor:
 # ---- log-probabilities --------------------------------------------------------------------------------------------
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Chosen `[N]`, ids of the most probable `[N, num_top]` and their log-probabilities."""
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
@@ -281,14 +281,15 @@ def _explain(raw: Tensor, wanted: Sequence[tuple[int, int]]) -> list[LogprobRows
         return []
     token_ids = torch.tensor([token_id for token_id, _ in wanted], device=raw.device)
     most = max(num_top for _, num_top in wanted)
-    chosen, top_ids, top = (tensor.cpu() for tensor in _logprobs(raw, token_ids, most))
+    chosen, top_ids, top = (tensor.cpu() for tensor in top_logprobs(raw, token_ids, most))
     return [
-        _pack_logprobs(chosen[i : i + 1], top_ids[i : i + 1, :num_top], top[i : i + 1, :num_top])
+        pack_logprobs(chosen[i : i + 1], top_ids[i : i + 1, :num_top], top[i : i + 1, :num_top])
         for i, (_, num_top) in enumerate(wanted)
     ]
 
 
-def _pack_logprobs(chosen: Tensor, top_ids: Tensor, top: Tensor) -> LogprobRows:
+def pack_logprobs(chosen: Tensor, top_ids: Tensor, top: Tensor) -> LogprobRows:
+    """Pack what `top_logprobs` returned, on any device, into a message."""
     return LogprobRows(
         num_tokens=chosen.shape[0],
         num_top=top.shape[1],

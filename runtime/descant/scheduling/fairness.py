@@ -159,8 +159,8 @@ class Fairness:
 
     def charge_prompt(self, sequence: Sequence, num_new_tokens: int) -> None:
         """The next tokens of the sequence are about to be computed."""
-        end = min(sequence.num_computed + num_new_tokens, sequence.num_prompt_tokens)
-        num_new = end - max(sequence.num_computed, sequence.num_charged)
+        end = min(sequence.num_planned + num_new_tokens, sequence.num_prompt_tokens)
+        num_new = end - max(sequence.num_planned, sequence.num_charged)
         if num_new > 0:
             sequence.num_charged = end
             self._lanes[sequence.id].charge(num_new * INPUT_WEIGHT)

@@ -19,6 +19,7 @@ class ExecutorLife:
         self.blocks = BlockAllocator(limits.num_blocks, limits.block_size)
         self.gate = AdapterGate(limits.num_adapter_slots, adapter_bytes, epoch)
         self.num_steps = 0  # completed
+        self.max_steps_in_flight = limits.max_steps_in_flight
         # Tokens of a sequence, prompt and output: it must be able to run alone.
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
         self._drops: list[int] = []  # rows the engine still has and no longer needs
@@ -57,7 +58,7 @@ class ExecutorLife:
         new = self.blocks.allocate(num_missing, after=table[-1] if table else -1)
         assert new is not None, "as many blocks were available"
         sequence.num_registered = len(table)
-        sequence.num_computed = len(table) * size
+        sequence.num_computed = sequence.num_planned = len(table) * size
         sequence.block_table = table + new
         return True
 

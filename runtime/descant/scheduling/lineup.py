@@ -12,13 +12,17 @@ from descant.scheduling.slots import SlotTurns
 
 
 class Lineup:
-    """A sequence stands in one place at most. Parked and finished ones stand nowhere."""
+    """A sequence stands in one place at most. Parked and finished ones stand nowhere.
+
+    Those that finish or are parked in flight keep their seat, without standing there, until they are out of it.
+    """
 
     def __init__(self, max_queued: int | None) -> None:
         self.held: dict[int, Sequence] = {}
         self.fairness = Fairness()
         self.slot_turns = SlotTurns(self.fairness)
         self.running: list[Sequence] = []  # in order of arrival
+        self.leaving: set[int] = set()  # ids of those in flight that no longer run
         self.limits = QueueLimits(max_queued)
         self.builder: StepBuilder | None = None  # of the step being planned
 
@@ -48,8 +52,19 @@ class Lineup:
         self.fairness.run(sequence)
         insort(self.running, sequence, key=by_arrival)
 
+    @property
+    def num_seated(self) -> int:
+        """Seats that are taken."""
+        return len(self.running) + len(self.leaving)
+
+    def leave_in_flight(self, sequence: Sequence) -> None:
+        """The sequence no longer runs, but the executor may be working on it still."""
+        self.remove(sequence)
+        self.leaving.add(sequence.id)
+
     def remove(self, sequence: Sequence) -> None:
         """Take the sequence from where it stands, and out of the step being planned."""
+        self.leaving.discard(sequence.id)
         self.held.pop(sequence.id, None)
         self.fairness.leave(sequence)
         self.slot_turns.leave(sequence)
@@ -64,3 +79,4 @@ class Lineup:
         self.fairness.clear()
         self.slot_turns.clear()
         self.running = []
+        self.leaving.clear()

@@ -2,7 +2,8 @@
 
 The engine keeps one *row* per sequence: its tokens, block table, sampling state and how many of its positions have
 their K/V in the cache. The scheduler keeps the truth and can rebuild any row with one `Admit`. A step first drops
-rows, then copies blocks, then admits, then runs one forward pass over the `rows`.
+rows, then copies blocks, then admits, then runs one forward pass over the `rows`. A plan may be sent before the result
+of the one before is known: then it goes by what that one will have computed and sampled.
 
 Integers travel packed: little-endian int32 in bytes (`pack_ints`), floats likewise as float32.
 """
@@ -159,13 +160,17 @@ class StepResult(msgspec.Struct, frozen=True):
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
-    """What an engine can do; `validate_plan` holds a plan against it."""
+    """What an engine can do; `validate_plan` holds a plan against it.
+
+    With `max_steps_in_flight` above 1 it takes a plan before it has answered the one before.
+    """
 
     num_blocks: int
     block_size: int
     max_context: int
     vocab_size: int
     num_adapter_slots: int
+    max_steps_in_flight: int = 1
 
 
 def validate_plan(plan: StepPlan, limits: EngineLimits, rows: Sequence[int] = ()) -> None:

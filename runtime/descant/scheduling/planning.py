@@ -3,6 +3,9 @@
 First everybody who decodes, in order of arrival. What is left of the step's tokens goes to prompts, those of running
 sequences and those of sequences that come in, in fair order: whoever has had least service is served next. Who comes
 in needs a seat and blocks; if there are none, those who hold too much of them give way.
+
+Nobody gives way while a step is in flight, which may still write to its blocks: who needs them goes without for this
+step, and the next is planned when nothing is in flight.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from descant_client.protocol import FinishReason
 
 
 class Moves(NamedTuple):
-    """What the planner has done to a sequence."""
+    """What the planner has done to a sequence. `may_preempt` is asked before somebody is chosen to give way."""
 
+    may_preempt: Callable[[], bool]
     preempt: Callable[[Sequence], None]
     finish: Callable[[Sequence, FinishReason], None]
 
@@ -87,15 +91,17 @@ class Planner:
         block_size, index = life.blocks.block_size, 0
         while index < len(running):
             sequence = running[index]
-            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids)
+            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
             index += 1
-            if sequence.num_computed + 1 < num_tokens:
+            if sequence.num_planned + 1 < num_tokens:
                 self._prefills.append(sequence)
+            elif num_tokens >= sequence.token_limit and sequence.num_pending:
+                continue  # it ends with a token that is in flight
             elif num_tokens <= len(sequence.block_table) * block_size:
                 builder.decode(sequence)
             elif (new_blocks := life.grow(sequence)) is not None:
                 builder.decode(sequence, new_blocks)
-            else:
+            elif self._moves.may_preempt():
                 self._preempt(growth_victim(self._fairness, running, sequence))
                 index = bisect_left(running, sequence.id, key=by_arrival)  # it tries again, if it is still there
 
@@ -153,7 +159,7 @@ class Planner:
         return False
 
     def _find_seat(self, account: Account) -> bool:
-        if len(self._running) < self._num_seats:
+        if self._lineup.num_seated < self._num_seats:
             return True
         if self._seat_holder is None:
             self._seat_holder = richest(seats_held(self._fairness))
@@ -163,6 +169,8 @@ class Planner:
             return False
         victim = latest_of(self._running, holder)
         if victim is None or not may_take(holder, holder.num_running - 1, account, account.num_running, 1):
+            return False
+        if not self._moves.may_preempt():
             return False
         self._preempt(victim)
         return True
@@ -177,10 +185,12 @@ class Planner:
         if life.allocate(sequence, len(running)):
             return True
         num_missing = num_needed + life.watermark(len(running)) - life.blocks.num_available
-        for victim in block_victims(self._fairness, running, account, num_needed, num_missing):
-            self._preempt(victim)
-        if life.allocate(sequence, len(running)):
-            return True
+        victims = block_victims(self._fairness, running, account, num_needed, num_missing)
+        if victims and self._moves.may_preempt():
+            for victim in victims:
+                self._preempt(victim)
+            if life.allocate(sequence, len(running)):
+                return True
         self._least_blocked = min(self._least_blocked, self._num_held(account) / account.weight)
         self._is_full = self._least_blocked == 0
         return False

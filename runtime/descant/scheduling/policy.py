@@ -9,6 +9,8 @@ The actor around it goes round like this, and passes on what it hears from elsew
     result = ...                               # run planned.plan on the engine
     policy.apply(planned, result)              # or policy.executor_lost(reason), later policy.executor_up(...)
 
+An executor may let it plan further steps before the first is applied; they are applied in the order of their plans.
+
 A sequence is *held* while the executor is down or others are on trial, then waits at the adapter gate, then in fair
 order for blocks and a seat, then runs until it is finished, preempted or parked. Preempted, parked, held again
 and lost with the executor are all the same: the tokens are kept and everything else is given up. What a sequence had
@@ -20,22 +22,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from descant.scheduling.blame import Blame
 from descant.scheduling.deadlines import Deadlines
 from descant.scheduling.gate import AdapterLoad, AdapterWork
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.lineup import Lineup
 from descant.scheduling.plan import EngineLimits, Row, RowResult, StepResult
 from descant.scheduling.planning import Moves, Planner
-from descant.scheduling.results import check_answers, take_computed, take_sampled
+from descant.scheduling.results import take_computed, take_sampled
 from descant.scheduling.rows import PlannedStep, StepBuilder
 from descant.scheduling.sequence import Sequence, SequenceTable
+from descant.scheduling.transitions import Transitions
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError, ExecutorFailed, InternalError
-from descant_client.protocol import FinishReason
 
 
-class Policy:
+class Policy(Transitions):
     """Decides over the sequences of `table`, which may hold live ones already: they are taken for preempted.
 
     `now` is the clock, in seconds. `max_queued` sequences of one principal may wait, unless they say otherwise. A
@@ -51,18 +51,11 @@ class Policy:
         now: Callable[[], float],
         max_queued: int | None = None,
     ) -> None:
-        self._table = table
-        self._now = now
+        super().__init__(table, now, max_queued)
         self._num_seats = min(max_num_seqs, max_num_batched_tokens)  # everybody running may decode in one step
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._blame = Blame()
-        self._trial: frozenset[int] | None = None  # the blame's, as of the last plan
-        self._life: ExecutorLife | None = None  # None: the executor is down
         self._pins: tuple[AdapterVersion, ...] = ()
-        self._lineup = Lineup(max_queued)
         self._deadlines = Deadlines(table)
-        self._in_flight: PlannedStep | None = None
-        self._retired: list[Sequence] = []  # finished in flight: the engine may still write to their blocks
         for sequence in table:
             sequence.forget_device_state()
             sequence.status = "waiting"  # the message that unparks it may have been lost with the policy before
@@ -117,7 +110,11 @@ class Policy:
     def unpark(self, sequence_id: int) -> None:
         """The sequence's sink has room again. Sequences that are not parked are left alone."""
         sequence = self._table.get(sequence_id)
-        if sequence is not None and sequence.status == "parked":
+        if sequence is None or sequence.status != "parked":
+            return
+        if self._in_flight.holds(sequence):
+            sequence.status = "waiting"  # until it is out of there
+        else:
             self._enter(sequence)
 
     # ---- deadlines ------------------------------------------------------------------------------------------------
@@ -148,10 +145,9 @@ class Policy:
 
         Returns whether that life was of use: it completed a step, or its death narrowed the circle of suspects.
         """
-        in_flight = [*(self._in_flight.sequences if self._in_flight else ())]
-        in_flight += self._life.gate.loading if self._life else []
-        life, self._life, self._in_flight = self._life, None, None
-        self._retired = []
+        in_flight = self._in_flight.sequences + (self._life.gate.loading if self._life else [])
+        life, self._life = self._life, None
+        self._in_flight.clear()
         self._lineup.clear()
         for sequence in self._table:
             sequence.num_preemptions += sequence.status == "running"
@@ -202,45 +198,53 @@ class Policy:
     # ---- a step ---------------------------------------------------------------------------------------------------
 
     def plan(self) -> PlannedStep | None:
-        """Decide the next step; None: nothing can run. It must be applied, or the executor lost, before the next."""
-        assert self._in_flight is None, "one step at a time"
+        """Decide the next step; None: nothing can run before the oldest step in flight is applied, or at all."""
         self.expire()
         life = self._life
-        if life is None:
+        if life is None or len(self._in_flight) == life.max_steps_in_flight:
             return None
+        if self._in_flight and (self._is_draining or self._trial is not self._blame.trial):
+            return None
+        self._is_draining = False
         self._follow_trial(life)
         for sequence in self._lineup.slot_turns.open(life.gate, self._clear_out):
             if not sequence.is_finished:  # with another choice of its request
                 self._lineup.fairness.wait(sequence)
         builder = self._lineup.builder = StepBuilder(self._max_num_batched_tokens)
-        moves = Moves(self._preempt, self._finish)
+        moves = Moves(self._may_preempt, self._preempt, self._finish)
         Planner(self._table, life, self._lineup, self._num_seats, builder, moves, self._now()).plan()
         self._lineup.builder = None
         if not builder:
-            life.check_idle()
+            if not self._in_flight:
+                life.check_idle()
             return None
-        self._in_flight = builder.build(life.epoch, life.num_steps + 1, life.take_drops())
-        return self._in_flight
+        planned = builder.build(life.epoch, life.num_steps + len(self._in_flight) + 1, life.take_drops())
+        self._in_flight.add(planned)
+        return planned
+
+    def awaits(self, planned: PlannedStep) -> bool:
+        """Return whether the step is in flight: neither applied nor lost with its executor."""
+        return self._in_flight.awaits(planned)
 
     def apply(self, planned: PlannedStep, result: StepResult) -> None:
-        """Take over what a step did and tell the sinks. Results of an earlier executor are discarded.
+        """Take over what the oldest step did and tell the sinks. Results of an earlier executor are discarded.
 
         Raises:
             InternalError: the result answers another plan; nothing was applied and the executor is not to be trusted.
         """
         life = self._life
-        if life is None or planned is not self._in_flight or result.epoch != life.epoch:
+        if life is None or not self.awaits(planned) or result.epoch != life.epoch:
             return
-        check_answers(planned.plan, result)
-        self._in_flight = None
+        self._in_flight.take(planned, result)
         life.num_steps += 1
         now = self._now()
         for sequence, row, row_result in zip(planned.sequences, planned.plan.rows, result.rows, strict=True):
-            if sequence.finish_reason is None:
+            if sequence.status == "running":
                 self._apply_row(life, sequence, row, row_result, now)
-        retired, self._retired = self._retired, []
-        for sequence in retired:
-            self._release(sequence)
+            elif sequence.last_step == result.step:
+                self._release(sequence)
+                if sequence.status == "waiting":  # it was parked, and its sink has room again
+                    self._enter(sequence)
 
     # ---- applying -------------------------------------------------------------------------------------------------
 
@@ -263,87 +267,5 @@ class Policy:
         if sequence.finish_reason is not None:
             self._finish(sequence, sequence.finish_reason)
         elif not has_room:
-            self._release(sequence)
+            self._leave(sequence)
             sequence.status = "parked"
-
-    # ---- transitions ----------------------------------------------------------------------------------------------
-
-    def _enter(self, sequence: Sequence) -> None:
-        """Let a sequence that has nothing but its tokens take its way to a seat."""
-        sequence.status = "waiting"
-        self._lineup.limits.enter(sequence, self._now())
-        if self._life is None or not self._blame.allows(sequence.id):
-            self._hold(sequence)
-            return
-        try:
-            if not sequence.output_ids:
-                self._life.check_fits(sequence)  # it may have been submitted while the executor was down
-            is_ready = self._life.gate.enter(sequence)
-        except DescantError as error:
-            self._finish(sequence, "error", error)
-            return
-        if is_ready:
-            self._lineup.fairness.wait(sequence)
-        elif sequence.spans is None:
-            self._lineup.slot_turns.wait(sequence)
-
-    def _hold(self, sequence: Sequence) -> None:
-        if sequence.status != "parked":
-            self._lineup.hold(sequence, self._now())
-
-    def _preempt(self, sequence: Sequence) -> None:
-        sequence.num_preemptions += 1
-        self._release(sequence)
-        self._enter(sequence)
-
-    def _clear_out(self, sequences: list[Sequence]) -> Callable[[], None]:
-        """Preempt all of them; what is returned lets them take their way to a seat again."""
-        for sequence in sequences:
-            sequence.num_preemptions += sequence.status == "running"
-            self._release(sequence)
-            sequence.status = "waiting"
-
-        def enter_again() -> None:
-            for sequence in sequences:
-                if not sequence.is_finished:  # with another choice of its request
-                    self._enter(sequence)
-
-        return enter_again
-
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: DescantError | None = None) -> None:
-        sequence.finish_reason, sequence.error = reason, error
-        sequence.finished_s = self._now()
-        if self._in_flight is not None and sequence.status == "running":
-            self._retired.append(sequence)
-        else:
-            self._release(sequence)
-        sequence.status = "finished"
-        self._lineup.limits.leave(sequence, sequence.finished_s)
-        self._table.remove(sequence)
-        self._blame.left(sequence.id)
-        sequence.sink.end(sequence)
-        for sibling in self._table.of_request(sequence.request_id) if reason == "error" else ():
-            self._finish(sibling, "cancelled")  # a request fails as a whole: nobody would read its other choices
-
-    def _release(self, sequence: Sequence) -> None:
-        """Take everything from the sequence but its tokens, and take it out of every queue."""
-        self._lineup.remove(sequence)
-        if self._life is not None:
-            self._life.release(sequence)
-
-    def _follow_trial(self, life: ExecutorLife) -> None:
-        """Once others are on trial, put everybody else on hold."""
-        if self._trial is self._blame.trial:
-            return
-        self._trial = self._blame.trial
-        for sequence in self._table:
-            if sequence.status in ("waiting", "running") and not self._blame.allows(sequence.id):
-                sequence.num_preemptions += sequence.status == "running"
-                self._release(sequence)
-                self._hold(sequence)
-        self._admit_held()
-
-    def _admit_held(self) -> None:
-        for sequence in self._lineup.take_held():
-            if not sequence.is_finished:
-                self._enter(sequence)

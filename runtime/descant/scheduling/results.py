@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.plan import LogprobRows, Row, RowResult, StepPlan, StepResult, unpack_ints
+from descant.scheduling.plan import LogprobRows, Row, RowResult, unpack_ints
 from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
 from descant_client.errors import InternalError
-
-
-def check_answers(plan: StepPlan, result: StepResult) -> None:
-    """Check that the result is one of this plan. Raises InternalError."""
-    if result.step != plan.step or [row.row for row in result.rows] != [row.row for row in plan.rows]:
-        raise InternalError("the executor answered another step than the one it was given")
 
 
 def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowResult) -> bool:
@@ -36,6 +30,7 @@ def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowR
 
 def take_sampled(sequence: Sequence, result: RowResult) -> int:
     """Append what was sampled, up to what ends the sequence; return how many tokens."""
+    sequence.num_pending -= 1
     if len(result.token_ids) == 4:
         token_ids = [int.from_bytes(result.token_ids, "little", signed=True)]
     else:

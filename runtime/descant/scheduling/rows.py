@@ -49,7 +49,7 @@ class StepBuilder:
     def prefill(self, sequence: Sequence) -> int:
         """Compute as many of the sequence's uncomputed tokens as the budget allows, at least one; return how many."""
         assert sequence.spans is not None, "a running sequence has its adapter"
-        num_new_tokens = min(sequence.num_tokens - sequence.num_computed, self.num_tokens_left)
+        num_new_tokens = min(sequence.num_tokens - sequence.num_planned, self.num_tokens_left)
         assert num_new_tokens > 0, "a prefill without tokens"
         num_prompt_logprobs = sequence.num_prompt_logprobs if sequence.needs_prompt_logprobs else NO_LOGPROBS
         row = Row(sequence.id, num_new_tokens, sequence.spans, num_prompt_logprobs=num_prompt_logprobs)

@@ -90,6 +90,9 @@ class Sequence:
     # Device state, lost with every preemption
     block_table: list[int] = field(default_factory=list[int])
     num_computed: int = 0  # positions whose K/V is in the cache
+    num_planned: int = 0  # the same once the steps in flight are done
+    num_pending: int = 0  # tokens that are being sampled in the steps in flight
+    last_step: int = 0  # number of the last step it is, or was, in
     num_registered: int = 0  # blocks offered to the prefix cache
     is_row: bool = False  # the engine has a row for it
     spans: tuple[AdapterSpan, ...] | None = None  # None: its adapter has no slot
@@ -167,7 +170,7 @@ class Sequence:
     def forget_device_state(self) -> None:
         """Keep only what a new executor could be given: the tokens."""
         self.block_table = []
-        self.num_computed = self.num_registered = 0
+        self.num_computed = self.num_registered = self.num_planned = self.num_pending = self.last_step = 0
         self.is_row = False
         self.spans = self.decode_row = None
 

@@ -21,6 +21,9 @@ from descant.scheduling.version import AdapterVersion
 MAX_TRIES = 8  # principals per step for which somebody may be asked to give way
 LOOK_EVERY = 8  # steps, while nobody comes or leaves: who has had less service may change all the same
 
+# Takes everything from some sequences, and returns what lets them take their way to a seat again; None: not now.
+ClearOut = Callable[[list[Sequence]], Callable[[], None] | None]
+
 
 class SlotTurns:
     """Knows who waits for a place."""
@@ -52,11 +55,8 @@ class SlotTurns:
         self._waiting.clear()
         self._served.clear()
 
-    def open(self, gate: AdapterGate, preempt: Callable[[list[Sequence]], Callable[[], None]]) -> list[Sequence]:
-        """Open the gate, and return who can run now.
-
-        `preempt` takes everything from some sequences, and returns what lets them take their way to a seat again.
-        """
+    def open(self, gate: AdapterGate, clear_out: ClearOut) -> list[Sequence]:
+        """Open the gate, and return who can run now."""
         self._num_idle += 1
         if len(self._fairness.accounts) < 2 or not self._waiting or self._num_idle % LOOK_EVERY:
             return gate.open()
@@ -73,7 +73,7 @@ class SlotTurns:
         for account in order[:MAX_TRIES]:
             sequence = firsts[account]
             if sequence.spans is None and sequence.id not in self._served:
-                ready += self._take_place(gate, account, sequence, preempt)
+                ready += self._take_place(gate, account, sequence, clear_out)
         return ready
 
     def _take_place(
@@ -81,7 +81,7 @@ class SlotTurns:
         gate: AdapterGate,
         account: Account,
         sequence: Sequence,
-        preempt: Callable[[list[Sequence]], Callable[[], None]],
+        clear_out: ClearOut,
     ) -> list[Sequence]:
         """Have somebody give up a place for the sequence, if that is fair and enough."""
         assert sequence.adapter is not None, "who waits for a place has an adapter"
@@ -98,8 +98,11 @@ class SlotTurns:
             lanes.append(lane)
         if not lanes:
             return []
+        enter_again = clear_out([one for lane in lanes for one in lane.users])
+        if enter_again is None:
+            self._num_idle = -1  # look again next time
+            return []
         self._served.add(sequence.id)
-        enter_again = preempt([one for lane in lanes for one in lane.users])
         ready = gate.open([sequence.adapter.digest])
         enter_again()
         return ready

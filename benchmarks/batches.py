@@ -1,0 +1,116 @@
+"""A server, and requests to it, all at once through its WebSocket: what they answered and how long it took."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import uvloop
+
+from descant.config import AdapterConfig, Config, MiB, ModelConfig, ServerConfig
+from descant.engine.arch import Dtype
+from descant.system import System, running
+from descant_client.client import Client, connect
+from descant_client.protocol import Delta, ServerMessage
+
+KV_BYTES = 512 * MiB
+
+
+class Request(NamedTuple):
+    """A prompt and the name of its adapter; None: the base model."""
+
+    prompt: str | list[int]
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What came back, in the order of the requests. Rates are tokens per second of all together."""
+
+    token_ids: list[list[int]]
+    seconds: float  # from the first request to the last answer
+    decode_tokens_per_s: float  # once every request has its first token; NaN if there was nothing after that
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens over the whole time, prompts included."""
+        return sum(map(len, self.token_ids)) / self.seconds
+
+
+class _Clock:
+    """Hears when the tokens of one stream come."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[tuple[float, int]] = []
+
+    def __call__(self, message: ServerMessage) -> None:
+        if isinstance(message, Delta):
+            self.arrivals.append((time.perf_counter(), len(message.token_ids)))
+
+
+def run(main: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    """Run a benchmark's `main` on the event loop that servers use."""
+    anyio.run(main, *arguments, backend_options={"loop_factory": uvloop.new_event_loop})
+
+
+@asynccontextmanager
+async def served(
+    model: Path | None,
+    dtype: Dtype | None = None,
+    num_threads: int | None = None,
+    adapters: AdapterConfig | None = None,
+) -> AsyncIterator[tuple[System, Client]]:
+    """Run a server that is ready, and a client of it; None: the demo model, its dtype, as many threads as it takes."""
+    with tempfile.TemporaryDirectory() as data_dir:
+        config = Config(
+            data_dir=data_dir,
+            server=ServerConfig(port=0),
+            model=ModelConfig(
+                path=None if model is None else str(model), dtype=dtype, num_threads=num_threads, kv_bytes=KV_BYTES
+            ),
+            adapters=adapters or AdapterConfig(),
+        )
+        async with running(config) as system, connect(f"ws://127.0.0.1:{system.port}") as client:
+            await system.ready()
+            yield system, client
+
+
+async def answer(client: Client, requests: Sequence[Request], new_tokens: int) -> Answers:
+    """Send all requests at once and wait for all answers: greedy, of `new_tokens` each, whatever they say."""
+    clocks = [_Clock() for _ in requests]
+    started = time.perf_counter()
+    streams = [
+        client.generate(
+            request.prompt, adapter=request.adapter, max_tokens=new_tokens, ignore_eos=True, temperature=0.0
+        )
+        for request in requests
+    ]
+    for stream, clock in zip(streams, clocks, strict=True):
+        stream.listen(clock)
+    results = [await stream.result() for stream in streams]
+    ended = time.perf_counter()
+    assert {result.usage.num_output_tokens for result in results} == {new_tokens}, "an answer is short"
+    rate = decode_rate([clock.arrivals for clock in clocks], ended)
+    return Answers([result.token_ids for result in results], ended - started, rate)
+
+
+def decode_rate(arrivals: Sequence[Sequence[tuple[float, int]]], ended: float) -> float:
+    """Return tokens per second from the moment on when the last stream has its first token.
+
+    Args:
+      arrivals: per stream, when how many tokens came. ended: the end of the measurement; all in seconds.
+    """
+    begin = max(stream[0][0] for stream in arrivals)
+    num_tokens = sum(num for stream in arrivals for at, num in stream if at > begin)
+    return num_tokens / (ended - begin) if num_tokens else float("nan")
+
+
+def deal(prompts: Sequence[str | list[int]], names: Sequence[str | None]) -> list[Request]:
+    """Return a request for each prompt, the adapters dealt in turn; no names: the base model."""
+    return [Request(prompt, names[i % len(names)] if names else None) for i, prompt in enumerate(prompts)]

@@ -1,0 +1,101 @@
+"""Timing on a GPU: ops with a cold cache, steps queued one behind the other, and the floors they are held to."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from descant.engine.arch import DecoderConfig
+from descant.engine.graphs import Capture
+
+REPEATS = 30
+STEPS = 20  # per timing of steps: queued one behind the other, as the engine does
+FLUSH_BYTES = 256 << 20  # written before each repeat of an op, so that nothing is left in the cache
+DTYPE = torch.bfloat16
+Op = Callable[[], object]
+
+
+@dataclass
+class Line:
+    """One measurement. `aim` is what the project wants of it, in words; `reached` is the same in figures."""
+
+    name: str
+    seconds: float
+    floor_s: float
+    plain_s: dict[str, float] = field(default_factory=dict)
+    aim: str = ""
+    reached: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """As the table shows it: microseconds, and how many times as long the alternatives take."""
+        plain = ", ".join(f"{name} {seconds / self.seconds:.2f}×" for name, seconds in self.plain_s.items())
+        times = (f"{self.seconds * 1e6:.1f}", f"{self.floor_s * 1e6:.1f}", f"{self.floor_s / self.seconds:.0%}")
+        return (self.name, *times, plain or "–", self.aim or "–", self.reached or "–")
+
+
+HEADS = ("what", "µs", "floor µs", "of floor", "alternatives", "aim", "reached")
+
+
+@dataclass
+class Bench:
+    """What to measure on, and with what."""
+
+    device: torch.device
+    config: DecoderConfig
+    time_op: Callable[[Op], float]  # median seconds of one call, cold cache
+    time_steps: Callable[[Op], float]  # median seconds of a call among many, queued
+    capture: Capture
+    bandwidth: float  # bytes per second
+    flops: float  # per second
+
+    def floor(self, num_bytes: float, num_flops: float = 0.0) -> float:
+        """Least seconds."""
+        return max(num_bytes / self.bandwidth, num_flops / self.flops)
+
+    def randn(self, *shape: int, std: float = 1.0) -> Tensor:
+        """Random values in the model's dtype."""
+        return torch.empty(shape, device=self.device, dtype=DTYPE).normal_(std=std)
+
+
+def time_op(op: Op) -> float:
+    """Median seconds of an op; the flush before it also gives the host time to launch it."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return statistics.median([_elapsed(op, flush) for _ in range(REPEATS + 3)][3:])
+
+
+def time_steps(step: Op) -> float:
+    """Median seconds of a step of `STEPS` that are queued without waiting."""
+
+    def queue() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return statistics.median([_elapsed(queue) for _ in range(5)][1:]) / STEPS
+
+
+def _elapsed(op: Op, flush: Tensor | None = None) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+    if flush is not None:
+        flush.zero_()
+    begin.record()
+    op()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure_bandwidth(bench: Bench) -> float:
+    """Bytes per second of a large copy, reads and writes together."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device=bench.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / bench.time_op(lambda: target.copy_(source))
+
+
+def measure_flops(bench: Bench, size: int = 8192) -> float:
+    """FLOPs per second of a large product."""
+    a, b = bench.randn(size, size), bench.randn(size, size)
+    return 2.0 * size**3 / bench.time_op(lambda: a @ b)

@@ -1,0 +1,131 @@
+"""CPU path of `linear`: the fastest product this CPU has for the dtype, with every row bitwise independent of the rest.
+
+What makes a row's bits depend on its neighbors is a product that picks another kernel for another number of rows. So
+rows are padded to counts at which the kernels are measured to agree; `probe` repeats the measurement at start.
+
+- oneDNN with its own weight layout: float32 everywhere, bfloat16 on CPUs that compute with it.
+- FBGEMM with float16 weights and float32 rows: models in bfloat16 or float16 on other CPUs. It reads two bytes per
+  weight and computes in float32, where a plain product in such a dtype is an order of magnitude slower.
+- The plain product where neither exists, or where a bfloat16 weight would lose by being written as float16.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from descant_kernels.batch import PackedLinear
+
+ONEDNN_MIN_ROWS = 2
+"""Fewest rows from which a packed oneDNN product gives a row the same bits at any row count."""
+
+ONEDNN_ROW_STEP = 16
+"""Larger packed products are padded to multiples of this: oneDNN compiles and keeps code for each number of rows."""
+
+FBGEMM_ROW_STEPS = (1, 2, 3, 4, 6, 8, 12, 14, 16)
+"""Row multiples to try: FBGEMM cuts rows into runs of up to 6 (AVX2) or 14 (AVX-512), each a kernel of its own."""
+
+PLAIN_ROW_STEP = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 1}
+"""Multiple to which the rows of a plain product are padded."""
+
+_PROBED_ROWS = 252  # more than the 120 that FBGEMM takes at a time
+
+_LARGEST_LOSS = 2.0**-16
+"""Of a weight written as float16, relative to the largest of the matrix: far below what bfloat16 resolves."""
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """See `descant_kernels.pack_linear`."""
+    out_features, in_features = weight.shape
+    product, padded_rows = _onednn(weight, bias) or _fbgemm(weight, bias) or _plain(weight, bias)
+    return PackedLinear(product, padded_rows, weight.dtype, in_features, out_features)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """See `descant_kernels.linear`."""
+    num_rows = x.shape[0]
+    if num_rows == 0:
+        return x.new_empty(0, packed.out_features)
+    missing = packed.padded_rows(num_rows) - num_rows
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    out = packed.product(x)
+    return out[:num_rows] if missing else out
+
+
+Product = tuple[Callable[[Tensor], Tensor], Callable[[int], int]]
+"""The product, and to how many rows its argument must be padded."""
+
+
+def _onednn(weight: Tensor, bias: Tensor | None) -> Product | None:
+    if not _has_onednn(weight.dtype):
+        return None
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())  # noqa: SLF001 — torch has no public name
+    linear_pointwise = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 — as above
+    return lambda x: linear_pointwise(x, packed, bias, "none", [], ""), _onednn_rows
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    has_bfloat16 = dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001 — as above
+    return dtype is torch.float32 or has_bfloat16
+
+
+def _onednn_rows(num_rows: int) -> int:
+    return _multiple(ONEDNN_ROW_STEP, num_rows) if num_rows > ONEDNN_ROW_STEP else max(ONEDNN_MIN_ROWS, num_rows)
+
+
+def _fbgemm(weight: Tensor, bias: Tensor | None) -> Product | None:
+    if weight.dtype is torch.float32 or not _survives_as_half(weight):
+        return None
+    step = fbgemm_row_step(torch.get_num_threads())
+    if step is None:
+        return None
+    dtype, multiply = weight.dtype, _fbgemm_product(weight, bias)
+    return lambda x: multiply(x.float()).to(dtype), functools.partial(_multiple, step)
+
+
+def _survives_as_half(weight: Tensor) -> bool:
+    """Whether float16 has the weights: bfloat16 reaches further up, and further down."""
+    wide = weight.float()
+    loss = (weight.half().float() - wide).abs().amax()
+    return bool(loss <= _LARGEST_LOSS * wide.abs().amax())
+
+
+def _fbgemm_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Float32 rows times float16 weights, float32 sums."""
+    packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+
+
+@functools.cache
+def fbgemm_row_step(num_threads: int) -> int | None:
+    """The smallest multiple of rows at which FBGEMM's float16 product is row-invariant; None = none, or no FBGEMM."""
+    generator = torch.Generator().manual_seed(num_threads)
+    try:
+        product = _fbgemm_product(torch.randn(48, 64, generator=generator), None)
+        x = torch.randn(_PROBED_ROWS, 64, generator=generator)
+        whole = {step: product(x[: _PROBED_ROWS // step * step]) for step in FBGEMM_ROW_STEPS}
+    except RuntimeError:  # this build or CPU has none
+        return None
+    return next((step for step in FBGEMM_ROW_STEPS if _agrees(product, x, whole[step], _counts(step))), None)
+
+
+def _counts(step: int) -> Iterable[int]:
+    return range(step, _PROBED_ROWS // step * step, step)
+
+
+def _agrees(product: Callable[[Tensor], Tensor], x: Tensor, whole: Tensor, counts: Iterable[int]) -> bool:
+    return all(torch.equal(product(x[:count]), whole[:count]) for count in counts)
+
+
+def _plain(weight: Tensor, bias: Tensor | None) -> Product:
+    step = PLAIN_ROW_STEP[weight.dtype]
+    return lambda x: F.linear(x, weight, bias), functools.partial(_multiple, step)
+
+
+def _multiple(step: int, num_rows: int) -> int:
+    return -(-num_rows // step) * step

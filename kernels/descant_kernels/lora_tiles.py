@@ -1,0 +1,298 @@
+# pyright: reportArgumentType=false
+# Triton turns launch arguments into constexpr; its annotations do not say so.
+"""The Triton programs of `add_lora`. Each takes one tile: rows of one segment, which share an adapter and its ranks.
+
+However the work is cut, a row's sums are made in one order: its input features in parts of `part_size`, one block of
+`BLOCK_K` after another, the parts then one after another; its ranks one block after another, in blocks that its own
+adapter's rank decides. So whether parts are spread over programs (`_shrink_kernel` with several planes), taken by one
+(one plane) or taken again for each block of columns (`_fused_kernel`), the same numbers are added in the same order.
+There are no atomics, and nothing needs to be zero beforehand.
+
+Padding in the arena may hold anything: that of A ends in ranks, that of B in columns, that nobody reads. Loads are
+masked where it ends, not where it begins, so that masks keep to whole vectors.
+
+Compiled for compute capability 8.0 and 9.0 and run in Triton's interpreter, never yet on a GPU.
+"""
+
+import triton
+import triton.language as tl
+
+from descant_kernels.pair import ALIGNMENT, OUT_STEP, RANK_STEP
+
+_RANK_STEP = tl.constexpr(RANK_STEP)
+_OUT_STEP = tl.constexpr(OUT_STEP)
+_ALIGNMENT = tl.constexpr(ALIGNMENT)
+
+BLOCK_R = tl.constexpr(64)
+"""Ranks in a block of an adapter whose rank is above `SMALL_RANK`, and those of one below."""
+SMALL_RANK = tl.constexpr(16)
+
+
+@triton.jit
+def shrink_kernel(
+    # Pointers
+    x_ptr,
+    arena_ptr,
+    h_ptr,
+    tiles_ptr,
+    offsets_ptr,
+    ranks_ptr,
+    # Sizes
+    in_size,
+    part_size,
+    program_size,
+    num_slices,
+    num_modules,
+    first_module,
+    # Strides
+    x_stride,
+    h_plane_stride,
+    h_slice_stride,
+    h_row_stride,
+    # Meta
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h[plane, slice, rows] = x[rows] @ A.T over the plane's `program_size` features.
+
+    Grid (tiles, slices * programs that share the blocks of ranks, planes).
+    """
+    tile = tl.program_id(0)
+    slice_index = tl.program_id(1) % num_slices
+    rank_program = tl.program_id(1) // num_slices
+    plane = tl.program_id(2)
+    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
+    if num_rows == 0:  # a place for a tile that this batch has not, in a CUDA graph
+        return
+    rows, m_mask, entry = _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, first_module + slice_index, BLOCK_M)
+    rank = tl.load(ranks_ptr + entry)
+    a_ptr = arena_ptr + tl.multiple_of(tl.load(offsets_ptr + entry), _ALIGNMENT)
+    x_ptrs = x_ptr + rows * x_stride
+    h_ptrs = h_ptr + plane * h_plane_stride + slice_index * h_slice_stride + rows * h_row_stride
+    k_start = plane * program_size
+    k_end = tl.minimum(k_start + program_size, in_size)
+    if rank <= SMALL_RANK:
+        if (rank_program == 0) & (rank > 0):
+            h = _shrink(x_ptrs, a_ptr, m_mask, 0, rank, k_start, k_end, part_size, BLOCK_M, SMALL_RANK, BLOCK_K)
+            _store_h(h_ptrs, h, m_mask, 0, rank, SMALL_RANK)
+    else:
+        num_rank_programs = tl.num_programs(1) // num_slices
+        for r_start in range(rank_program * BLOCK_R, rank, num_rank_programs * BLOCK_R):
+            h = _shrink(x_ptrs, a_ptr, m_mask, r_start, rank, k_start, k_end, part_size, BLOCK_M, BLOCK_R, BLOCK_K)
+            _store_h(h_ptrs, h, m_mask, r_start, rank, BLOCK_R)
+
+
+@triton.jit
+def expand_kernel(
+    # Pointers
+    y_ptr,
+    arena_ptr,
+    h_ptr,
+    bias_ptr,
+    tiles_ptr,
+    columns_ptr,
+    offsets_ptr,
+    ranks_ptr,
+    row_scales_ptr,
+    # Sizes
+    in_size,
+    num_modules,
+    first_module,
+    # Strides
+    y_stride,
+    h_plane_stride,
+    h_slice_stride,
+    h_row_stride,
+    # Meta
+    NUM_PLANES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    OUT_MULTIPLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[rows, slice] += (sum over planes of h[plane, slice, rows]) @ B.T. Grid (tiles, blocks of columns)."""
+    tile = tl.program_id(0)
+    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
+    if num_rows == 0:
+        return
+    slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
+    rows, m_mask, entry = _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, first_module + slice_index, BLOCK_M)
+    rank = tl.load(ranks_ptr + entry)
+    if rank == 0:
+        return
+    b_ptr = _b(arena_ptr, offsets_ptr + entry, rank, in_size)
+    h_ptrs = h_ptr + slice_index * h_slice_stride + rows * h_row_stride
+    delta = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if rank <= SMALL_RANK:
+        h = _load_h(h_ptrs, h_plane_stride, m_mask, 0, rank, NUM_PLANES, BLOCK_M, SMALL_RANK)
+        delta = _expand(delta, h, b_ptr, n, 0, rank, out_size, SMALL_RANK)
+    else:
+        for r_start in range(0, rank, BLOCK_R):
+            h = _load_h(h_ptrs, h_plane_stride, m_mask, r_start, rank, NUM_PLANES, BLOCK_M, BLOCK_R)
+            delta = _expand(delta, h, b_ptr, n, r_start, rank, out_size, BLOCK_R)
+    scale_start = tl.load(row_scales_ptr + entry)
+    y_ptrs = y_ptr + rows * y_stride + column + n[None, :]
+    _add(y_ptrs, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr + column, HAS_BIAS)
+
+
+@triton.jit
+def fused_kernel(
+    # Pointers
+    y_ptr,
+    x_ptr,
+    arena_ptr,
+    bias_ptr,
+    tiles_ptr,
+    columns_ptr,
+    offsets_ptr,
+    ranks_ptr,
+    row_scales_ptr,
+    # Sizes
+    in_size,
+    part_size,
+    num_modules,
+    first_module,
+    # Strides
+    y_stride,
+    x_stride,
+    # Meta
+    HAS_BIAS: tl.constexpr,
+    OUT_MULTIPLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[rows, slice] += (x[rows] @ A.T) @ B.T, h made again for each block of columns. Grid as `expand_kernel`."""
+    tile = tl.program_id(0)
+    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
+    if num_rows == 0:
+        return
+    slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
+    rows, m_mask, entry = _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, first_module + slice_index, BLOCK_M)
+    rank = tl.load(ranks_ptr + entry)
+    if rank == 0:
+        return
+    a_ptr = arena_ptr + tl.multiple_of(tl.load(offsets_ptr + entry), _ALIGNMENT)
+    b_ptr = _b(arena_ptr, offsets_ptr + entry, rank, in_size)
+    x_ptrs = x_ptr + rows * x_stride
+    delta = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if rank <= SMALL_RANK:
+        h = _shrink(x_ptrs, a_ptr, m_mask, 0, rank, 0, in_size, part_size, BLOCK_M, SMALL_RANK, BLOCK_K)
+        delta = _expand(delta, h, b_ptr, n, 0, rank, out_size, SMALL_RANK)
+    else:
+        for r_start in range(0, rank, BLOCK_R):
+            h = _shrink(x_ptrs, a_ptr, m_mask, r_start, rank, 0, in_size, part_size, BLOCK_M, BLOCK_R, BLOCK_K)
+            delta = _expand(delta, h, b_ptr, n, r_start, rank, out_size, BLOCK_R)
+    scale_start = tl.load(row_scales_ptr + entry)
+    y_ptrs = y_ptr + rows * y_stride + column + n[None, :]
+    _add(y_ptrs, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr + column, HAS_BIAS)
+
+
+# ---- where things are -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, module, BLOCK_M: tl.constexpr):
+    """Rows of the tile `[BLOCK_M, 1]`, which of them exist, and the entry of its slot's module in the tables."""
+    m = tl.arange(0, BLOCK_M)[:, None]
+    rows = tl.load(tiles_ptr + tile * 3).to(tl.int64) + m
+    slot = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int64)
+    return rows, m < num_rows, slot * num_modules + module
+
+
+@triton.jit
+def _columns(columns_ptr, block, OUT_MULTIPLE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The slice of a block of columns, its columns in the slice, the slice's width and first column in y."""
+    slice_index = tl.load(columns_ptr + block * 4)
+    first = tl.load(columns_ptr + block * 4 + 1) * BLOCK_N
+    out_size = tl.load(columns_ptr + block * 4 + 2) * OUT_MULTIPLE
+    column = tl.load(columns_ptr + block * 4 + 3) * OUT_MULTIPLE
+    return slice_index, first + tl.arange(0, BLOCK_N), out_size, column
+
+
+@triton.jit
+def _b(arena_ptr, offset_ptr, rank, in_size):
+    """Where B begins, as `pair.PairLayout` says."""
+    a_size = tl.cdiv(rank, _RANK_STEP) * _RANK_STEP * in_size
+    return arena_ptr + tl.multiple_of(tl.load(offset_ptr), _ALIGNMENT) + tl.cdiv(a_size, _ALIGNMENT) * _ALIGNMENT
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shrink(
+    x_ptrs,
+    a_ptr,
+    m_mask,
+    r_start,
+    rank,
+    k_start,
+    k_end,
+    part_size,
+    BLOCK_M: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x @ A.T over features `[k_start, k_end)`, each part summed by itself: `[BLOCK_M, RANKS]` float32."""
+    a_stride = tl.cdiv(rank, _RANK_STEP) * _RANK_STEP
+    r = r_start + tl.arange(0, RANKS)[None, :]
+    h = tl.zeros((BLOCK_M, RANKS), dtype=tl.float32)
+    for part_start in range(k_start, k_end, part_size):
+        part_end = tl.minimum(part_start + part_size, k_end)
+        acc = tl.zeros((BLOCK_M, RANKS), dtype=tl.float32)
+        for k_block in range(part_start, part_end, BLOCK_K):
+            k = k_block + tl.arange(0, BLOCK_K)
+            x = tl.load(x_ptrs + k[None, :], mask=m_mask & (k < part_end)[None, :], other=0.0)
+            a_mask = (k < part_end)[:, None] & (r < a_stride)
+            a = tl.load(a_ptr + k[:, None] * a_stride + r, mask=a_mask, other=0.0)
+            acc = tl.dot(x, a, acc, input_precision="ieee")
+        h += acc
+    return h
+
+
+@triton.jit
+def _expand(delta, h, b_ptr, n, r_start, rank, out_size, RANKS: tl.constexpr):
+    """delta + h @ B.T over a block of ranks. What h has beyond the rank is no number that counts."""
+    b_stride = tl.cdiv(out_size, _OUT_STEP) * _OUT_STEP
+    r = r_start + tl.arange(0, RANKS)
+    b_mask = (r < rank)[:, None] & (n < b_stride)[None, :]
+    b = tl.load(b_ptr + r[:, None] * b_stride + n[None, :], mask=b_mask, other=0.0)
+    h = tl.where((r < rank)[None, :], h, 0.0)
+    return tl.dot(h.to(b.dtype), b, delta, input_precision="ieee")
+
+
+@triton.jit
+def _store_h(h_ptrs, h, m_mask, r_start, rank, RANKS: tl.constexpr):
+    r = r_start + tl.arange(0, RANKS)[None, :]
+    tl.store(h_ptrs + r, h.to(h_ptrs.dtype.element_ty), mask=m_mask & (r < tl.cdiv(rank, _RANK_STEP) * _RANK_STEP))
+
+
+@triton.jit
+def _load_h(
+    h_ptrs, plane_stride, m_mask, r_start, rank, PLANES: tl.constexpr, BLOCK_M: tl.constexpr, RANKS: tl.constexpr
+):
+    """The sum of the planes, in order: `[BLOCK_M, RANKS]` float32."""
+    r = r_start + tl.arange(0, RANKS)[None, :]
+    mask = m_mask & (r < tl.cdiv(rank, _RANK_STEP) * _RANK_STEP)
+    h = tl.zeros((BLOCK_M, RANKS), dtype=tl.float32)
+    for plane in tl.static_range(PLANES):  # pyright: ignore[reportGeneralTypeIssues]
+        h += tl.load(h_ptrs + plane * plane_stride + r, mask=mask, other=0.0).to(tl.float32)
+    return h
+
+
+@triton.jit
+def _add(y_ptrs, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr, HAS_BIAS: tl.constexpr):
+    """Add to y and scale, in float32, rounding once."""
+    n_mask = n < out_size
+    mask = m_mask & n_mask[None, :]
+    y = tl.load(y_ptrs, mask=mask, other=0.0)
+    result = y.to(tl.float32) + delta
+    if scale_start >= 0:
+        scale = tl.load(arena_ptr + scale_start + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+            result = scale * (y.to(tl.float32) - bias + delta) + bias
+        else:
+            result = scale * result
+    tl.store(y_ptrs, result.to(y.dtype), mask=mask)

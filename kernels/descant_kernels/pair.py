@@ -1,0 +1,50 @@
+"""How one module's A and B lie in the arena, in every dtype and on every device.
+
+Both are stored transposed: A as `[in, R]`, B as `[R, out]`. So what belongs to one input feature, and one rank's part
+of the output, are runs of memory: CPU paths add such runs up where they lie, and Triton loads them coalesced. Rows are
+padded to `RANK_STEP` and `OUT_STEP` elements, so that a run can be read in whole vectors; what is in the padding never
+matters.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ALIGNMENT = 64
+"""In elements: where A and B may begin. The arena itself is aligned to as many bytes at least."""
+
+RANK_STEP = 8
+OUT_STEP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PairLayout:
+    """Strides and places in elements, relative to where the pair begins."""
+
+    rank: int
+    in_size: int
+    out_size: int
+    a_stride: int  # of A's rows, one per input feature
+    b_start: int
+    b_stride: int  # of B's rows, one per rank
+    size: int  # of the whole pair, a multiple of ALIGNMENT
+
+    @classmethod
+    def of(cls, rank: int, in_size: int, out_size: int) -> "PairLayout":
+        """Layout of a pair of true rank `rank`; of size 0 if that is 0."""
+        a_stride = _padded(rank, RANK_STEP)
+        b_stride = _padded(out_size, OUT_STEP)
+        b_start = _padded(in_size * a_stride, ALIGNMENT)
+        size = _padded(b_start + rank * b_stride, ALIGNMENT) if rank else 0
+        return cls(rank, in_size, out_size, a_stride, b_start, b_stride, size)
+
+    def views(self, flat: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """A `[R, in]` and B `[out, R]` of the pair at element `offset` of a flat tensor, as views of it."""
+        a = flat[offset : offset + self.in_size * self.a_stride].view(self.in_size, self.a_stride)
+        b_offset = offset + self.b_start
+        b = flat[b_offset : b_offset + self.rank * self.b_stride].view(self.rank, self.b_stride)
+        return a[:, : self.rank].T, b[:, : self.out_size].T
+
+
+def _padded(size: int, step: int) -> int:
+    return -(-size // step) * step

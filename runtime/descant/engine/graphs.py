@@ -1,0 +1,269 @@
+"""Decode steps as CUDA graphs: one graph per number of rows and kind, replayed with whatever lies in its inputs.
+
+A graph reads tensors at fixed addresses, so a step is copied into a *static batch*, padded with rows that do nothing:
+they see position 0 of block 0 and write nowhere. The offset and rank tables of the arena are such tensors too: adapters
+come, go and move without a new capture. There are two kinds, with LoRA and without; a batch without adapters pays
+nothing. Launchers of kernels run only while a graph is captured, and see upper bounds where they look at host integers.
+A bound on the context sizes grids, so there are graphs for short contexts, captured at start, and for longer ones,
+captured when they are needed first.
+
+Never run on a GPU yet: `CudaCapture`. All else is exercised on the CPU with a capture that replays by running again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from descant.engine.batch import ForwardBatch, PendingTokens, ScheduledRow
+from descant.engine.uploads import pack, unpack
+from descant_kernels import AttentionBatch, LoraTables, Segments
+
+MAX_GRAPH_ROWS = 256
+"""Larger batches keep the device busy long enough to be launched kernel by kernel."""
+
+MAX_GRAPH_RANK = 64
+"""Ranks for which graphs with LoRA have room; a batch with a higher one runs without a graph."""
+
+_ROW_STEP = 8
+_SHORT_CONTEXT = 2048
+_CONTEXT_STEP = 8  # longer contexts have graphs for this many times as much
+_WARM_UPS = 2  # runs before a capture: kernels are compiled and workspaces allocated then
+
+Run = Callable[[], None]
+
+
+def graph_sizes(max_rows: int) -> tuple[int, ...]:
+    """Return the numbers of rows to capture: 1, 2, 4, multiples of 8, and `max_rows` itself, in order."""
+    sizes = {1, 2, 4, *range(_ROW_STEP, max_rows + 1, _ROW_STEP), max_rows}
+    return tuple(sorted(size for size in sizes if size <= max_rows))
+
+
+def graph_contexts(max_context: int) -> tuple[int, ...]:
+    """Return the bounds on the context to capture for, in order; the last is `max_context`."""
+    bounds, bound = [], _SHORT_CONTEXT
+    while bound < max_context:
+        bounds.append(bound)
+        bound *= _CONTEXT_STEP
+    return (*bounds, max_context)
+
+
+class Capture(Protocol):
+    """Turns work on static tensors into something that repeats it."""
+
+    def __call__(self, run: Run) -> Run:
+        """Return what does the same as `run`, at any later time, on the same tensors. It may run it meanwhile."""
+        ...
+
+
+class CudaCapture:
+    """Captures CUDA graphs that share one memory pool: only one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run) -> Run:
+        """See `Capture`."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for _ in range(_WARM_UPS):
+                run()
+        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Meanwhile other threads may pin memory for adapters and wait for events: only this thread must not.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
+
+
+class StaticBatch:
+    """A decode batch at fixed addresses, with room for `max_rows` rows of `max_blocks` blocks."""
+
+    def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
+        self.max_rows = max_rows
+        self._device = device
+        # What is copied anew for every step lies in one tensor, so that one transfer does.
+        self._like = _packed_fields(max_rows)
+        packed, self._starts = pack(self._like)
+        self._packed = packed.to(device)
+        fields = unpack(self._packed, self._starts, self._like)
+        self._input_ids, self.sources, self._positions, self._slot_mapping = fields[:4]
+        self._context_lens, self._indptr, self._slots, self._tiles = fields[4:]
+        self._resolved_ids = torch.zeros_like(self._input_ids)
+        self._cu_seqlens_q = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._block_tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
+
+    def fill(self, batch: ForwardBatch, num_rows: int) -> ForwardBatch:
+        """Copy a decode batch from the CPU in, in the order of the steps; return what `num_rows` rows are then.
+
+        Its host integers are exact, for the rows of the batch and those of the padding.
+        """
+        count = len(batch.rows)
+        assert batch.is_decode, "graphs are for decode batches"
+        assert count <= num_rows <= self.max_rows, "the batch fits"
+        segments = batch.segments
+        values = _packed_fields(self.max_rows)
+        ids, sources, positions, slot_mapping, context_lens, indptr, slots, tiles = values
+        ids[:count], positions[:count], slot_mapping[:count] = batch.input_ids, batch.positions, batch.slot_mapping
+        context_lens[:count] = batch.attention.context_lens
+        if batch.sources is not None:
+            sources[:count] = batch.sources
+        indptr[: len(segments.indptr)] = segments.indptr
+        indptr[len(segments.indptr) :] = segments.host_indptr[-1]
+        slots[: len(segments.slots)] = segments.slots
+        tiles[: len(segments.tiles)] = segments.tiles
+        is_pinned = self._packed.is_cuda
+        self._packed.copy_(pack(values, pin=is_pinned)[0], non_blocking=True)
+        tables = batch.attention.block_tables
+        tables = tables.pin_memory() if is_pinned else tables
+        self._block_tables[:count, : tables.shape[1]] = tables.to(self._device, non_blocking=True)
+        padded_lens = (*batch.attention.host_context_lens, *[1] * (num_rows - count))
+        padding = num_rows - len(segments.host_slots)
+        host_indptr = (*segments.host_indptr, *[segments.host_indptr[-1]] * padding)
+        padded = self._view(num_rows, padded_lens, host_indptr, (*segments.host_slots, *[-1] * padding))
+        return replace(padded, rows=batch.rows) if segments.has_adapter else _without_tiles(padded, batch.rows)
+
+    def bounds(self, num_rows: int, max_context: int, has_adapter: bool) -> ForwardBatch:
+        """What a graph is captured with: host integers are the highest there can be."""
+        slots = (0,) * num_rows
+        bounds = self._view(num_rows, (max_context,) * num_rows, tuple(range(num_rows + 1)), slots)
+        return bounds if has_adapter else _without_tiles(bounds, ())
+
+    def resolve_ids(self, pending: PendingTokens) -> None:
+        """Put the pending tokens where the batch says they go. On the device, part of every graph."""
+        self._resolved_ids.copy_(pending.fill_in(self._input_ids, self.sources))
+
+    def _view(
+        self, num_rows: int, context_lens: tuple[int, ...], indptr: tuple[int, ...], slots: tuple[int, ...]
+    ) -> ForwardBatch:
+        segments = Segments(
+            indptr=self._indptr[: num_rows + 1],
+            slots=self._slots[:num_rows],
+            tiles=self._tiles[:num_rows],  # every tile has at least one row, so there are no more
+            host_indptr=indptr,
+            host_slots=slots,
+        )
+        return ForwardBatch(
+            rows=(),
+            input_ids=self._resolved_ids[:num_rows],
+            sources=None,
+            positions=self._positions[:num_rows],
+            slot_mapping=self._slot_mapping[:num_rows],
+            attention=AttentionBatch(
+                cu_seqlens_q=self._cu_seqlens_q[: num_rows + 1],
+                context_lens=self._context_lens[:num_rows],
+                block_tables=self._block_tables[:num_rows],
+                host_cu_seqlens_q=tuple(range(num_rows + 1)),
+                host_context_lens=context_lens,
+            ),
+            segments=segments,
+            sampled_rows=(),
+            sampled_tokens=self._cu_seqlens_q[:num_rows],
+            sampled_segments=segments,
+        )
+
+
+def _packed_fields(max_rows: int) -> list[Tensor]:
+    """Input ids, sources, positions, slots of the cache, context lengths, and the segments: all rows padding."""
+    empty_tiles = torch.zeros(max_rows, 3, dtype=torch.int32)  # no rows, and a slot there is
+    return [
+        torch.zeros(max_rows, dtype=torch.int64),
+        torch.full((max_rows,), -1, dtype=torch.int64),
+        torch.zeros(max_rows, dtype=torch.int64),
+        torch.full((max_rows,), -1, dtype=torch.int64),
+        torch.ones(max_rows, dtype=torch.int32),
+        torch.zeros(max_rows + 1, dtype=torch.int32),
+        torch.full((max_rows,), -1, dtype=torch.int32),
+        empty_tiles,
+    ]
+
+
+def _without_tiles(batch: ForwardBatch, rows: tuple[ScheduledRow, ...]) -> ForwardBatch:
+    segments = replace(batch.segments, tiles=batch.segments.tiles[:0], memo={})
+    return replace(batch, rows=rows, segments=segments, sampled_segments=segments)
+
+
+class GraphKey(NamedTuple):
+    """What one graph is for."""
+
+    num_rows: int
+    max_context: int
+    has_adapter: bool
+
+
+class DecodeGraphs:
+    """The forward pass of decode steps, by graph."""
+
+    def __init__(
+        self,
+        forward: Callable[[ForwardBatch, LoraTables], Tensor],
+        static: StaticBatch,
+        pending: PendingTokens,
+        hidden: Tensor,
+        lora: LoraTables,
+        max_context: int,
+        capture: Capture,
+    ) -> None:
+        """Capture nothing yet.
+
+        Args:
+          forward: gives hidden states `[T, H]` and allocates through torch only. hidden: `[max_rows, H]`, where graphs
+          leave them. lora: the arena's tables; graphs read its tensors, which may change.
+        """
+        self._forward = forward
+        self._static = static
+        self._pending = pending
+        self._hidden = hidden
+        self._capture = capture
+        self._sizes = graph_sizes(static.max_rows)
+        self._contexts = graph_contexts(max_context)
+        self._graphs: dict[GraphKey, Run] = {}
+        self._batch: ForwardBatch | None = None
+        ranks = [[MAX_GRAPH_RANK] * len(slot) for slot in lora.host_ranks]
+        self._lora = self._bounds = replace(lora, host_ranks=ranks, memo={})  # what is in its memo, graphs read
+
+    def capture_short(self) -> None:
+        """Capture all graphs for short contexts, the largest first, so that the others find memory in the pool."""
+        for has_adapter in (False, True):
+            for num_rows in reversed(self._sizes):
+                self._captured(GraphKey(num_rows, self._contexts[0], has_adapter))
+
+    def accepts(self, batch: ForwardBatch, lora: LoraTables) -> bool:
+        """Whether there is, or can be, a graph that computes the batch."""
+        if not batch.is_decode or len(batch.rows) > self._static.max_rows:
+            return False
+        return all(max(lora.host_ranks[slot], default=0) <= MAX_GRAPH_RANK for slot in batch.segments.host_slots)
+
+    def forward(self, batch: ForwardBatch, lora: LoraTables) -> tuple[Tensor, Segments]:
+        """Compute a batch from the CPU that is accepted.
+
+        Returns normed hidden states of its rows, `[N, H]`, valid until the next call, and the segments over them.
+        """
+        count, longest = len(batch.rows), max(batch.attention.host_context_lens)
+        num_rows = self._sizes[bisect_left(self._sizes, count)]
+        max_context = self._contexts[bisect_left(self._contexts, longest)]
+        padded = self._static.fill(batch, num_rows)
+        replay = self._captured(GraphKey(num_rows, max_context, batch.segments.has_adapter))
+        self._batch, self._lora = padded, lora
+        replay()
+        return self._hidden[:count], padded.segments
+
+    @torch.inference_mode()
+    def _captured(self, key: GraphKey) -> Run:
+        if key not in self._graphs:
+            self._batch, self._lora = self._static.bounds(*key), self._bounds
+            self._graphs[key] = self._capture(self._run)
+        return self._graphs[key]
+
+    def _run(self) -> None:
+        """What is captured. Its host side runs again only where a capture replays by running again."""
+        assert self._batch is not None, "a batch is there before it is computed"
+        self._static.resolve_ids(self._pending)
+        hidden = self._forward(self._batch, self._lora)
+        self._hidden[: len(hidden)].copy_(hidden)

@@ -1,0 +1,68 @@
+"""`InFlight`: the steps that are planned and not yet applied, the oldest first.
+
+The next step is planned as if each of their rows succeeds and goes on: a sequence is then at `num_planned` positions
+and has `num_pending` tokens more than are known. What turns out to be finished or parked meanwhile keeps its blocks,
+its adapter, its seat and its row until the last step with it is applied; what that step says of it is ignored.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from descant.scheduling.plan import StepPlan, StepResult
+from descant.scheduling.rows import PlannedStep
+from descant.scheduling.sequence import Sequence
+from descant_client.errors import InternalError
+
+
+class InFlight:
+    """Knows which sequences the executor may be working on."""
+
+    def __init__(self) -> None:
+        self._steps: deque[PlannedStep] = deque()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Return whoever is in a step, each once."""
+        return list({sequence.id: sequence for step in self._steps for sequence in step.sequences}.values())
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Return whether the sequence is in one of the steps."""
+        return bool(self._steps) and sequence.last_step >= self._steps[0].plan.step
+
+    def awaits(self, planned: PlannedStep) -> bool:
+        """Return whether the step's result is still wanted."""
+        return any(step is planned for step in self._steps)
+
+    def add(self, planned: PlannedStep) -> None:
+        """The step is about to be sent."""
+        self._steps.append(planned)
+        number = planned.plan.step
+        for sequence, row in zip(planned.sequences, planned.plan.rows, strict=True):
+            sequence.last_step = number
+            sequence.num_planned += row.num_new_tokens
+            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
+            if sequence.num_planned == num_tokens:
+                sequence.num_pending += 1
+
+    def take(self, planned: PlannedStep, result: StepResult) -> None:
+        """The step, which is the oldest, is done.
+
+        Raises:
+            InternalError: the result answers another plan.
+        """
+        assert self._steps[0] is planned, "steps are done in order"
+        _check_answers(planned.plan, result)
+        self._steps.popleft()
+
+    def clear(self) -> None:
+        """The executor is gone, and the steps with it."""
+        self._steps.clear()
+
+
+def _check_answers(plan: StepPlan, result: StepResult) -> None:
+    if result.step != plan.step or [row.row for row in result.rows] != [row.row for row in plan.rows]:
+        raise InternalError("the executor answered another step than the one it was given")
