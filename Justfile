@@ -49,10 +49,21 @@ bench: setup
     {{python}} benchmarks/actors.py
     {{python}} benchmarks/scheduler.py
     {{python}} benchmarks/invariance.py
+    {{python}} benchmarks/kernels.py
     {{python}} benchmarks/throughput.py
+    {{python}} benchmarks/streaming.py
+    {{python}} benchmarks/lora_tax.py
     {{python}} benchmarks/adapters.py
 
-# Measure the kernels on a CUDA device
+# Descant against Transformers and PEFT (writes some 2 GB into the user's cache)
+bench-peft *ARGS: setup
+    {{python}} benchmarks/vs_peft.py {{ARGS}}
+
+# What adapters cost: `just bench-lora --shape qwen` for the 0.5B shape
+bench-lora *ARGS: setup
+    {{python}} benchmarks/lora_tax.py {{ARGS}}
+
+# Measure kernels and steps on a CUDA device; results go to benchmarks/results/
 bench-gpu: setup
     {{python}} benchmarks/gpu.py
 

@@ -25,7 +25,7 @@ UNTOUCHED = 6  # a slot that is resident and has no rank anywhere
 
 @dataclass(frozen=True)
 class Form:
-    """A way to launch, by the sizes up to which the launcher takes it. Wide tiles are made no wider than need be."""
+    """A way to launch, by the sizes up to which the launcher takes it. Wide tiles and parts are smaller than served."""
 
     fused_size: int
     split_rows: int
@@ -53,6 +53,7 @@ def take(form, monkeypatch):
     monkeypatch.setattr(lora, "FUSED_IN_SIZE", form.fused_size)
     monkeypatch.setattr(lora, "MAX_SPLIT_ROWS", form.split_rows)
     monkeypatch.setattr(lora, "WIDE_TILE_ROWS", form.wide_tile_rows)
+    monkeypatch.setattr(lora, "PART_SIZE", 64)
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_every_mixture_equals_the_reference(dtype, popularity, form):
     assert_near(added(case, segments, x, y, bias), expected_of(case, segments, x, y, bias))
 
 
-@pytest.mark.parametrize("sizes", [(1, (1,)), (3, (5, 2)), (37, (130, 1, 7)), (129, (16, 64)), (1100, (70,))])
+@pytest.mark.parametrize("sizes", [(1, (1,)), (3, (5, 2)), (37, (130, 1, 7)), (129, (16, 64)), (300, (70,))])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_odd_sizes_equal_the_reference(dtype, sizes, form):
     case = workload([[5] * len(sizes[1]), [20] * len(sizes[1])], *sizes, dtype=dtype, scaled=(1,))
@@ -138,11 +139,11 @@ def test_very_different_ranks_share_a_launch(dtype, form):
     assert_near(added(case, segments, x, y), expected_of(case, segments, x, y))
 
 
-@pytest.mark.parametrize("sizes", [(1024, (16,)), (2500, (20, 3)), (5000, (16,))])
-def test_long_reductions_in_parts_equal_the_reference(sizes, form):
+@pytest.mark.parametrize(("length", "sizes"), [(20, (1024, (16,))), (20, (3000, (20, 3))), (520, (2500, (16,)))])
+def test_long_inputs_and_segments_as_served_equal_the_reference(length, sizes):
     case = workload([[5] * len(sizes[1]), [70] * len(sizes[1])], *sizes)
-    segments = Segments.of([2, 1, 33], [1, -1, 0], device=DEVICE)
-    x, y, _ = inputs(case, 36)
+    segments = Segments.of([2, 1, length], [1, -1, 0], device=DEVICE)
+    x, y, _ = inputs(case, length + 3)
 
     assert_near(added(case, segments, x, y), expected_of(case, segments, x, y))
 
@@ -172,11 +173,11 @@ def test_a_row_without_an_adapter_is_left_alone(form):
     assert (actual[6:39] != y[6:39]).all()
 
 
-@pytest.mark.parametrize("sizes", [(48, (40, 16)), (600, (20, 70))])
+@pytest.mark.parametrize("sizes", [(48, (40, 16)), (200, (70,))])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("ordered_dots")
 def test_a_row_alone_has_the_bits_it_has_in_any_batch(dtype, sizes, form):
-    case = workload(RANKS, *sizes, dtype=dtype, scaled=(3,))
+    case = workload([ranks[: len(sizes[1])] for ranks in RANKS], *sizes, dtype=dtype, scaled=(3,))
     slots = [*range(len(RANKS)), -1, *[3] * 33, *[4] * 3, 1]
     x, y, bias = inputs(case, len(slots), dtype)
 
@@ -187,7 +188,7 @@ def test_a_row_alone_has_the_bits_it_has_in_any_batch(dtype, sizes, form):
         assert same_bits(alone[0], together[row])
 
 
-@pytest.mark.parametrize("sizes", [(48, (40, 16)), (1600, (20, 70))])
+@pytest.mark.parametrize("sizes", [(48, (40, 16)), (300, (20, 70))])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("ordered_dots")
 def test_all_forms_give_the_same_bits(dtype, sizes, monkeypatch):
@@ -230,7 +231,7 @@ def test_a_program_without_rows_reads_no_adapter(form):
 
 @pytest.mark.usefixtures("ordered_dots")
 def test_host_integers_may_be_bounds_as_in_a_cuda_graph(form):
-    case = workload(RANKS, 600, (40, 16))
+    case = workload(RANKS, 200, (40, 16))
     bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS), memo={})
     segments = Segments.of([2, 1, 1], [3, -1, 4], device=DEVICE)
     padding = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
@@ -268,3 +269,18 @@ def test_only_the_sizes_of_the_model_choose_the_number_of_launches():
     assert lora.is_fused(512, (512,))
     assert not lora.is_fused(896, (896,))
     assert not lora.is_fused(4096, (16,))
+
+
+def test_wide_tiles_cover_the_rows_that_tiles_cover():
+    segments = Segments.of([5, 130, 0, 3, 70], [2, -1, 1, 0, 3], device=DEVICE)
+
+    wide = lora.wide_tiles(segments)
+
+    assert wide is not None
+    covered = [
+        [(row, slot) for first, num_rows, slot in tiles.tolist() for row in range(first, first + num_rows)]
+        for tiles in (wide, segments.tiles)
+    ]
+    assert covered[0] == covered[1]
+    assert wide[:, 1].tolist() == [5, 3, 64, 6]
+    assert lora.wide_tiles(Segments.of([63, 63], [0, 1], device=DEVICE)) is None

@@ -36,6 +36,7 @@ from descant.messages import (
 )
 from descant.scheduling.version import AdapterVersion
 from descant.supervision import Supervisor
+from descant_client.errors import AdapterInvalid
 from descant_client.lifecycle import (
     AdapterInfo,
     Combination,
@@ -80,7 +81,9 @@ class Bench:
         self.failures: list[Exception] = []  # the next asks get these
         self.killers: set[str] = set()  # adapters whose preparation takes all others under way with it
         self.vanishing: set[str] = set()  # adapters whose version is deleted once, in the moment it is made
+        self.refused: set[str] = set()  # adapters that are not valid
         self.gates: dict[str, anyio.Event] = {}  # adapters that wait
+        self.slow_gates: dict[str, anyio.Event] = {}  # likewise, after they were read
         self.in_flight: dict[int, asyncio.Future[None]] = {}
         self.most_in_flight = 0
 
@@ -113,7 +116,11 @@ class FakeWorker(Actor[Any]):
                 gate.cancel()
             if death.done():
                 raise death.exception() or RuntimeError
+            if message.adapter in bench.refused:
+                raise AdapterInvalid(message.adapter, "it is refused")
             reply = self._reply(message)
+            if message.adapter in bench.slow_gates:
+                await bench.slow_gates[message.adapter].wait()
             if message.adapter in bench.vanishing:
                 bench.vanishing.remove(message.adapter)
                 Path(reply.version.path).unlink()  # noqa: ASYNC240 - a few bytes
@@ -127,13 +134,13 @@ class FakeWorker(Actor[Any]):
                 return self._prepared((Path(directory) / "content").read_bytes())
             case ComposeAdapters(_, members, combination):
                 for member in members:
-                    assert Path(member.version.path).exists(), "members are held"
+                    check(message.adapter, member.version)
                 parts = [(member.version.digest, member.weight) for member in members]
                 return self._prepared(f"{combination.type} {parts}".encode())
             case CreateVersion(_, rank):
                 return self._prepared(b"\0" * rank)
             case ExportAdapter(_, version, directory) | ExportMerged(_, version, directory):
-                assert Path(version.path).exists(), "what is written out is held"
+                check(message.adapter, version)
                 return Exported(directory, version.num_bytes)
 
     def _prepared(self, content: bytes) -> Prepared:
@@ -142,6 +149,14 @@ class FakeWorker(Actor[Any]):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return Prepared(AdapterVersion(digest, str(path), len(content), 8, 1, len(content)))
+
+
+def check(adapter: str, version: AdapterVersion) -> None:
+    """Check that a version is there, as whoever uses it holds it, and whole."""
+    path = Path(version.path)
+    assert path.exists(), "what is read is held"
+    if digest_of(path.read_bytes()) != version.digest:
+        raise AdapterInvalid(adapter, "its file is damaged", version.digest)
 
 
 class Desk:
@@ -247,8 +262,8 @@ async def open_desk(
 ) -> AsyncIterator[Desk]:
     """Start a server's registry with the adapters `entries` configured; what is in `tmp_path` from before is kept."""
     bench, leases = Bench(tmp_path / "model" / "store"), LeaseTable()
-    adapters = AdapterConfig(**config)
     configured = [AdapterEntry(name=name, ref=f"local:{tmp_path / name}") for name in entries]
+    adapters = AdapterConfig(entries=configured, **config)
     async with opened(tmp_path / "model", 1) as journal, Supervisor() as supervisor:
         await journal.apply(*reconcile(await journal.entries(), configured))
         spoil(bench.store_dir)

@@ -190,8 +190,10 @@ def test_an_adapter_of_which_the_file_is_damaged_is_not_saved(root: Path, tmp_pa
     version = stored(root, {0: (4, 1.0)}, seed=7)
     Path(version.path).write_bytes(b"")
 
-    with pytest.raises(AdapterInvalid, match="mine"):
+    with pytest.raises(AdapterInvalid, match="mine") as caught:
         worker_of(root).export("mine", version, tmp_path / "saved")
+
+    assert caught.value.digest == version.digest
 
 
 def a_file(target: Path) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import merge_fixture as fixture
+import peft_fixture
+from descant.adapters import prepare, store
+from descant.adapters.limits import AdapterLimits
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.adapters.merge import combine
+from descant.adapters.prepare import AdapterWorker
 from descant.adapters.prune import drop_mask, keep_largest
 from descant.adapters.truncate import truncated_matrix, truncated_product
-from descant_client.errors import AdapterInvalid
+from descant_client.errors import AdapterInvalid, AdapterTooLarge
 from descant_client.lifecycle import Combination
 
 
@@ -161,3 +166,35 @@ def test_svd_has_no_more_ranks_than_the_sum() -> None:
 
 def test_members_without_modules_make_an_adapter_without_modules() -> None:
     assert combine("sum", [(LowRankAdapter({}), 1.0)], Combination("svd")).factors == {}
+
+
+def test_a_sum_too_large_for_the_device_is_refused_before_it_is_built_or_its_other_members_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft_fixture.tiny_base().save_pretrained(tmp_path / "base")
+    worker = AdapterWorker(tmp_path / "base", tmp_path / "store", "bfloat16", AdapterLimits(max_extent_bytes=4000))
+    members = [(worker.create("new", 8, alpha, ["q_proj"]), 1.0) for alpha in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    num_read: list[str] = []
+
+    def count(path: Path, modules: Any, name: str) -> LowRankAdapter:
+        num_read.append(name)
+        return store.read_version(path, modules, name)
+
+    monkeypatch.setattr(prepare, "read_version", count)
+    monkeypatch.setattr(prepare, "combine", lambda *args: pytest.fail("built"))
+
+    with pytest.raises(AdapterTooLarge) as caught:
+        worker.compose("sum", members, Combination())
+
+    assert caught.value.adapter == "sum"
+    assert caught.value.num_bytes > caught.value.max_bytes == 4000
+    assert len(num_read) == 2  # of 2048 bytes each
+
+
+@pytest.mark.parametrize("kind", ["svd", "linear"])
+def test_members_too_large_for_a_sum_may_be_combined_into_less(tmp_path: Path, kind: Any) -> None:
+    peft_fixture.tiny_base().save_pretrained(tmp_path / "base")
+    worker = AdapterWorker(tmp_path / "base", tmp_path / "store", "bfloat16", AdapterLimits(max_extent_bytes=4000))
+    members = [(worker.create("new", 8, alpha, ["q_proj"]), 1.0) for alpha in (1.0, 2.0, 3.0)]
+
+    assert worker.compose("sum", members, Combination(kind)).num_bytes <= 4000

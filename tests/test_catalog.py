@@ -98,6 +98,7 @@ class CatalogAgainstDictionaries(RuleBasedStateMachine):
         expected = self.own[principal.name].get(name) or self.shared.get(name)
         found = self.ask(self.catalog.used, principal, name)
         assert found is AdapterNotFound if expected is None else found.version == version(expected[1])
+        assert self.catalog.find(principal, name) == (None if expected is None else found)
 
     @invariant()
     def lists_are_the_same(self) -> None:
@@ -110,7 +111,7 @@ class CatalogAgainstDictionaries(RuleBasedStateMachine):
     def digests_are_counted(self) -> None:
         named = {digest for names in self.own.values() for _, digest in names.values()}
         assert {digest for digest in ("d1", "d2", "d3") if self.catalog.is_named(digest)} == named
-        assert len(self.catalog) == sum(map(len, self.own.values()))
+        assert len(self.catalog) == len(list(self.catalog)) == sum(map(len, self.own.values()))
 
 
 TestCatalog = CatalogAgainstDictionaries.TestCase
@@ -137,3 +138,26 @@ def test_what_clients_are_told_of_a_name(is_shared: bool) -> None:
 
     assert (info.digest, info.rank, info.num_bytes, info.is_shared) == ("d", 8, 64, is_shared)
     assert (info.is_pinned, info.is_enabled) == (False, True)
+
+
+def test_one_name_is_found_and_a_principals_names_are_listed_without_looking_at_everybody_elses() -> None:
+    looked_at: list[str] = []
+
+    class Watched(Entry, frozen=True, kw_only=True):
+        def __getattribute__(self, name: str) -> object:
+            if name in ("name", "owner", "position"):
+                looked_at.append(object.__getattribute__(self, "owner"))
+            return super().__getattribute__(name)
+
+    catalog = Catalog(
+        Watched(owner=owner, name=f"{number}", position=number, source="x")
+        for number, owner in enumerate(["anna", "bert", "bert", SHARED])
+    )
+    looked_at.clear()
+
+    assert catalog.find(Principal("anna"), "0") is not None
+    assert catalog.find(Principal("anna"), "3") is not None
+    assert catalog.find(Principal("anna"), "1") is None
+    assert looked_at == []
+    assert len(catalog.visible(Principal("anna"))) == 2
+    assert "bert" not in looked_at

@@ -24,13 +24,13 @@ ONCE: dict[str, Use] = {
     "create": lambda client, a: client.adapters.create("new"),
     "fork": lambda client, a: a.fork("new"),
     "merge": lambda client, a: client.adapters.merge("new", [("upper", 1.0)]),
+    "merge_and_save": lambda client, a: a.merge_and_save("/x"),  # its own files would be in its way
     "destroy": lambda client, a: a.destroy(),
 }
 AGAIN: dict[str, Use] = {
     "load": lambda client, a: a.load("/x"),
     "load anew": lambda client, a: client.adapters.load("new", "/x"),
     "save": lambda client, a: a.save("/x"),
-    "merge_and_save": lambda client, a: a.merge_and_save("/x"),
     "pin": lambda client, a: a.pin(),
     "unpin": lambda client, a: a.unpin(),
     "enable": lambda client, a: a.enable(),

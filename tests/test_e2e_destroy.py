@@ -13,10 +13,16 @@ from descant_client import connect
 from descant_client.client import Client
 from descant_client.errors import AdapterNotFound
 from servers import Checkpoint, model_config, results, serve, wait_until
+from tiny_models import save_adapter
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 LONG_ANSWER = {"seed": 7, "max_tokens": 120, "ignore_eos": True}
+LONGER_ANSWER = LONG_ANSWER | {"max_tokens": 400}
+
+
+def _files(tmp_path: Path, digest: str | None) -> list[Path]:
+    return list(tmp_path.rglob(f"{digest}.safetensors"))
 
 
 async def _is_gone(system: System, client: Client, name: str, digest: str | None, tmp_path: Path) -> None:
@@ -25,24 +31,24 @@ async def _is_gone(system: System, client: Client, name: str, digest: str | None
     with pytest.raises(AdapterNotFound):
         await client.generate("x", adapter=name).result()
     if digest is not None:
-        await wait_until(lambda: not list(tmp_path.rglob(f"{digest}.safetensors")))
+        await wait_until(lambda: not _files(tmp_path, digest))
     assert len(system.services.leases) == 0
 
 
 async def test_while_it_is_running(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    async with serve(model_config(checkpoint, tmp_path)) as (system, uri), connect(uri) as client:
-        adapter = await client.adapters.load("mine", checkpoint.adapters["beta"])
-        (expected,) = await results([client.generate("x", adapter="beta", **LONG_ANSWER)])
-        stream = client.generate("x", adapter="mine", **LONG_ANSWER)
-        async for _ in stream:
-            break_after_first = stream
-            await adapter.destroy()
-            break
-        assert break_after_first is stream
-        again = client.generate("x", adapter="beta", **LONG_ANSWER)
+    own = save_adapter(tmp_path / "own", checkpoint.base, seed=99)  # nobody else has this version
+    async with serve(model_config(checkpoint, tmp_path / "data")) as (system, uri), connect(uri) as client:
+        adapter = await client.adapters.load("mine", own)
+        (expected,) = await results([client.generate("x", adapter="mine", **LONGER_ANSWER)])
+        stream = client.generate("x", adapter="mine", **LONGER_ANSWER)
+        await wait_until(lambda: any(sequence.output_ids for sequence in system.services.sequences))
 
-        assert (await results([again]))[0].token_ids == expected.token_ids
-        await _is_gone(system, client, "mine", None, tmp_path)
+        await adapter.destroy()
+
+        assert len(system.services.sequences) == 1, "it was destroyed while the answer was being made"
+        assert _files(tmp_path, adapter.digest), "its file stays with its last stream"
+        assert (await results([stream]))[0].token_ids == expected.token_ids
+        await _is_gone(system, client, "mine", adapter.digest, tmp_path)
 
 
 async def test_while_streams_use_it_they_end_in_their_full_answers(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -61,12 +67,15 @@ async def test_while_streams_use_it_they_end_in_their_full_answers(checkpoint: C
 
 
 async def test_while_it_is_being_prepared_and_loaded(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    async with serve(model_config(checkpoint, tmp_path)) as (system, uri), connect(uri) as client:
-        (expected,) = await results([client.generate("x", adapter="gamma", **LONG_ANSWER)])
+    one, other = (save_adapter(tmp_path / name, checkpoint.base, seed=seed) for seed, name in ((98, "a"), (97, "b")))
+    async with serve(model_config(checkpoint, tmp_path / "data")) as (system, uri), connect(uri) as client:
+        first = await client.adapters.load("first", one)
+        (expected,) = await results([client.generate("x", adapter="first", **LONG_ANSWER)])
+        await first.destroy()
         for _ in range(5):
-            adapter = await client.adapters.load("mine", checkpoint.adapters["gamma"])
+            adapter = await client.adapters.load("mine", one)
             streams = [client.generate("x", adapter="mine", **LONG_ANSWER) for _ in range(3)]
-            loading = asyncio.ensure_future(adapter.load(checkpoint.adapters["delta"]))
+            loading = asyncio.ensure_future(adapter.load(other))
 
             await adapter.destroy()
 
@@ -75,7 +84,7 @@ async def test_while_it_is_being_prepared_and_loaded(checkpoint: Checkpoint, tmp
             await asyncio.gather(loading, return_exceptions=True)
             if (left := await client.adapters.open("mine")) is not None:  # the load came after
                 await left.destroy()
-        await _is_gone(system, client, "mine", None, tmp_path)
+        await _is_gone(system, client, "mine", first.digest, tmp_path)  # a load that was dropped may leave a version
 
 
 async def test_what_it_was_forked_into_stays(checkpoint: Checkpoint, tmp_path: Path) -> None:

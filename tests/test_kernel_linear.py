@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import descant_kernels as kernels
+from descant_kernels import cpu_linear
 from kernel_workloads import DTYPES, SIZES, assert_near, normal, same_bits
 
 SHAPES = [(128, 384), (37, 51), (1, 1), (896, 16), (4864, 64), (16, 259)]
@@ -69,3 +70,21 @@ def test_the_probe_notices_minimums_that_are_too_small(monkeypatch):
     monkeypatch.setattr("descant_kernels.probe.BMM_ROWS", 1)
 
     assert not kernels.probe_invariance(torch.float16).ok
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 2.0**-9, 60.0, 1e6])
+def test_bfloat16_weights_of_any_size_keep_their_values(scale):
+    weight = (normal(51, 37, seed=1) * scale).bfloat16()
+    x = normal(5, 37, dtype=torch.bfloat16)
+
+    actual = kernels.linear(x, kernels.pack_linear(weight))
+
+    expected = x.float() @ weight.float().T
+    torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+def test_weights_that_float16_would_lose_are_not_written_as_float16():
+    assert cpu_linear._survives_as_half(torch.tensor([[-60000.0, 1.0]]).bfloat16())
+    assert not cpu_linear._survives_as_half(torch.tensor([[-70000.0, 1.0]]).bfloat16())
+    assert not cpu_linear._survives_as_half(torch.tensor([[1e-4, -1e-5]]).bfloat16())
+    assert cpu_linear._survives_as_half(torch.zeros(2, 2).bfloat16())

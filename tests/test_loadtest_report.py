@@ -128,7 +128,7 @@ def test_a_recorder_notes_each_delivery_once_and_only_those_with_tokens() -> Non
     recorder.on_sent()
     for message in heard:
         recorder.hear(message)
-    recorder.on_completed()
+    recorder.on_answered()
 
     assert recorder.record(is_warmup=True) == Record(
         index=3,
@@ -142,6 +142,7 @@ def test_a_recorder_notes_each_delivery_once_and_only_those_with_tokens() -> Non
         ended_s=10.0,
         delivered_s=[4.0, 6.0, 9.0],
         delivered_tokens=[1, 2, 1],
+        num_planned_tokens=4,
         num_prompt_tokens=7,
         num_output_tokens=4,
         num_cached_tokens=2,
@@ -150,6 +151,39 @@ def test_a_recorder_notes_each_delivery_once_and_only_those_with_tokens() -> Non
         finish_reason="length",
     )
     assert (tally.num_sent, tally.num_in_flight, tally.num_tokens, tally.ttfts_s) == (1, 0, 4, [4.0])
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "finish_reason", "fails", "code"),
+    [
+        (4, "length", False, None),
+        (4, "cancelled", False, "cancelled"),
+        (3, "length", False, "short"),
+        (4, "length", True, "connection_lost"),  # after the end was heard
+        (2, None, True, "connection_lost"),
+    ],
+)
+def test_whether_an_answer_is_whole_is_the_same_while_a_test_runs_and_afterwards(
+    num_tokens: int, finish_reason: Any, fails: bool, code: str | None
+) -> None:
+    tally = Tally()
+    recorder = Recorder(PlannedRequest(0, 0.0, "x", 4, None, 0, 9), 0.0, False, tally, lambda: 1.0)
+    recorder.on_sent()
+    recorder.hear(Delta("r", 0, 0, "a", [1] * num_tokens))
+    if finish_reason is not None:
+        recorder.hear(Done("r", 9, [ChoiceEnd(0, finish_reason, 4)], Usage(7, 4), Timings(0.5, 1.0, 2.0)))
+
+    if fails:
+        recorder.on_failed("connection_lost", "gone")
+    else:
+        recorder.on_answered()
+
+    record = recorder.record(is_warmup=False)
+    summary = summarize([record], Objectives(), 1.0)
+    assert (record.failure and record.failure[0]) == code
+    assert (tally.num_completed, tally.num_failed) == (summary.num_completed, summary.num_failed)
+    assert summary.num_completed == (code is None)
+    assert record.finish_reason is None or record.error_code is None
 
 
 # ---- many requests -------------------------------------------------------------------------------------------------
@@ -180,6 +214,7 @@ def test_a_summary_adds_up() -> None:
     assert summary.queue_s is not None
     assert summary.lateness_s is not None
     assert (summary.queue_s.num, summary.lateness_s.num) == (2, 7)
+    assert (summary.queue_s.mean, summary.lateness_s.mean) == (0.125, 3 * 0.5 / 7)
     assert [(error.code, error.num, error.example) for error in summary.errors] == [
         ("adapter_not_found", 2, "sentence 2"),
         ("overloaded", 1, "sentence 4"),

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import anyio
-import msgspec
 import pytest
 
-from descant.cli_loadtest import loadtest
-from descant.config import KeyConfig, hash_key
 from descant_client import Client, connect
 from descant_client.errors import AdapterNotFound, ConfigInvalid
-from descant_client.loadtest import Plan, Report, decode_report, run
+from descant_client.loadtest import Plan, Report, run
 from descant_client.loadtest.arrivals import AtOnce, Closed, Gamma, Steady
-from descant_client.loadtest.lengths import Uniform
+from descant_client.loadtest.lengths import Constant, Uniform
 from descant_client.loadtest.record import Tally
 from descant_client.loadtest.workload import draw_workload
 from descant_client.protocol import ChoiceEnd, Delta, Done, Hello, Limits, ModelInfo, ServerMessage, Timings, Usage
-from servers import LONG, dummy_config, serve, wait_until
+from servers import LONG, dummy_config, serve
 
 pytestmark = pytest.mark.anyio
 
@@ -65,15 +58,16 @@ class FakeClient:
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         self.on_request()
-        return FakeStream(self, options["adapter"])
+        return FakeStream(self, options["adapter"], options["max_tokens"])
 
 
 class FakeStream:
-    """Says one token and ends; fails for the adapter `missing`."""
+    """Says all its tokens at once and ends; fails for the adapter `missing`."""
 
-    def __init__(self, client: FakeClient, adapter: str | None) -> None:
+    def __init__(self, client: FakeClient, adapter: str | None, num_tokens: int) -> None:
         self._client = client
         self._adapter = adapter
+        self._num_tokens = num_tokens
 
     def listen(self, listener: Callable[[ServerMessage], None]) -> None:
         self._listener = listener
@@ -84,7 +78,7 @@ class FakeStream:
         self._client.num_open -= 1
         if self._adapter == "missing":
             raise AdapterNotFound("missing")
-        self._listener(Delta("r", 0, 0, "a", [97]))
+        self._listener(Delta("r", 0, 0, "a", [97] * self._num_tokens))
         self._listener(DONE)
 
 
@@ -200,6 +194,33 @@ async def test_cancelling_ends_the_run_without_a_report() -> None:
     assert scope.cancelled_caught
 
 
+@pytest.mark.parametrize(
+    ("plan", "key"),
+    [
+        (Plan(num_requests=100, warmup_s=1e6), "warmup"),
+        (Plan(duration_s=1.0, warmup_requests=500), "warmup"),
+        (Plan(arrivals=AtOnce(), num_requests=10, warmup_s=5.0), "warmup"),
+        (Plan(arrivals=Gamma(0.1), duration_s=0.01), "duration"),
+        (Plan(num_requests=4, prompt_tokens=Constant(200), output_tokens=Constant(313)), "output-tokens"),
+    ],
+)
+async def test_a_workload_of_which_nothing_could_be_measured_is_not_sent(plan: Plan, key: str) -> None:
+    client = FakeClient()
+
+    with pytest.raises(ConfigInvalid) as caught:
+        await run_on(client, plan)
+
+    assert (caught.value.key, client.requests) == (key, [])
+
+
+async def test_a_closed_loop_that_was_over_before_its_warm_up_is_no_result() -> None:
+    client = FakeClient()
+    client.release.set()
+
+    with pytest.raises(ConfigInvalid, match="nothing is left to measure"):
+        await run_on(client, Plan(arrivals=Closed(2), num_requests=5, warmup_s=60.0))
+
+
 async def test_every_key_needs_a_connection() -> None:
     with pytest.raises(ConfigInvalid, match="1 for 2 keys"):
         await run_on(FakeClient(), Plan(num_requests=2, num_keys=2))
@@ -251,77 +272,3 @@ async def test_against_a_server_every_answer_has_its_length_and_errors_have_code
         assert record.queue_s is not None
     assert report.summary.num_requests == 32
     assert [error.code for error in report.summary.errors] == ["adapter_unsupported"]
-
-
-async def _run_command(*arguments: str) -> tuple[int, str, str]:
-    with anyio.fail_after(LONG):
-        done = await anyio.run_process((*DESCANT, *arguments), check=False)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-async def test_the_command_writes_a_result_that_names_no_key(tmp_path: Path) -> None:
-    keys = [KeyConfig(name=name, sha256=hash_key(f"key of {name}")) for name in ("ann", "bob")]
-    config = msgspec.structs.replace(dummy_config(tmp_path), keys=keys)
-    out, names = tmp_path / "result.json", tmp_path / "names"
-    names.write_text("three\n\nfour\n")
-    async with serve(config) as (_, uri):
-        status, text, noise = await _run_command(
-            *("--url", uri, "--token", "key of ann", "--token", "key of bob", "--connections", "2", "--warmup", "4"),
-            *("--rate", "inf", "--requests", "24", "--output-tokens", "5", "--prompt-tokens", "uniform:2:9"),
-            *("--adapter", "one", "--adapters-from", str(names), "--distinct", "--out", str(out), "--records"),
-        )
-
-    report = decode_report(out.read_bytes())
-    assert (status, noise) == (0, "")
-    assert "20 of 20 measured requests completed" in text
-    assert report.plan.adapters == ["one", "three", "four"]
-    assert (report.summary.num_output_tokens, len(report.keys), report.workload.num_connections) == (100, 2, 4)
-    assert report.records is not None
-    assert len(report.records) == 24
-    assert "key of" not in out.read_text() + text
-
-
-async def test_the_command_takes_the_servers_adapters_that_fit(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    async with serve(dummy_config(tmp_path)) as (_, uri):
-        some = ("--adapter-pattern", "r*", "--rate", "inf", "--requests", "3", "--out", str(out))
-        status, _, noise = await _run_command("--url", uri, *some)
-        refused, _, reason = await _run_command("--url", uri, "--adapter-pattern", "demo-*")
-
-    assert (status, noise, refused) == (0, "", 1)
-    assert decode_report(out.read_bytes()).plan.adapters == ["reverse", "rot13"]
-    assert "fits none of the server's adapters (pig-latin, reverse, rot13, upper)" in reason
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (("--output-tokens", "long"), "uniform:LOW:HIGH"),
-        (("--rate", "1", "--concurrency", "1"), "either a rate"),
-        (("--rate", "0"), "above 0"),
-        (("--warmup", "soon"), "number of requests"),
-        (("--warmup", "100"), "nothing is left"),
-        (("--out", "/no/such/directory/result.json"), "no directory"),
-        (("--prompts-from", os.devnull), "no lines"),
-    ],
-)
-def test_the_command_says_what_is_right_before_it_connects(arguments: tuple[str, ...], reason: str) -> None:
-    with pytest.raises(ConfigInvalid, match=reason):
-        loadtest.main(arguments, standalone_mode=False)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-async def test_ctrl_c_ends_the_command_with_a_report_and_nothing_left_at_the_server(tmp_path: Path) -> None:
-    out = tmp_path / "result.json"
-    async with serve(dummy_config(tmp_path, tokens_per_s=20.0)) as (system, uri):
-        arguments = ("--url", uri, "--rate", "inf", "--requests", "6", "--output-tokens", "4000", "--out", str(out))
-        with anyio.fail_after(LONG):
-            async with await anyio.open_process((*DESCANT, *arguments), stderr=subprocess.STDOUT) as process:
-                await wait_until(lambda: len(system.services.sequences) == 6)
-                process.send_signal(signal.SIGINT)
-                assert await process.wait() == 130
-        await wait_until(lambda: len(system.services.sequences) == 0)
-
-    result = json.loads(out.read_text())
-    assert result["is_complete"] is False
-    assert result["summary"]["num_unfinished"] == result["summary"]["num_requests"] == 6

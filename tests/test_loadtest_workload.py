@@ -131,7 +131,12 @@ def test_other_words_are_refused_with_the_right_ones(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0", "uniform:0:4", "uniform:9:8", "lognormal:0,1", "lognormal:9,-1", "lognormal:9,1,8"]
+    "text",
+    [
+        *("0", "uniform:0:4", "uniform:9:8", "lognormal:0,1", "lognormal:9,-1", "lognormal:9,1,8"),
+        *("lognormal:32,1000", "lognormal:32,nan", "lognormal:1e300,1", "lognormal:9,1,9999999"),
+        *("9999999", "uniform:1:9999999"),
+    ],
 )
 def test_impossible_lengths_are_refused(text: str) -> None:
     with pytest.raises(ConfigInvalid, match="prompt-tokens"):
@@ -180,6 +185,21 @@ def test_a_pattern_picks_names_in_their_order_and_says_when_it_fits_none() -> No
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arrivals": Gamma(1e-6, 1e3)},
+        {"arrivals": Gamma(1e9, 1e-3)},
+        {"arrivals": Gamma(1e-6, 1e-3)},
+        {"output_tokens": Lognormal(2.0**20, 10.0)},
+    ],
+)
+def test_at_the_ends_of_what_is_allowed_everything_is_finite(changes: dict[str, object]) -> None:
+    for request in draw_workload(replace(PLAN, **changes), VOCAB_SIZE):
+        assert math.isfinite(request.at_s)
+        assert 1 <= request.num_output_tokens <= 2**20
 
 
 def test_the_same_plan_is_the_same_workload_byte_for_byte() -> None:
@@ -246,7 +266,14 @@ def test_given_prompts_are_sent_in_turn() -> None:
         ({"duration_s": 0.0}, "duration"),
         ({"arrivals": Gamma(0.0)}, "rate"),
         ({"arrivals": Steady(math.nan)}, "rate"),
+        ({"arrivals": Gamma(1e-320)}, "rate"),
         ({"arrivals": Gamma(1.0, -1.0)}, "cv"),
+        ({"arrivals": Gamma(1.0, 1e-200)}, "cv"),
+        ({"arrivals": Gamma(1.0, 1e200)}, "cv"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 101.0}, "temperature"),
+        ({"warmup_s": math.inf}, "warmup"),
         ({"arrivals": Closed(0)}, "concurrency"),
         ({"popularity": PowerLaw(0.0)}, "alpha"),
         ({"base_share": 1.5}, "base-share"),

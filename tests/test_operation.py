@@ -116,7 +116,9 @@ async def test_a_crash_of_the_registry_is_a_fault_of_ours_and_is_not_tried_again
 ) -> None:
     await client.send("adapter.create", name="broken")
 
-    assert (await client.until("error"))[-1]["code"] == "internal_error"
+    error = (await client.until("error"))[-1]
+    assert error["code"] == "internal_error"
+    assert "List the adapters to see whether it was done." in error["message"]
     assert changes.num_done["broken"] == 1
 
 

@@ -1,9 +1,11 @@
 """The wire format: committed frames stay valid, and each side is as strict as it promises."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 import msgspec
+import msgspec.inspect
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,6 +200,44 @@ def test_a_server_refuses_by_name_what_it_does_not_know(frame: str | bytes, wher
     assert where in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", get_args(ClientMessage), ids=lambda kind: kind.__name__)
+def test_every_integer_of_a_client_has_bounds_within_64_bits(kind: type) -> None:
+    integers = list(_integers(msgspec.inspect.type_info(kind)))
+
+    for one in integers:
+        low = one.ge if one.gt is None else one.gt
+        high = one.le if one.lt is None else one.lt
+        assert low is not None
+        assert high is not None
+        assert -(2**63) <= low <= high < 2**63
+    assert integers or kind.__name__ not in ("Generate", "Resume", "CreateAdapter", "MergeAdapters")
+
+
+def _integers(value: object) -> Iterator[msgspec.inspect.IntType]:
+    """Yield every integer in a type, however deep."""
+    if isinstance(value, msgspec.inspect.IntType):
+        yield value
+    elif isinstance(value, msgspec.inspect.Type | msgspec.inspect.Field):
+        yield from _integers([getattr(value, name) for name in value.__struct_fields__ if name != "default"])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _integers(one)
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1, 2**64, 2**70, -(2**70)])
+def test_a_number_that_no_machine_word_holds_is_refused_by_name(number: int) -> None:
+    frames = {
+        "rank": f'{{"type":"adapter.create","request_id":"1","name":"a","rank":{number}}}',
+        "max_tokens": f'{{"type":"generate","request_id":"1","prompt":"x","max_tokens":{number}}}',
+        "top_k": f'{{"type":"generate","request_id":"1","prompt":"x","sampling":{{"top_k":{number}}}}}',
+        "seed": f'{{"type":"generate","request_id":"1","prompt":"x","seed":{number}}}',
+        "have": f'{{"type":"resume","request_id":"1","have":{{"{number}":1}}}}',
+    }
+    for where, frame in frames.items():
+        with pytest.raises(InvalidRequest, match=where):
+            decode_client(frame)
+
+
 def test_a_refused_frame_still_names_its_request() -> None:
     assert request_id_of('{"type":"generate","request_id":"7","colour":"red"}') == "7"
     assert request_id_of(msgspec.msgpack.encode({"type": "sing", "request_id": "7"})) == "7"
@@ -225,7 +265,7 @@ def test_any_delta_survives_both_encodings(text: str, token_ids: list[int], choi
         assert decode_server(encoder_for(subprotocol)(delta)) == delta
 
 
-@given(st.dictionaries(st.integers(0, 63), st.integers(0, 2**31)))
+@given(st.dictionaries(st.integers(0, 63), st.integers(0, 2**31 - 1)))
 def test_any_resume_survives_both_encodings(have: dict[int, int]) -> None:
     for subprotocol in (JSON_SUBPROTOCOL, MSGPACK_SUBPROTOCOL):
         assert decode_client(encoder_for(subprotocol)(Resume("1", have))) == Resume("1", have)

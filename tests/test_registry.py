@@ -11,6 +11,7 @@ import pytest
 
 from descant.actor import ActorFailed
 from descant.catalog import versions
+from descant.catalog.worker_asks import MAX_ASKS
 from descant.messages import ComposeAdapters, PrepareAdapter, Principal
 from descant_client.errors import (
     AdapterForbidden,
@@ -21,7 +22,7 @@ from descant_client.errors import (
     InvalidRequest,
 )
 from descant_client.lifecycle import Combination
-from registry_desk import ADMIN, Desk, digest_of, open_desk, wait_until, write_adapter
+from registry_desk import ADMIN, ANNA, BERT, Desk, digest_of, open_desk, wait_until, write_adapter
 
 pytestmark = pytest.mark.anyio
 
@@ -64,12 +65,70 @@ async def test_names_are_listed_in_order_of_registration_with_what_is_known_of_t
 
 async def test_one_content_is_prepared_once_for_all_who_want_it(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "one")
-    references = ("one", str(tmp_path / "one"), f"local:{tmp_path}/link", f"{tmp_path}/two/../one")
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(desk.resolve, "one")
 
-    found = await endings(desk, *references)
+    found = await endings(desk, str(tmp_path / "one"), f"local:{tmp_path}/link", f"{tmp_path}/two/../one")
 
     assert set(found.values()) == {digest_of("one")}
     assert len(desk.asked) == 1
+
+
+async def test_errors_speak_of_nobody_elses_adapters(desk: Desk) -> None:
+    """Two principals ask for one content at once, under names of their own; a link and a sum of it are refused."""
+    (desk.root / "secret").symlink_to(desk.root / "one")
+    anna, bert = (str(desk.root / "secret"), "annas0", "annas1"), (str(desk.root / "one"), "b0", "b1")
+    for (_, first, second), who in ((anna, ANNA), (bert, BERT)):
+        await desk.change("load", first, ref=str(desk.root / "two"), principal=who)
+        await desk.change("load", second, ref=str(desk.root / "three"), principal=who)
+    desk.bench.refused = {label for path, a, b in (anna, bert) for label in (path, f"1*{a} + 1*{b}")}
+    desk.bench.gates = {label: anyio.Event() for label in desk.bench.refused}
+    heard: dict[str, list[str]] = {ANNA.name: [], BERT.name: []}
+
+    async def ask(who: Principal, *members: str) -> None:
+        with pytest.raises(AdapterInvalid) as caught:
+            await desk.resolve(*members, principal=who)
+        heard[who.name].append(str(caught.value))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask, ANNA, anna[0])
+        tasks.start_soon(ask, ANNA, *anna[1:])
+        await wait_until(lambda: len(desk.bench.in_flight) == 2)
+        tasks.start_soon(ask, BERT, bert[0])
+        tasks.start_soon(ask, BERT, *bert[1:])
+        await anyio.wait_all_tasks_blocked()
+        for gate in desk.bench.gates.values():
+            gate.set()
+
+    assert [len(sentences) for sentences in heard.values()] == [2, 2]
+    assert not [sentence for sentence in heard[BERT.name] if "annas" in sentence or "secret" in sentence]
+
+
+async def test_a_read_that_was_slow_does_not_undo_a_newer_load(desk: Desk) -> None:
+    path = desk.write("p", "old")
+    gate = desk.bench.slow_gates[path] = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(desk.resolve, path)
+        await wait_until(lambda: desk.bench.in_flight)
+        await anyio.wait_all_tasks_blocked()
+        desk.write("p", "new")
+        await desk.change("load", "name", ref=path)
+        gate.set()
+
+    assert await desk.content("name") == b"new"
+    assert await desk.content(path) == b"new"
+
+
+async def test_what_was_loaded_is_not_read_again_by_requests_for_its_path(desk: Desk) -> None:
+    path = desk.write("p", "old")
+    await desk.resolve(path)
+    desk.write("p", "new")
+    await desk.change("load", "name", ref=path)
+    num_asked = len(desk.asked)
+
+    assert await desk.content(path) == b"new"
+    assert len(desk.asked) == num_asked
 
 
 async def test_a_sum_asks_for_each_member_and_then_for_the_sum_once(desk: Desk) -> None:
@@ -171,11 +230,11 @@ async def test_several_are_prepared_at_once_but_not_any_number(desk: Desk) -> No
     desk.bench.gates.update(dict.fromkeys(names, gate))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(endings, desk, *names)
-        await wait_until(lambda: len(desk.bench.in_flight) == 8)
+        await wait_until(lambda: len(desk.bench.in_flight) == MAX_ASKS)
         gate.set()
 
     assert len(desk.asked) == 30
-    assert desk.bench.most_in_flight == 8
+    assert desk.bench.most_in_flight == MAX_ASKS
 
 
 async def test_a_slow_adapter_delays_nobody_else(desk: Desk) -> None:

@@ -171,10 +171,44 @@ async def test_a_merge_puts_the_content_of_its_members_under_a_name(desk: Desk) 
     assert (info.source, info.is_shared) == ("merge", False)
     entry = next(entry for entry in await desk.journal.entries() if entry.name == "sum")
     assert entry.sources == (f"operator:local:{desk.root / 'one'}", f"local:{path}")
-    with pytest.raises(InvalidRequest):
-        await desk.change("merge", "sum", adapters=[("one", math.inf)])
     with pytest.raises(AdapterNotFound):
         await desk.change("merge", "another", adapters=[("nobody", 1.0)], principal=ANNA)
+
+
+async def test_a_merge_reads_its_paths_anew(desk: Desk) -> None:
+    path = desk.write("x", "old")
+    await desk.resolve(path)
+    desk.write("x", "new")
+
+    await desk.change("merge", "sum", adapters=[(path, 2.0)])
+
+    assert await desk.content("sum") == f"cat {[(digest_of('new'), 2.0)]}".encode()
+
+
+@pytest.mark.parametrize("meanwhile", ["load", "destroy"])
+async def test_what_is_read_for_a_name_is_not_put_under_what_it_stands_for_by_then(desk: Desk, meanwhile: str) -> None:
+    gate = desk.bench.slow_gates["one"] = anyio.Event()
+    found: list[bytes | None] = []
+
+    async def use() -> None:
+        lease = desk.leases.lease()
+        version = await desk.resolve("one", principal=ANNA, lease=lease)
+        found.append(None if version is None else Path(version.path).read_bytes())  # noqa: ASYNC240 - a few bytes
+        lease.release()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(use)
+        await wait_until(lambda: desk.bench.in_flight)
+        await anyio.wait_all_tasks_blocked()
+        desk.bench.slow_gates.clear()
+        await desk.change(meanwhile, "one", **({"ref": desk.write("x", "x")} if meanwhile == "load" else {}))
+        gate.set()
+
+    assert found == [b"one"]
+    if meanwhile == "load":
+        assert await desk.content("one") == b"x"
+    else:
+        assert "one" not in await names(desk, ADMIN)
 
 
 async def test_a_destroyed_name_is_gone_at_once_and_its_version_when_nothing_uses_it(desk: Desk) -> None:
@@ -214,6 +248,43 @@ async def test_destroying_a_name_that_is_being_loaded_drops_what_is_loaded(desk:
 
     assert outcome == ["adapter_not_found"]
     assert "mine" not in await names(desk, ADMIN)
+
+
+async def test_a_load_that_waited_for_an_own_name_does_not_go_to_the_shared_one_instead(desk: Desk) -> None:
+    await desk.change("create", "one")
+    gate = desk.bench.gates["one"] = anyio.Event()
+    outcomes: list[str] = []
+
+    async def load(content: str) -> None:
+        try:
+            await desk.change("load", "one", ref=desk.write(content, content))
+        except AdapterNotFound as error:
+            outcomes.append(error.code)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(load, "x")
+        await wait_until(lambda: desk.bench.in_flight)
+        tasks.start_soon(load, "y")
+        await anyio.wait_all_tasks_blocked()
+        await desk.change("destroy", "one")
+        gate.set()
+
+    assert outcomes == ["adapter_not_found"] * 2
+    assert await desk.content("one") == b"one"
+
+
+async def test_a_load_that_waited_for_the_shared_name_goes_to_the_own_one_made_meanwhile(desk: Desk) -> None:
+    gate = desk.bench.gates["one"] = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(lambda: desk.change("load", "one", ref=desk.write("x", "x")))
+        await wait_until(lambda: desk.bench.in_flight)
+        tasks.start_soon(lambda: desk.change("load", "one", ref=desk.write("y", "y")))
+        await anyio.wait_all_tasks_blocked()
+        await desk.change("fork", "two", new_name="one")
+        gate.set()
+
+    assert await desk.content("one") == b"y"
+    assert await desk.content("one", principal=ANNA) == b"x"
 
 
 async def test_loads_of_one_name_happen_in_the_order_they_came(desk: Desk) -> None:

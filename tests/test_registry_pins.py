@@ -8,7 +8,7 @@ import pytest
 
 from descant.messages import VersionFailed
 from descant_client.errors import AdapterTooLarge, InvalidRequest
-from registry_desk import Desk, crash, digest_of, open_desk, wait_until, write_adapter
+from registry_desk import ANNA, BERT, Desk, crash, digest_of, open_desk, wait_until, write_adapter
 
 pytestmark = pytest.mark.anyio
 
@@ -59,12 +59,15 @@ async def test_pins_have_a_share_of_the_devices_bytes(tmp_path: Path) -> None:
         await desk.change("pin", "a")
         await desk.change("pin", "a2")  # the same version
 
-        with pytest.raises(AdapterTooLarge) as caught:
+        with pytest.raises(InvalidRequest, match=r"max_pinned_share.*unpin another"):
             await desk.change("pin", "b")
-        assert (caught.value.num_bytes, caught.value.max_bytes) == (5, 4)
+        await load(desk, "large", "c" * 11)
+        with pytest.raises(AdapterTooLarge) as caught:
+            await desk.change("pin", "large")
+        assert (caught.value.num_bytes, caught.value.max_bytes) == (11, 10)
         await load(desk, "b", "bbbb")
         await desk.change("pin", "b")
-        with pytest.raises(AdapterTooLarge):
+        with pytest.raises(InvalidRequest):
             await load(desk, "b", "ccccc")
         assert await desk.content("b") == b"bbbb"
         assert pinned(desk) == [digest_of("aaaaaa"), digest_of("bbbb")]
@@ -81,6 +84,30 @@ async def test_pins_have_a_share_of_the_slots(tmp_path: Path, share: float, num_
         with pytest.raises(InvalidRequest, match=f"{num_pins} adapters"):
             await desk.change("pin", f"n{num_pins}")
         assert len(pinned(desk)) == num_pins
+
+
+async def test_each_principal_has_a_share_of_pins_of_its_own_and_shared_ones_have_not(tmp_path: Path) -> None:
+    async with open_desk(tmp_path, memory_bytes=40, num_slots=10, max_pinned_share=0.5, max_owner_share=0.5) as desk:
+        for who in (ANNA, BERT):
+            for name in "abc":
+                content = f"{who.name} {name}"[:6] if name != "c" else "cc"
+                await desk.change("load", name, ref=desk.write(f"{who.name}{name}", content), principal=who)
+        await desk.change("pin", "a", principal=ANNA)
+        with pytest.raises(InvalidRequest, match=r"10 in all.*max_owner_share"):
+            await desk.change("pin", "b", principal=ANNA)
+        await desk.change("pin", "c", principal=ANNA)
+        await desk.change("load", "d", ref=desk.write("d", "d"), principal=ANNA)
+        with pytest.raises(InvalidRequest, match=r"2 adapters.*max_owner_share"):
+            await desk.change("pin", "d", principal=ANNA)
+
+        for name in "wxyz":
+            await desk.change("load", name, ref=desk.write(name, name), is_shared=True)
+            if name != "z":
+                await desk.change("pin", name)
+        with pytest.raises(InvalidRequest, match=r"5 adapters.*max_pinned_share"):
+            await desk.change("pin", "z")
+        await desk.change("unpin", "w")
+        await desk.change("pin", "a", principal=BERT)
 
 
 async def test_pins_come_back_with_the_next_server_and_configured_ones_are_read_for_it(tmp_path: Path) -> None:

@@ -89,6 +89,33 @@ async def test_what_a_client_put_under_a_configured_name_stays_while_the_configu
         assert (entry.version, entry.reference, entry.is_replaced) == (None, str(tmp_path / "elsewhere"), False)
 
 
+@pytest.mark.parametrize("kind", ["load", "create", "fork", "merge"])
+async def test_what_a_client_made_under_a_configured_name_it_destroyed_stays_too(tmp_path: Path, kind: str) -> None:
+    write_adapter(tmp_path, "poet", "configured")
+    write_adapter(tmp_path, "other", "other")
+    async with open_desk(tmp_path, ("poet", "other")) as desk:
+        fields = {
+            "load": {"ref": str(tmp_path / "other")},
+            "create": {},
+            "fork": {"new_name": "poet"},
+            "merge": {"adapters": [("other", 2.0)]},
+        }[kind]
+        await desk.change("destroy", "poet")
+        await desk.change(kind, "other" if kind == "fork" else "poet", is_shared=True, **fields)
+        made = await desk.content("poet")
+        await desk.change("create", "other", principal=ANNA)
+        assert [entry.configured for entry in await desk.journal.entries() if entry.owner == ANNA.name] == [None]
+    async with open_desk(tmp_path, ("poet", "other")) as desk:
+        assert made != b"configured"
+        assert await desk.content("poet") == made
+        assert await desk.content("other", principal=ANNA) == b"\0" * 8
+        await desk.change("destroy", "poet")
+    async with open_desk(tmp_path, ("poet", "other")) as desk:
+        assert await desk.content("poet") == b"configured"
+    async with open_desk(tmp_path, ("other",)) as desk:
+        assert [info.name for info in await desk.listed(principal=ANNA)] == ["other"]
+
+
 async def test_configured_names_go_with_the_configuration_and_destroyed_ones_come_back(tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         write_adapter(tmp_path, name, name)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from descant.config import AdapterConfig, AdapterEntry, Config, ModelConfig
-from descant.registry_setup import configured_adapters, model_directory
+from descant.config import AdapterConfig, AdapterEntry, Config, KeyConfig, ModelConfig, hash_key
+from descant.registry_setup import configured_adapters, model_directory, registry_config
 
 
 @pytest.mark.parametrize("model_id", ["org/model", "/srv/models/a", "../..", "", ".", "x" * 5000, "naïve\n", "a b"])
@@ -28,3 +28,25 @@ def test_the_demo_models_adapters_come_first_and_give_way_to_those_of_the_same_n
 
     assert [entry.name for entry in found] == ["pig-latin", "reverse", "rot13", "mine", "upper"]
     assert configured_adapters(Config(adapters=adapters, model=ModelConfig(path="/model"))) == entries
+
+
+def test_the_registry_is_told_of_every_configured_name() -> None:
+    adapters = AdapterConfig(entries=[AdapterEntry(name="mine", ref="/mine")], max_rank=7)
+
+    told = registry_config(Config(adapters=adapters))
+
+    assert [entry.name for entry in told.entries] == ["pig-latin", "reverse", "rot13", "upper", "mine"]
+    assert told.max_rank == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "num_keys", "share"), [(None, 0, 1.0), (None, 2, 0.5), (0.25, 0, 0.25), (0.75, 2, 0.75)]
+)
+def test_one_principals_own_adapters_may_take_half_where_there_are_several(
+    given: float | None, num_keys: int, share: float
+) -> None:
+    keys = [KeyConfig(name=f"{number}", sha256=hash_key(f"{number}")) for number in range(num_keys)]
+
+    told = registry_config(Config(adapters=AdapterConfig(max_owner_share=given), keys=keys))
+
+    assert told.max_owner_share == share

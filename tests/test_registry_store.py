@@ -8,8 +8,8 @@ import anyio
 import pytest
 
 from descant.messages import ComposeAdapters, PrepareAdapter, VersionFailed
-from descant_client.errors import AdapterInvalid, AdapterNotFound, StoreFull
-from registry_desk import ADMIN, Desk, digest_of, open_desk, wait_until, write_adapter
+from descant_client.errors import AdapterInvalid, AdapterNotFound, InvalidRequest, StoreFull
+from registry_desk import ADMIN, ANNA, BERT, Desk, digest_of, open_desk, wait_until, write_adapter
 
 pytestmark = pytest.mark.anyio
 
@@ -166,3 +166,24 @@ async def test_files_of_earlier_servers_count_and_make_room(tmp_path: Path) -> N
         assert desk.stored() == {"a" * 10, "not ours"}
         assert await desk.content("named", principal=ADMIN) == b"a" * 10
         assert desk.asked == []
+
+
+async def test_each_principals_names_may_take_a_share_of_the_store_and_so_many(tmp_path: Path) -> None:
+    async with open_desk(tmp_path, store_bytes=100, max_owner_share=0.25, max_names=3) as desk:
+        a, b, c, d = texts(desk, *"abcd")
+        await desk.change("load", "one", ref=a, principal=ANNA)
+        await desk.change("fork", "one", new_name="copy", principal=ANNA)  # the same bytes
+        await desk.change("load", "two", ref=b, principal=ANNA)
+        for kind, fields in (("create", {}), ("load", {"ref": c}), ("merge", {"adapters": [("one", 2.0)]})):
+            with pytest.raises(InvalidRequest, match=r"3 adapters.*max_names"):
+                await desk.change(kind, "four", principal=ANNA, **fields)
+        await desk.change("load", "two", ref=c, principal=ANNA)  # in the place of another
+        with pytest.raises(StoreFull, match="max_owner_share") as caught:
+            await desk.change("load", "copy", ref=d, principal=ANNA)
+        assert (caught.value.num_bytes, caught.value.max_bytes) == (10, 25)
+        await desk.change("load", "one", ref=d, principal=BERT)
+        for name in "wxyz":
+            await desk.change("load", name, ref=desk.write(name, name * 10), is_shared=True)
+
+        assert await desk.content("copy", principal=ANNA) == b"a" * 10
+        assert await desk.content("one", principal=BERT) == b"d" * 10

@@ -20,7 +20,7 @@ from descant.actor import ActorFailed, AskTimeout
 from descant.remote import Heartbeat, Program, Remote, spawn_remote
 from descant.remote_child import Kind, Start, Uplink, encode_frame
 from descant.supervision import RestartPolicy, Supervisor
-from descant_client.errors import AdapterTooLarge, ModelInvalid
+from descant_client.errors import AdapterTooLarge, InternalError, ModelInvalid
 
 pytestmark = pytest.mark.anyio
 
@@ -235,6 +235,18 @@ async def test_only_lives_that_nobody_marked_productive_count(nursery, owner):
 
     await owner.wait_for(lambda: len(owner.escalations) == 1)
     assert owner.lives == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("seconds", [2**70, object(), "\udcff"], ids=["too large", "no form", "no text"])
+async def test_what_cannot_be_sent_fails_its_own_ask_and_no_other(nursery, owner, seconds):
+    child = nursery.spawn()
+    await child.ref.ask(ECHO, timeout=LONG)
+
+    with pytest.raises(InternalError, match="Spin cannot be sent to the child"):
+        await child.ref.ask(fixture.Spin(seconds), timeout=LONG)
+
+    assert (await child.ref.ask(ECHO, timeout=LONG)).data == b"x"
+    assert owner.lives == [1]
 
 
 async def test_a_child_that_dies_before_it_is_up_counts_as_a_crash(nursery, owner):

@@ -14,6 +14,7 @@ import pytest
 from descant.actors.dummy_registry import DummyRegistry
 from descant.config import Config, SchedulingConfig
 from descant.connection import Connection
+from descant.messages import ResolveAdapters
 from descant.system import System, running
 from descant_client import connect
 from descant_client.errors import Draining, ExecutorFailed
@@ -35,12 +36,59 @@ def preparing(monkeypatch: pytest.MonkeyPatch) -> Iterator[asyncio.Event]:
     answer = DummyRegistry.on_receive
 
     async def wait(registry: DummyRegistry, message: Any) -> Any:
+        if isinstance(message, ResolveAdapters):
+            message.lease.hold("a member")
         await is_prepared.wait()
         return await answer(registry, message)
 
     monkeypatch.setattr(DummyRegistry, "on_receive", wait)
     yield is_prepared
     is_prepared.set()
+
+
+async def test_questions_of_a_client_that_does_not_read_wait_where_they_cost_nothing(
+    server: tuple[System, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_answered, num_asked = asyncio.Event(), 0
+    answer = DummyRegistry.on_receive
+
+    async def count(registry: DummyRegistry, message: Any) -> Any:
+        nonlocal num_asked
+        num_asked += 1
+
+        async def wait() -> Any:
+            await is_answered.wait()
+            return await answer(registry, message)
+
+        return registry.later(wait())
+
+    monkeypatch.setattr(DummyRegistry, "on_receive", count)
+    async with raw(server[1]) as flooding, raw(server[1]) as other:
+        for number in range(30):
+            await flooding.send("adapter.list", f"{number}")
+            await flooding.send("adapter.open", f"open {number}", name="upper")
+        for _ in range(30):  # time enough to read all of them
+            await other.send("models.list")
+            await other.until("models")
+
+        assert num_asked == 1
+        is_answered.set()
+        answered = [await flooding.until("adapters") for _ in range(60)]
+        assert [messages[-1]["request_id"] for messages in answered[:2]] == ["0", "open 0"]
+
+
+@pytest.mark.parametrize("kind", ["generate", "adapter.list"])
+async def test_a_registry_that_takes_too_long_is_a_deadline_exceeded(
+    server: tuple[System, str], preparing: asyncio.Event, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("descant.generate.RESOLVE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("descant.connection.ASK_TIMEOUT_S", 0.01)
+    async with raw(server[1]) as client:
+        await client.send(kind, **({"prompt": "x", "adapter": "upper"} if kind == "generate" else {}))
+
+        error = (await client.until("error", "r"))[-1]
+
+    assert (error["code"], error["data"]["deadline_s"]) == ("deadline_exceeded", 0.01)
 
 
 # ---- actors --------------------------------------------------------------------------------------------------------
@@ -62,6 +110,29 @@ async def test_a_request_that_was_being_prepared_when_the_gateway_crashed_ends_i
         await back.send("resume", have={})
 
         assert (await back.until("error", "r"))[-1]["code"] == "internal_error"
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_request_is_cancelled_at_once_while_it_is_being_prepared(
+    server: tuple[System, str], preparing: asyncio.Event, n: int
+) -> None:
+    async with raw(server[1]) as client:
+        await client.generate(adapter="slow", n=n, prompt_logprobs=0)
+        await client.until("progress")
+
+        await client.send("cancel")
+        done = (await client.until("done", "r"))[-1]
+        await client.generate("at once", adapter="slow")
+        await client.send("cancel", "at once")
+        other = (await client.until("done", "at once"))[-1]
+
+        assert [choice["finish_reason"] for choice in done["choices"]] == ["cancelled"] * n
+        assert (other["choices"][0]["finish_reason"], other["usage"]["num_output_tokens"]) == ("cancelled", 0)
+        assert not preparing.is_set()
+        assert len(server[0].services.leases) == len(server[0].services.sequences) == 0
+        preparing.set()
+        await client.generate("next", adapter="slow", max_tokens=3)
+        assert (await client.until("done", "next"))[-1]["usage"]["num_output_tokens"] == 3
 
 
 async def test_streams_go_on_over_a_crash_of_the_gateway_and_of_the_scheduler(server: tuple[System, str]) -> None:

@@ -132,10 +132,13 @@ class AdapterExists(AdapterError):
 
 
 class AdapterInvalid(AdapterError):
-    """The files are not a readable adapter for this base model."""
+    """The files are not a readable adapter for this base model.
+
+    `digest`, if given, is of a version in the server's store: its file is at fault, and the server makes it again.
+    """
 
     code = "adapter_invalid"
-    fields = ("adapter", "reason")
+    fields = ("adapter", "reason", "digest")
     sentence = "Adapter {adapter!r} is not valid: {reason}"
 
 
@@ -155,19 +158,19 @@ class AdapterTooLarge(AdapterError):
     fields = ("adapter", "num_bytes", "max_bytes")
     sentence = (
         "Adapter {adapter!r} takes {num_bytes} bytes on the device, {max_bytes} are allowed. "
-        "Raise `adapter_memory_bytes` or lower its rank."
+        "Lower its rank, or raise `adapters.memory_bytes`."
     )
 
 
 class StoreFull(AdapterError):
-    """The store has no room for another version: everything in it has a name or is in use."""
+    """The store, or one principal's share of it, has no room for another version beside those with names or in use."""
 
     code = "store_full"
     http_status = 507
     fields = ("adapter", "num_bytes", "max_bytes")
     sentence = (
-        "Adapter {adapter!r} takes {num_bytes} bytes, and the store of {max_bytes} is full of adapters that have names "
-        "or are in use. Destroy some, or raise `adapters.store_bytes`."
+        "Adapter {adapter!r} takes {num_bytes} bytes, and the {max_bytes} there are in the store are taken by adapters "
+        "that have names or are in use. Destroy some, or raise `adapters.store_bytes` or `adapters.max_owner_share`."
     )
 
 

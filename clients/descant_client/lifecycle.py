@@ -14,7 +14,9 @@ import msgspec
 from descant_client.wire import (
     AdapterSource,
     ClientMessageBase,
+    Rank,
     RequestId,
+    Seed,
     ServerMessageBase,
     Strict,
     WeightedAdapter,
@@ -46,11 +48,11 @@ class Combination(Strict, frozen=True):
     """
 
     type: CombinationType = "cat"
-    rank: Annotated[int, msgspec.Meta(ge=1, le=65536)] | None = None
+    rank: Rank | None = None
     clamp: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     density: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     majority_sign_method: Literal["total", "frequency"] = "total"
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    seed: Seed = 0
 
 
 class CreateAdapter(ClientMessageBase, frozen=True, tag="adapter.create"):
@@ -58,7 +60,7 @@ class CreateAdapter(ClientMessageBase, frozen=True, tag="adapter.create"):
 
     request_id: RequestId
     name: str
-    rank: Annotated[int, msgspec.Meta(ge=1)] = 8
+    rank: Rank = 8
     alpha: float | None = None  # None: the rank, so that its scaling is 1
     target_modules: list[str] | None = None  # suffixes of module names, as in PEFT
     is_shared: bool = False

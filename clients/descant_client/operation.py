@@ -10,11 +10,13 @@ from descant_client.lifecycle import (
     DestroyAdapter,
     ForkAdapter,
     MergeAdapters,
+    MergeAndSave,
 )
 from descant_client.protocol import Ack, Error, Progress, Resume, ServerMessage
 from descant_client.question import Question
 
-_NOT_TWICE = (CreateAdapter, ForkAdapter, MergeAdapters, DestroyAdapter)  # others come to the same when done again
+# Done again these find what they made, or take what another has made since; the others come to the same.
+_NOT_TWICE = (CreateAdapter, ForkAdapter, MergeAdapters, MergeAndSave, DestroyAdapter)
 
 
 class Operation(Question[Adapters]):

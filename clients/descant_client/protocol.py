@@ -22,6 +22,7 @@ from descant_client.wire import (
     Count,
     RequestId,
     Seconds,
+    Seed,
     ServerMessageBase,
     Strict,
     TokenId,
@@ -91,9 +92,9 @@ class Generate(ClientMessageBase, frozen=True):
     merged_adapters: MergedAdapters | None = None
     adapter_source: AdapterSource | None = None
     sampling: SamplingParams = SamplingParams()
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None  # None: as many as the context holds
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None  # None: as many as the context holds
     n: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None  # None: the server draws one and reports it
+    seed: Seed | None = None  # None: the server draws one and reports it
     stop: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=16)] = []
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
     ignore_eos: bool = False
@@ -113,7 +114,7 @@ class Resume(ClientMessageBase, frozen=True):
     """Go on with a stream after a reconnect. `have` maps each choice to the number of its tokens already received."""
 
     request_id: RequestId
-    have: dict[int, Count] = {}
+    have: dict[Count, Count] = {}
 
 
 class Ack(ClientMessageBase, frozen=True):

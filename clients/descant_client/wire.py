@@ -1,4 +1,7 @@
-"""What every message on the wire is made of: base classes and constrained values."""
+"""What every message on the wire is made of: base classes and constrained values.
+
+Every integer has bounds within 64 bits: JSON has none, and msgpack, which the server's processes speak, knows no more.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from typing import Annotated, Literal
 import msgspec
 
 RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Rank = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
 AdapterSource = Literal["local", "hub", "s3", "pbase"]

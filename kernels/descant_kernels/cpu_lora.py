@@ -12,8 +12,10 @@ are made once for a batch, not once per layer, and kept while the same adapters 
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ TILE = 64
 """Most rows of one call: long segments then share their tables."""
 
 TABLE_BYTES = 64 * 2**20
-"""Most bytes of index tables kept with one `LoraTables`."""
+"""Most bytes of index tables that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ def add_lora(
         touched = tuple(slice_ for _, slice_ in slices)
         view = tables.arena[shape.distances[first] :]
         for tile in tiles:
-            shrink, expand = _sums(tables, touched, tile.origins)
+            shrink, expand = _cache.of(touched, tile.origins)
             rows = x[tile.rows]
             h = _shrink(view, rows, shrink)
             delta = _expand(view, h, touched, expand)
@@ -213,19 +215,33 @@ def _slices(
     return slices
 
 
-def _sums(tables: LoraTables, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> tuple[Sums, Sums]:
-    """The sums of shrink and expand for rows whose versions begin at `origins`."""
-    key = (slices, origins)
-    sums = tables.memo.get(key)
-    if sums is None:
-        begins = torch.tensor(origins, dtype=torch.int64)
-        sums = _shrink_sums(slices, begins), _expand_sums(slices, begins)
-        num_bytes = sum(4 * (part.runs.numel() + part.starts.numel()) for part in sums)
-        if tables.memo.get("bytes", 0) + num_bytes > TABLE_BYTES:
-            tables.memo.clear()
-        tables.memo[key] = sums
-        tables.memo["bytes"] = tables.memo.get("bytes", 0) + num_bytes
-    return sums
+class SumsCache:
+    """Sums by what they are made for, the least recently used going first. They outlive adapters and batches."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+        self._sums: OrderedDict[Any, tuple[Sums, Sums]] = OrderedDict()
+
+    def of(self, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> tuple[Sums, Sums]:
+        """Return the sums of shrink and expand for rows whose versions begin at `origins`."""
+        key = (slices, origins)
+        sums = self._sums.get(key)
+        if sums is None:
+            begins = torch.tensor(origins, dtype=torch.int64)
+            sums = self._sums[key] = _shrink_sums(slices, begins), _expand_sums(slices, begins)
+            self.num_bytes += _num_bytes(sums)
+            while self.num_bytes > self._max_bytes and len(self._sums) > 1:
+                self.num_bytes -= _num_bytes(self._sums.popitem(last=False)[1])
+        self._sums.move_to_end(key)
+        return sums
+
+
+_cache = SumsCache(TABLE_BYTES)
+
+
+def _num_bytes(sums: tuple[Sums, Sums]) -> int:
+    return sum(part.runs.nbytes + part.starts.nbytes for part in sums)
 
 
 def _shrink_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:

@@ -8,8 +8,11 @@ from torch import Tensor
 from descant_kernels.batch import NodeNoise, Walk
 from descant_kernels.reference import MIX_1, MIX_2, TOKEN_STRIDE, node_keys
 
-NOISE_SPAN = 19.5
-"""A little more than the highest noise less the lowest, 16.636 + 2.812: how far below the best a logit can win from."""
+NEAR = 2.0
+"""How far below the best logit those lie whose scores are computed first."""
+
+MOST_NOISE = 17.0
+"""More than any noise, 16.636, by enough for the rounding of large scores: what is further below a score has lost."""
 
 
 def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
@@ -17,15 +20,27 @@ def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
     best = logits.argmax(dim=-1)
     if not noise.any_sampled or len(best) == 0:
         return best
-    highest = logits.gather(1, best[:, None])
-    contends = (logits >= highest - NOISE_SPAN) & noise.sampled[:, None]
-    rows, token_ids = contends.nonzero(as_tuple=True)
-    a, b = (_wrap_32(key)[rows] for key in node_keys(noise.seeds, noise.choices, noise.output_indices))
-    scores = logits[rows, token_ids].add_(_gumbel(token_ids.int(), a, b))
-    top = torch.full_like(highest[:, 0], -torch.inf).scatter_reduce_(0, rows, scores, "amax")
+    drawn = noise.sampled.nonzero().squeeze(1)
+    logits = logits if len(drawn) == len(logits) else logits.index_select(0, drawn)
+    keys = [_wrap_32(key)[drawn] for key in node_keys(noise.seeds, noise.choices, noise.output_indices)]
+    rows, _, scores = _scores(logits, logits >= logits.amax(dim=-1, keepdim=True) - NEAR, keys)
+    least = _highest_of(rows, scores, len(drawn))[:, None] - MOST_NOISE
+    rows, token_ids, scores = _scores(logits, logits >= least, keys)
+    top = _highest_of(rows, scores, len(drawn))
     winners = torch.where(scores == top[rows], token_ids, logits.shape[1])
-    lowest = torch.full_like(best, logits.shape[1]).scatter_reduce_(0, rows, winners, "amin")
-    return torch.where(lowest < logits.shape[1], lowest, best)
+    lowest = torch.full_like(drawn, logits.shape[1]).scatter_reduce_(0, rows, winners, "amin")
+    return best.index_copy_(0, drawn, torch.where(lowest < logits.shape[1], lowest, best[drawn]))
+
+
+def _scores(logits: Tensor, contends: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, token id and logit plus noise of each token that contends."""
+    rows, token_ids = contends.nonzero(as_tuple=True)
+    a, b = (key[rows] for key in keys)
+    return rows, token_ids, logits[rows, token_ids].add_(_gumbel(token_ids.int(), a, b))
+
+
+def _highest_of(rows: Tensor, scores: Tensor, num_rows: int) -> Tensor:
+    return torch.full((num_rows,), -torch.inf).scatter_reduce_(0, rows, scores, "amax")
 
 
 def _gumbel(token_ids: Tensor, a: Tensor, b: Tensor) -> Tensor:

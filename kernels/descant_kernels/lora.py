@@ -46,11 +46,15 @@ WIDE_TILE_ROWS = 64
 PART_SIZE = 512
 """Least input features in one part of a long reduction."""
 MAX_PARTS = 8
+"""Most parts of one: h has a plane for each."""
 MAX_SPLIT_ROWS = 512
 """Most rows of a batch in which parts of a reduction are spread over programs: 32 tiles, 8 of `WIDE_TILE_ROWS`."""
 MAX_RANK_PROGRAMS = 8
+"""Most programs that share the blocks of a high rank; adapters of low rank leave all but one of them idle."""
 FUSED_WORK = 8192
+"""Most input features times blocks of columns of a group that takes one launch."""
 FUSED_IN_SIZE = 1024
+"""Most input features of such a group."""
 
 
 def add_lora(
@@ -109,9 +113,9 @@ def _launch_twice(
     num_rows, in_size = x.shape
     num_slices, num_modules = len(out_sizes), tables.ranks.shape[1]
     is_small = num_rows <= MAX_SPLIT_ROWS
-    wide_tiles = None if is_small else _wide_tiles(segments)
-    tiles = segments.tiles if wide_tiles is None else wide_tiles
-    block_m, num_warps = (TILE_ROWS, 4) if wide_tiles is None else (WIDE_TILE_ROWS, 2)
+    wide = None if is_small else wide_tiles(segments)
+    tiles = segments.tiles if wide is None else wide
+    block_m, num_warps = (TILE_ROWS, 4) if wide is None else (WIDE_TILE_ROWS, 2)
     columns = _columns(out_sizes, y.device)
     block_k, part_size = _steps(x)
     num_planes = triton.cdiv(in_size, part_size) if is_small else 1
@@ -152,6 +156,22 @@ def is_fused(in_size: int, out_sizes: tuple[int, ...]) -> bool:
     return in_size <= FUSED_IN_SIZE and in_size * num_blocks <= FUSED_WORK
 
 
+def wide_tiles(segments: Segments) -> Tensor | None:
+    """Tiles as `Segments.tiles`, but of up to `WIDE_TILE_ROWS` rows; None if no segment has as many."""
+    key = "wide tiles"
+    if key not in segments.memo:
+        runs = [(*run, slot) for run, slot in zip(pairwise(segments.host_indptr), segments.host_slots, strict=True)]
+        tiles = [
+            (row, min(WIDE_TILE_ROWS, end - row), slot)
+            for start, end, slot in runs
+            if slot >= 0
+            for row in range(start, end, WIDE_TILE_ROWS)
+        ]
+        is_long = any(num_rows == WIDE_TILE_ROWS for _, num_rows, _ in tiles)
+        segments.memo[key] = _on_device(tiles, segments.tiles.device) if is_long else None
+    return segments.memo[key]
+
+
 def _steps(x: Tensor) -> tuple[int, int]:
     """Input features in one step of a product, and in each part of a reduction but the last: whole steps."""
     block_k, in_size = BLOCK_K_BYTES // x.element_size(), x.shape[1]
@@ -173,22 +193,6 @@ def _max_rank_of(tables: LoraTables, slot: int) -> int:
     if key not in tables.memo:
         tables.memo[key] = max(tables.host_ranks[slot], default=0)
     return tables.memo[key]
-
-
-def _wide_tiles(segments: Segments) -> Tensor | None:
-    """Tiles as `Segments.tiles`, but of up to `WIDE_TILE_ROWS` rows; None if no segment has as many."""
-    key = "wide tiles"
-    if key not in segments.memo:
-        runs = [(*run, slot) for run, slot in zip(pairwise(segments.host_indptr), segments.host_slots, strict=True)]
-        tiles = [
-            (row, min(WIDE_TILE_ROWS, end - row), slot)
-            for start, end, slot in runs
-            if slot >= 0
-            for row in range(start, end, WIDE_TILE_ROWS)
-        ]
-        is_long = any(num_rows == WIDE_TILE_ROWS for _, num_rows, _ in tiles)
-        segments.memo[key] = _on_device(tiles, segments.tiles.device) if is_long else None
-    return segments.memo[key]
 
 
 @cache

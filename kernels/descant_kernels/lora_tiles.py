@@ -8,10 +8,10 @@ adapter's rank decides. So whether parts are spread over programs (`_shrink_kern
 (one plane) or taken again for each block of columns (`_fused_kernel`), the same numbers are added in the same order.
 There are no atomics, and nothing needs to be zero beforehand.
 
-Padding in the arena may hold anything: that of A ends in ranks, that of B in columns, that nobody reads. Loads are
-masked where it ends, not where it begins, so that masks keep to whole vectors.
+Padding in the arena may hold anything: that of A only gets into ranks, that of B into columns, that nobody keeps. So
+loads are masked where padding ends, not where it begins: then masks keep to whole vectors.
 
-Compiled for compute capability 8.0 and 9.0 and run in Triton's interpreter, never yet on a GPU.
+Compiled for compute capabilities 8.0, 9.0 and 10.0 and run in Triton's interpreter, never yet on a GPU.
 """
 
 import triton

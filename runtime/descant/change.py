@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from descant.actor import AskTimeout
+from descant.actor import ActorError, AskTimeout
 from descant.combination import check
 from descant.messages import AdapterList, ChangeAdapter, Principal
 from descant.operation import Operation
@@ -43,6 +43,8 @@ async def operate(services: Services, change: AdapterChange, operation: Operatio
         operation.finish(Adapters(request_id=change.request_id, adapters=list(changed.adapters)))
     except AskTimeout:
         operation.fail(DeadlineExceeded(f"{stage} adapter {change.name!r}", OPERATION_TIMEOUT_S))
+    except ActorError as error:
+        operation.fail(InternalError(f"{error} List the adapters to see whether it was done."))
     except DescantError as error:
         operation.fail(error)
     except Exception as exc:

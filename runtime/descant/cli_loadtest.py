@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ _LENGTHS = "N, uniform:LOW:HIGH or lognormal:MEDIAN,SIGMA[,MAX]"
 @click.option("--url", "uri", default=DEFAULT_URI, show_default=True, help="The server.")
 @click.option("--token", "tokens", multiple=True, envvar="DESCANT_API_KEY", help="An API key; several share the load.")
 @click.option("--rate", type=float, help="Requests per second, or inf: all at once.  [default: 8]")
-@click.option("--cv", type=float, default=1.0, show_default=True, help="Of the gaps: 1 Poisson, 0 steady, 4 bursty.")
+@click.option("--cv", type=float, help="Of the gaps: 1 Poisson, 0 steady, 4 bursty.  [default: 1]")
 @click.option("--concurrency", type=int, help="Instead of a rate: so many requests in flight, always.")
 @click.option("--requests", type=int, help=f"How many.  [default: {DEFAULT_NUM_REQUESTS}, unless --duration]")
 @click.option("--duration", type=float, help="Seconds after which nothing is sent any more.")
@@ -89,7 +90,7 @@ async def _carry_out(
 ) -> Report:
     async with _clients(uri, tokens, num_connections) as clients:
         if plan.base_share < 1:
-            plan = msgspec.structs.replace(plan, adapters=await _adapters(clients[0], names, pattern))
+            plan = msgspec.structs.replace(plan, adapters=await _adapters(clients[: len(tokens)], names, pattern))
         tally, stop = Tally(), anyio.Event()
         async with showing(tally, Console(stderr=True)):
             with on_interrupt(stop.set):
@@ -103,11 +104,17 @@ async def _clients(uri: str, tokens: Sequence[str | None], num_connections: int)
         yield [await stack.enter_async_context(connect(uri, token)) for token in [*tokens] * num_connections]
 
 
-async def _adapters(client: Client, names: list[str], pattern: str | None) -> list[str]:
-    """Return the names given and those that the pattern fits; without either, all of the server's."""
+async def _adapters(clients: Sequence[Client], names: list[str], pattern: str | None) -> list[str]:
+    """Return the names given and those that the pattern fits; without either, all of the server's.
+
+    Of the server's, those that every key sees: there is one client for each.
+    """
     if names and pattern is None:
         return names
-    known = [adapter.name for adapter in await client.adapters.list()]
+    seen = [[adapter.name for adapter in await client.adapters.list()] for client in clients]
+    known = [name for name in seen[0] if all(name in others for others in seen[1:])]
+    if not known and pattern is None and any(seen):
+        raise ConfigInvalid("adapter", "the keys see no adapter in common; give some, or --base-share 1.")
     return known if pattern is None else [*names, *matching(known, pattern)]
 
 
@@ -145,12 +152,14 @@ def _plan(
     )
 
 
-def _arrivals(rate: float | None, cv: float, concurrency: int | None) -> Arrivals:
-    if concurrency is None:
-        return arrivals_of(8.0 if rate is None else rate, cv)
-    if rate is not None:
+def _arrivals(rate: float | None, cv: float | None, concurrency: int | None) -> Arrivals:
+    if concurrency is not None and rate is not None:
         raise ConfigInvalid("concurrency", "give either a rate (open loop) or a concurrency (closed loop).")
-    return Closed(concurrency)
+    if cv is not None and (concurrency is not None or rate == math.inf):
+        raise ConfigInvalid("cv", "there are gaps only with a finite rate.")
+    if concurrency is not None:
+        return Closed(concurrency)
+    return arrivals_of(8.0 if rate is None else rate, 1.0 if cv is None else cv)
 
 
 def _warmup(text: str) -> tuple[int, float]:

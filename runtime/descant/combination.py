@@ -57,8 +57,8 @@ def check(combination: Combination, members: Sequence[WeightedAdapter]) -> None:
 def from_lorax(merged: MergedAdapters) -> tuple[tuple[WeightedAdapter, ...], Combination]:
     """Return the members and the combination that LoRAX's `merged_adapters` asks for.
 
-    LoRAX's clients send `density` and `majority_sign_method` always, so a strategy without a use for them ignores them.
-    A density of 1 or more keeps everything.
+    LoRAX's clients send `density` and `majority_sign_method` always, so a strategy without a use for them ignores them;
+    but a method that does not exist is refused with any strategy. A density of 1 or more keeps everything.
 
     Raises:
         InvalidRequest: naming the field.

@@ -1,5 +1,7 @@
 """One WebSocket connection: a reader and a writer over one session.
 
+What the reader answers itself it answers before it reads on: a client that does not read is not read from.
+
 Requests run as tasks of the gateway, not of the connection, so they outlive it.
 """
 
@@ -15,6 +17,7 @@ import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from descant import __version__
+from descant.actor import AskTimeout
 from descant.change import operate
 from descant.config import is_loopback
 from descant.generate import start_stream
@@ -23,7 +26,15 @@ from descant.outgoing import Outgoing
 from descant.services import Services
 from descant.session import Session
 from descant.stream import error_message
-from descant_client.errors import DescantError, Draining, InvalidRequest, Overloaded, StreamNotFound, Unauthorized
+from descant_client.errors import (
+    DeadlineExceeded,
+    DescantError,
+    Draining,
+    InvalidRequest,
+    Overloaded,
+    StreamNotFound,
+    Unauthorized,
+)
 from descant_client.lifecycle import AdapterChange, Adapters
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
@@ -163,9 +174,9 @@ class Connection:
             case Ack(request_id):
                 self._acknowledge(request_id)
             case ListAdapters(request_id):
-                self._start_task(self._list_adapters, request_id, None)
+                await self._list_adapters(request_id, None)
             case OpenAdapter(request_id, name):
-                self._start_task(self._list_adapters, request_id, name)
+                await self._list_adapters(request_id, name)
             case ListModels(request_id):
                 await self._send(Models(request_id=request_id, models=[self._services.model.info]))
             case _:
@@ -190,12 +201,12 @@ class Connection:
         question = ListRegistered(self._session.principal, name)
         try:
             answer: AdapterList = await self._services.registry.ask(question, timeout=ASK_TIMEOUT_S)
-            await self._send(Adapters(request_id=request_id, adapters=list(answer.adapters)))
-        except DescantError as error:
-            await self._send(error_message(error, request_id))
+        except AskTimeout as exc:
+            raise DeadlineExceeded("looking adapters up", ASK_TIMEOUT_S) from exc
+        await self._send(Adapters(request_id=request_id, adapters=list(answer.adapters)))
 
     async def _cancel(self, outgoing: Outgoing) -> None:
-        outgoing.is_cancelled = True
+        outgoing.cancel()
         await self._services.scheduler.tell(CancelRequest(outgoing.key))
 
     async def _abandon(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import anyio
 import anyio.to_thread
 
-from descant.actor import ActorError
+from descant.actor import ActorError, AskTimeout
 from descant.combination import check, from_lorax
 from descant.messages import CancelRequest, Principal, ResolveAdapters, Submit
 from descant.outgoing import Outgoing
@@ -27,7 +27,7 @@ from descant.silence import break_silence
 from descant.stream import Stream
 from descant.time_limits import TimeLimits
 from descant.tokenizer import StopStrings
-from descant_client.errors import DescantError, InternalError, InvalidRequest
+from descant_client.errors import DeadlineExceeded, DescantError, InternalError, InvalidRequest
 from descant_client.lifecycle import Combination
 from descant_client.protocol import Accepted, Generate, Progress
 from descant_client.wire import WeightedAdapter
@@ -45,7 +45,8 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
     try:
         time_limits = TimeLimits.of(request, services.config.scheduling, time.monotonic())
         check_request(request, services.config.server.max_choices)
-        with time_limits.bounding_the_wait():
+        prompt_ids, adapter = list[int](), None  # if it is cancelled meanwhile
+        with time_limits.bounding_the_wait(), stream.preparing():
             prompt_ids, adapter = await _prepare(services, request, stream, principal)
         sequences = _sequences(services, request, stream, principal, prompt_ids, adapter, time_limits)
         accepted = Accepted(
@@ -55,16 +56,27 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
             adapter_digest=adapter.digest if adapter else None,
         )
         stream.expect(sequences, services.tokenizer)
+        if stream.is_cancelled:
+            _end_cancelled(stream, accepted, sequences)
+            return
         await services.scheduler.ask(Submit(tuple(sequences)), timeout=SUBMIT_TIMEOUT_S)
         stream.is_submitted = True
         stream.accept(accepted)
-        if stream.is_cancelled:  # while it was being prepared
+        if stream.is_cancelled:  # while it was being submitted
             await services.scheduler.tell(CancelRequest(stream.key))
     except DescantError as error:
         give_up(services, stream, error)
     except Exception as exc:
         logger.exception("request %s failed", stream.key)
         give_up(services, stream, InternalError(type(exc).__name__))
+
+
+def _end_cancelled(stream: Stream, accepted: Accepted, sequences: Iterable[Sequence]) -> None:
+    """End what never reached the scheduler as the scheduler would have."""
+    stream.accept(accepted)
+    for sequence in sequences:
+        sequence.finish_reason = "cancelled"
+        stream.end(sequence)
 
 
 def give_up(services: Services, outgoing: Outgoing, error: DescantError) -> None:
@@ -158,10 +170,13 @@ async def _adapter(
     lease = services.leases.lease()
     stream.hold(lease)
     resolve = ResolveAdapters(members, principal, lease, combination, request.adapter_source)
-    return await break_silence(
-        services.registry.ask(resolve, timeout=RESOLVE_TIMEOUT_S),
-        lambda: stream.note(Progress(request_id=stream.request_id, stage="preparing_adapter")),
-    )
+    try:
+        return await break_silence(
+            services.registry.ask(resolve, timeout=RESOLVE_TIMEOUT_S),
+            lambda: stream.note(Progress(request_id=stream.request_id, stage="preparing_adapter")),
+        )
+    except AskTimeout as exc:
+        raise DeadlineExceeded("preparing the adapter", RESOLVE_TIMEOUT_S) from exc
 
 
 def _sequences(

@@ -29,7 +29,6 @@ class Operation:
     def __init__(self, request_id: str, key: str, changed: Callable[[Operation], None]) -> None:
         self.request_id = request_id
         self.key = key
-        self.is_cancelled = False
         self.ended_s: float | None = None
         self._changed = changed
         self._notes: list[ServerMessage] = []  # sent once, never again on resume
@@ -37,6 +36,9 @@ class Operation:
         self._is_end_sent = False
 
     # ---- what happens to it -----------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Nothing happens: it is carried out all the same."""
 
     def note(self, message: Progress) -> None:
         """Tell the client something in passing."""

@@ -14,7 +14,6 @@ class Outgoing(Protocol):
 
     request_id: str
     key: str  # unique in the server
-    is_cancelled: bool  # asked for
     is_submitted: bool  # it ends by itself, whatever becomes of the gateway
     ended_s: float | None  # when the last message was sent
     is_kept: ClassVar[bool]  # it stays with its session until it is released: doing it again would not be the same
@@ -40,6 +39,10 @@ class Outgoing(Protocol):
 
     def take_unparked(self) -> tuple[int, ...]:
         """Return the sequences that were parked for it and may go on now."""
+        ...
+
+    def cancel(self) -> None:
+        """Give up what has not reached the scheduler."""
         ...
 
     def fail(self, error: DescantError) -> None:

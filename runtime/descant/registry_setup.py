@@ -21,7 +21,7 @@ from descant.adapters.limits import AdapterLimits
 from descant.catalog.configured import reconcile
 from descant.catalog.journal import opened
 from descant.child_config import WorkerConfig
-from descant.config import AdapterEntry, Config
+from descant.config import AdapterConfig, AdapterEntry, Config
 from descant.engine.arch import Dtype, from_hf
 from descant.leases import LeaseTable
 from descant.messages import ForgetVersion, PinVersions, VersionFree, WorkerReply
@@ -31,6 +31,7 @@ from descant_client.errors import ModelInvalid
 
 MAILBOX_SIZE = 65536  # large enough for the end of every stream at once: leases cannot wait
 MAX_SLUG_CHARS = 64
+KEYS_OWNER_SHARE = 0.5
 
 _ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -52,7 +53,8 @@ async def spawn_registry(
         ConfigInvalid: another server uses the directory, its journal is not to be read, or a configured reference is
             none that is served.
     """
-    entries = configured_adapters(config)
+    adapters = registry_config(config)
+    entries = adapters.entries
     if config.model.engine == "dummy":
         return supervisor.spawn(partial(DummyRegistry, entries), "registry", mailbox_size=MAILBOX_SIZE)
     directory = model_directory(config, model_id)
@@ -63,7 +65,7 @@ async def spawn_registry(
     worker = _spawn_worker(config, supervisor, model_dir, store_dir)
     make = partial(
         Registry,
-        config.adapters,
+        adapters,
         journal,
         store_dir,
         fetch,
@@ -88,6 +90,14 @@ def model_directory(config: Config, model_id: str) -> Path:
     slug = re.sub(r"[^A-Za-z0-9_-]+", "-", model_id).strip("-")[-MAX_SLUG_CHARS:]
     name = f"{slug}-{hashlib.sha256(model_id.encode()).hexdigest()[:8]}"
     return Path(config.data_dir).expanduser() / "models" / name
+
+
+def registry_config(config: Config) -> AdapterConfig:
+    """Return what the registry is told: every configured name, and what one principal's own may take."""
+    share = config.adapters.max_owner_share
+    if share is None:
+        share = KEYS_OWNER_SHARE if config.keys else 1.0  # without API keys there is one principal
+    return msgspec.structs.replace(config.adapters, entries=configured_adapters(config), max_owner_share=share)
 
 
 def configured_adapters(config: Config) -> list[AdapterEntry]:

@@ -32,12 +32,11 @@ import msgspec
 from descant.actor import Actor, ActorFailed, Ref
 from descant.remote_child import HEADER, Frame, Kind, Refusal, Start, decode_frame, encode_frame
 from descant.supervision import RestartPolicy, Supervisor
-from descant_client.errors import DescantError, from_wire
+from descant_client.errors import DescantError, InternalError, from_wire
 
 MessageT = TypeVar("MessageT")
 
-# Bytes the reader buffers before it lets the child wait.
-READ_LIMIT = 1 << 20
+READ_LIMIT = 1 << 20  # bytes that the reader buffers before it lets the child wait
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,8 +109,7 @@ def spawn_remote(
 ) -> Remote[Any]:
     """Start a remote actor and return its handle at once; messages wait until it is up.
 
-    The callbacks run on the event loop and may not wait: tell an actor with `tell_nowait`, or set an event.
-    One that raises ends the life.
+    The callbacks run on the loop and may not wait (`tell_nowait`, set an event); one that raises ends the life.
 
     Args:
         on_up: called with the number of the life (from 1) when its factory has returned.
@@ -185,7 +183,6 @@ class _ProcessEndpoint(_Endpoint):
         self._decode_reply = msgspec.msgpack.Decoder(remote.program.replies).decode
         self._decode_notice = msgspec.msgpack.Decoder(remote.program.notices).decode
         self._sockets = contextlib.ExitStack()
-        self._pulse: socket.socket
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -203,7 +200,10 @@ class _ProcessEndpoint(_Endpoint):
         if not self.is_asked:
             return await self._send(encode_frame(Kind.TELL, 0, message))
         self._num_asks += 1
-        frame = encode_frame(Kind.ASK, self._num_asks, message)
+        try:
+            frame = encode_frame(Kind.ASK, self._num_asks, message)
+        except (TypeError, ValueError, OverflowError) as exc:  # this message is at fault, and nobody else's
+            raise InternalError(f"{type(message).__name__} cannot be sent to the {self._remote.name}: {exc}") from exc
         reply = self._asks[self._num_asks] = asyncio.get_running_loop().create_future()
         await self._send(frame)
         return self.later(reply)

@@ -6,8 +6,11 @@ each sequence's own tokens behind a cursor, so a slow reader gets larger deltas,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
+
+import anyio
 
 from descant.actor import ActorError
 from descant.leases import Lease
@@ -45,7 +48,7 @@ class Stream:
     def __init__(self, request_id: str, key: str, buffer_bytes: int, changed: Callable[[Stream], None]) -> None:
         self.request_id = request_id
         self.key = key  # unique in the server: what the scheduler cancels by
-        self.is_cancelled = False  # asked for while the request was still being prepared
+        self.is_cancelled = False  # asked for
         self.is_submitted = False  # the scheduler has it: it ends by itself
         self.ended_s: float | None = None  # when the last message was sent
         self._max_unsent = buffer_bytes // BYTES_PER_TOKEN
@@ -56,10 +59,27 @@ class Stream:
         self._error: DescantError | None = None
         self._over_budget: list[int] = []  # sequences parked because of us
         self._lease: Lease | None = None
+        self._preparation: anyio.CancelScope | None = None
         self._is_accepted_sent = False
         self._is_end_sent = False
 
     # ---- what happens to it -----------------------------------------------------------------------
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Let `cancel` end this block, before or while it runs."""
+        with anyio.CancelScope() as scope:
+            self._preparation = scope
+            if self.is_cancelled:
+                scope.cancel()
+            yield
+        self._preparation = None
+
+    def cancel(self) -> None:
+        """The client wants no more of it. What the scheduler has by now is the scheduler's to cancel."""
+        self.is_cancelled = True
+        if self._preparation is not None:
+            self._preparation.cancel()
 
     def expect(self, sequences: Sequence[TokenSequence], tokenizer: Tokenizer) -> None:
         """These are its choices, if the scheduler takes them: they may come to their sink before `accept`."""

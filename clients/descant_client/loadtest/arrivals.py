@@ -15,6 +15,10 @@ import msgspec
 
 from descant_client.errors import ConfigInvalid
 
+# Beyond these the arithmetic of gaps leaves the range of floats.
+MIN_RATE = 1e-6  # per second
+MIN_CV, MAX_CV = 1e-3, 1e3
+
 
 class Gamma(msgspec.Struct, frozen=True, tag=True):
     """Gamma-distributed gaps: `rate` requests per second on average, coefficient of variation `cv`.
@@ -77,10 +81,12 @@ def arrivals_of(rate: float, cv: float = 1.0) -> Arrivals:
 def check_arrivals(arrivals: Arrivals) -> None:
     """Check the numbers of a process. Raises ConfigInvalid, which says what is right."""
     match arrivals:
-        case Gamma(rate, _) | Steady(rate) if not 0 < rate < math.inf:
-            raise ConfigInvalid("rate", f"{rate:g} is not a number of requests per second above 0 (or inf).")
-        case Gamma(_, cv) if not 0 < cv < math.inf:
-            raise ConfigInvalid("cv", f"{cv:g} is no coefficient of variation: 1 is Poisson, 0 steady, 4 bursty.")
+        case Gamma(rate, _) | Steady(rate) if not MIN_RATE <= rate < math.inf:
+            reason = f"{rate:g} is not a number of requests per second above 0, from {MIN_RATE:g} (or inf)."
+            raise ConfigInvalid("rate", reason)
+        case Gamma(_, cv) if not MIN_CV <= cv <= MAX_CV:
+            reason = f"{cv:g} is no coefficient of variation: 1 is Poisson, 0 steady, 4 bursty, {MAX_CV:g} the most."
+            raise ConfigInvalid("cv", reason)
         case Closed(concurrency) if concurrency < 1:
             raise ConfigInvalid("concurrency", f"{concurrency} requests in flight; at least 1 is needed.")
         case _:

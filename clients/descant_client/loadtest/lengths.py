@@ -11,6 +11,9 @@ from descant_client.errors import ConfigInvalid
 
 _FORMS = "N, uniform:LOW:HIGH or lognormal:MEDIAN,SIGMA[,MAX]; such as 128, uniform:8:64 or lognormal:32,0.5,256"
 
+MAX_TOKENS = 1 << 20  # beyond any model's context
+MAX_SIGMA = 10.0
+
 
 class Constant(msgspec.Struct, frozen=True, tag=True):
     """Always `num_tokens`."""
@@ -36,7 +39,7 @@ class Uniform(msgspec.Struct, frozen=True, tag=True):
 class Lognormal(msgspec.Struct, frozen=True, tag=True):
     """`median` times e to the power of a normal variable of deviation `sigma`: rounded, at least 1, at most `maximum`.
 
-    What exceeds `maximum` becomes it; None: no bound.
+    What exceeds `maximum` becomes it; None: `MAX_TOKENS`.
     """
 
     median: float
@@ -46,7 +49,7 @@ class Lognormal(msgspec.Struct, frozen=True, tag=True):
     def draw(self, rng: Random) -> int:
         """Draw a number of tokens, at least 1."""
         drawn = max(1, round(rng.lognormvariate(math.log(self.median), self.sigma)))
-        return drawn if self.maximum is None else min(drawn, self.maximum)
+        return min(drawn, MAX_TOKENS if self.maximum is None else self.maximum)
 
 
 Lengths = Constant | Uniform | Lognormal
@@ -68,12 +71,15 @@ def parse_lengths(text: str, key: str) -> Lengths:
 def check_lengths(lengths: Lengths, key: str) -> None:
     """Check the numbers of a distribution. Raises ConfigInvalid at `key`."""
     match lengths:
-        case Constant(num_tokens) if num_tokens < 1:
-            raise ConfigInvalid(key, f"{num_tokens} tokens; at least 1 is needed.")
-        case Uniform(low, high) if not 1 <= low <= high:
-            raise ConfigInvalid(key, f"uniform:{low}:{high} needs 1 <= LOW <= HIGH.")
-        case Lognormal(median, sigma, _) if not (1 <= median < math.inf and 0 <= sigma < math.inf):
-            raise ConfigInvalid(key, f"lognormal:{median:g},{sigma:g} needs a median from 1 and a sigma from 0.")
+        case Constant(num_tokens) if not 1 <= num_tokens <= MAX_TOKENS:
+            raise ConfigInvalid(key, f"{num_tokens} tokens; at least 1 is needed, and at most {MAX_TOKENS}.")
+        case Uniform(low, high) if not 1 <= low <= high <= MAX_TOKENS:
+            raise ConfigInvalid(key, f"uniform:{low}:{high} needs 1 <= LOW <= HIGH <= {MAX_TOKENS}.")
+        case Lognormal(median, sigma, _) if not (1 <= median <= MAX_TOKENS and 0 <= sigma <= MAX_SIGMA):
+            reason = f"needs a median from 1 to {MAX_TOKENS} and a sigma from 0 to {MAX_SIGMA:g}."
+            raise ConfigInvalid(key, f"lognormal:{median:g},{sigma:g} {reason}")
+        case Lognormal(_, _, int(maximum)) if maximum > MAX_TOKENS:
+            raise ConfigInvalid(key, f"lognormal: the maximum {maximum} is above {MAX_TOKENS}.")
         case Lognormal(median, _, int(maximum)) if maximum < median:
             raise ConfigInvalid(key, f"lognormal: the maximum {maximum} is below the median {median:g}.")
         case _:

@@ -11,13 +11,17 @@ from descant_client.loadtest.arrivals import Arrivals, AtOnce, Closed, Gamma, ch
 from descant_client.loadtest.lengths import Lengths, Lognormal, Uniform, check_lengths
 from descant_client.loadtest.popularity import Popularity, PowerLaw, check_popularity
 
+MAX_TEMPERATURE = 100.0  # the wire's
+NOTHING_LEFT = "it takes the whole test; nothing is left to measure."
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The parameters of a load test. The same plan against the same model is the same requests, byte for byte.
 
     Sending ends at whichever of `num_requests` and `duration_s` comes first. The first `warmup_requests` requests, and
     those that arrive in the first `warmup_s` seconds, are sent and not measured. Prompts are random token ids, or
-    `prompts` in turn. Every answer has exactly the length that was drawn for it: the end of sequence is ignored.
+    `prompts` in turn. The end of sequence is ignored, so that an answer has exactly the length drawn for it; one that
+    ends before, at the end of the model's context, has failed.
     """
 
     arrivals: Arrivals = Gamma(rate=8.0)
@@ -55,6 +59,8 @@ def check_plan(plan: Plan) -> None:
     _check_extent(plan)
     if not 0 <= plan.base_share <= 1:
         raise ConfigInvalid("base-share", f"{plan.base_share:g} is no share of the requests, from 0 to 1.")
+    if not 0 <= plan.temperature <= MAX_TEMPERATURE:
+        raise ConfigInvalid("temperature", f"{plan.temperature:g} is no temperature, from 0 to {MAX_TEMPERATURE:g}.")
     if plan.num_keys < 1:
         raise ConfigInvalid("num-keys", "at least one key, or none at all, is needed to connect.")
     if not all(plan.prompts):
@@ -73,8 +79,8 @@ def _check_extent(plan: Plan) -> None:
         raise ConfigInvalid("requests", f"{plan.num_requests} requests; at least 1 is needed.")
     if plan.duration_s is not None and not 0 < plan.duration_s < math.inf:
         raise ConfigInvalid("duration", f"{plan.duration_s:g} is no time in seconds above 0.")
-    if plan.warmup_requests < 0 or not plan.warmup_s >= 0:
+    if plan.warmup_requests < 0 or not 0 <= plan.warmup_s < math.inf:
         raise ConfigInvalid("warmup", "a number of requests or of seconds (such as 5s), from 0.")
     is_all_warmup = plan.num_requests is not None and plan.warmup_requests >= plan.num_requests
     if is_all_warmup or (plan.duration_s is not None and plan.warmup_s >= plan.duration_s):
-        raise ConfigInvalid("warmup", "it takes the whole test; nothing is left to measure.")
+        raise ConfigInvalid("warmup", NOTHING_LEFT)

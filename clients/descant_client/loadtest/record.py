@@ -10,12 +10,14 @@ import msgspec
 from descant_client.loadtest.workload import PlannedRequest
 from descant_client.protocol import Accepted, Delta, Done, ServerMessage
 
+SHORT = "short"  # the code of an answer with fewer tokens than planned
+
 
 class Record(msgspec.Struct, kw_only=True):
     """The life of one request. Times are seconds since the start of the test, at the client.
 
     `delivered_s` are the times at which tokens came, `delivered_tokens` how many came at each. `finish_reason` is set
-    if the answer is complete, `error_code` if it failed; with neither, the test ended first.
+    if the answer ended, `error_code` if the request failed; with neither, the test ended first.
     """
 
     index: int
@@ -29,6 +31,7 @@ class Record(msgspec.Struct, kw_only=True):
     ended_s: float | None = None
     delivered_s: list[float] = []
     delivered_tokens: list[int] = []
+    num_planned_tokens: int = 0  # of the answer
     num_prompt_tokens: int | None = None
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
@@ -41,7 +44,19 @@ class Record(msgspec.Struct, kw_only=True):
     @property
     def is_completed(self) -> bool:
         """Whether the whole answer came."""
-        return self.finish_reason in ("length", "stop")
+        return self.finish_reason is not None and self.failure is None
+
+    @property
+    def failure(self) -> tuple[str, str] | None:
+        """What went wrong, as a code and a sentence: an error, or an answer that was cut off; None: nothing so far."""
+        if self.error_code is not None:
+            return self.error_code, self.error or ""
+        if self.finish_reason not in (None, "length", "stop"):
+            return self.finish_reason, f"The answer ended with finish reason {self.finish_reason}."
+        if self.finish_reason is not None and self.num_output_tokens < self.num_planned_tokens:
+            sentence = f"The answer has {self.num_output_tokens} of {self.num_planned_tokens} tokens: "
+            return SHORT, sentence + "the model's context was full."
+        return None
 
     @property
     def lateness_s(self) -> float:
@@ -125,15 +140,21 @@ class Recorder:
         elif type(message) is Done:
             self._done, self._ended_s = message, now_s
 
-    def on_completed(self) -> None:
-        """Note that the answer is complete."""
-        self._tally.num_completed += 1
+    def on_answered(self) -> None:
+        """Note that nothing more will come of the answer."""
+        self._count()
 
     def on_failed(self, code: str, sentence: str) -> None:
-        """Note that the request failed."""
+        """Note that the request failed, even if its end was heard before."""
         self._ended_s = self._now_s()
-        self._error = (code, sentence)
-        self._tally.num_failed += 1
+        self._done, self._error = None, (code, sentence)
+        self._count()
+
+    def _count(self) -> None:
+        if self.record(is_warmup=False).is_completed:
+            self._tally.num_completed += 1
+        else:
+            self._tally.num_failed += 1
 
     def record(self, is_warmup: bool) -> Record:
         """Return what has been noted."""
@@ -151,6 +172,7 @@ class Recorder:
             ended_s=self._ended_s,
             delivered_s=self._times.tolist(),
             delivered_tokens=self._counts.tolist(),
+            num_planned_tokens=self._request.num_output_tokens,
             num_prompt_tokens=accepted.num_prompt_tokens if accepted else None,
             num_output_tokens=self._num_tokens,
             num_cached_tokens=done.usage.num_cached_tokens if done else 0,

@@ -14,10 +14,10 @@ from anyio.abc import TaskGroup
 from descant_client.client import Client
 from descant_client.errors import ConfigInvalid, DescantError
 from descant_client.loadtest.arrivals import Closed
-from descant_client.loadtest.plan import Plan
+from descant_client.loadtest.plan import NOTHING_LEFT, Plan
 from descant_client.loadtest.record import Record, Recorder, Tally
 from descant_client.loadtest.report import Report, build_report
-from descant_client.loadtest.workload import PlannedRequest, draw_workload
+from descant_client.loadtest.workload import PlannedRequest, check_workload, draw_workload
 from descant_client.stream import Stream
 
 
@@ -37,20 +37,25 @@ async def run(
     tells what there is. Cancelling does the same without a report. `tally` is kept up to date throughout.
 
     Raises:
-        ConfigInvalid: the plan is not sound, or a key has no client.
+        ConfigInvalid: the plan is not sound, its answers do not fit into the model's context, nothing of it is
+            measured, or a key has no client.
     """
     if len(clients) < plan.num_keys:
         raise ConfigInvalid("connections", f"{len(clients)} for {plan.num_keys} keys; each needs at least one.")
     hello = clients[0].hello
     workload = draw_workload(plan, hello.model.vocab_size)
+    check_workload(plan, workload, hello.model.max_context)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     test = _Run(clients, plan, tally or Tally(), clock, sleep)
     await test.carry_out(workload, stop or anyio.Event())
+    records = test.records()
+    if test.is_complete and all(record.is_warmup for record in records):
+        raise ConfigInvalid("warmup", NOTHING_LEFT)
     return build_report(
         plan=plan,
         hello=hello,
         workload=workload,
-        records=test.records(),
+        records=records,
         num_connections=len(clients),
         started_at=started_at,
         is_complete=test.is_complete,
@@ -135,7 +140,7 @@ class _Run:
     async def _await_end(self, stream: Stream, recorder: Recorder) -> None:
         try:
             await stream.result()
-            recorder.on_completed()
+            recorder.on_answered()
         except DescantError as error:
             recorder.on_failed(error.code, str(error))
         finally:

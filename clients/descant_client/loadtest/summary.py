@@ -78,7 +78,7 @@ def window_of(records: Sequence[Record]) -> float:
 def summarize(records: Sequence[Record], objectives: Objectives, window_s: float) -> Summary:
     """Return the summary of measured records (no warm-up among them) over a window of `window_s` seconds."""
     completed = [one for one in records if one.is_completed]
-    failed = [one for one in records if _error_of(one) is not None]
+    failed = [one for one in records if one.failure is not None]
     num_tokens = sum(one.num_output_tokens for one in records)
     num_deliveries = sum(len(one.delivered_s) for one in records)
     has_objectives = objectives != Objectives()
@@ -128,17 +128,8 @@ def _rate(amount: float, window_s: float) -> float:
     return amount / window_s if window_s > 0 else 0.0
 
 
-def _error_of(record: Record) -> tuple[str, str] | None:
-    """An answer that was cut off at the server (`cancelled`) is a failure too, though it came with no error."""
-    if record.error_code is not None:
-        return record.error_code, record.error or ""
-    if record.finish_reason is not None and not record.is_completed:
-        return record.finish_reason, f"The answer ended with finish reason {record.finish_reason}."
-    return None
-
-
 def _errors(failed: Sequence[Record]) -> list[ErrorCount]:
     """Count errors by code, the most frequent first."""
-    errors = [error for one in failed if (error := _error_of(one)) is not None]
+    errors = [one.failure for one in failed if one.failure is not None]
     examples = dict(reversed(errors))
     return [ErrorCount(code, num, examples[code]) for code, num in Counter(code for code, _ in errors).most_common()]

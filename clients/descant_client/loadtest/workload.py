@@ -10,7 +10,9 @@ from random import Random
 
 import msgspec
 
-from descant_client.loadtest.plan import Plan, check_plan
+from descant_client.errors import ConfigInvalid
+from descant_client.loadtest.arrivals import Closed
+from descant_client.loadtest.plan import NOTHING_LEFT, Plan, check_plan
 
 
 class PlannedRequest(msgspec.Struct, frozen=True):
@@ -51,6 +53,24 @@ def draw_workload(plan: Plan, vocab_size: int) -> list[PlannedRequest]:
         )
         for index, at_s in _arrivals(plan)
     ]
+
+
+def check_workload(plan: Plan, workload: Sequence[PlannedRequest], max_context: int) -> None:
+    """Check that something of what was drawn is measured, and that answers to drawn prompts fit into the context.
+
+    What is measured in the closed loop shows only when requests are sent.
+
+    Raises:
+        ConfigInvalid: naming the parameter.
+    """
+    if not workload:
+        raise ConfigInvalid("duration", "no request arrives before it ends; nothing is left to measure.")
+    if not isinstance(plan.arrivals, Closed) and all(plan.is_warmup(one.index, one.at_s) for one in workload):
+        raise ConfigInvalid("warmup", NOTHING_LEFT)
+    for one in workload:
+        if not isinstance(one.prompt, str) and len(one.prompt) + one.num_output_tokens > max_context:
+            reason = f"request {one.index} has {len(one.prompt)} tokens and asks for {one.num_output_tokens}; the "
+            raise ConfigInvalid("output-tokens", reason + f"model's context holds {max_context}.")
 
 
 def digest_of(workload: Sequence[PlannedRequest]) -> str:

@@ -143,7 +143,7 @@ class Gateway(Actor[GatewayMessage]):
         while True:
             await anyio.sleep(SWEEP_S)
             for one in self._services.sessions.expire(time.monotonic(), window_s):
-                one.is_cancelled = True
+                one.cancel()
                 await self._services.scheduler.tell(CancelRequest(one.key))
 
 

@@ -21,17 +21,19 @@ from descant.catalog.entry import Entry
 from descant.catalog.journal import Journal
 from descant.catalog.names import Catalog
 from descant.catalog.pins import PinBudget
+from descant.catalog.quota import OwnerQuota
 from descant.catalog.register import Register
 from descant.catalog.versions import Versions
 from descant.catalog.worker_asks import WorkerAsks
 from descant.config import AdapterConfig
-from descant.leases import LeaseTable
+from descant.leases import Lease, LeaseTable
 from descant.messages import (
     AdapterList,
     ChangeAdapter,
     FetchMessage,
     ListRegistered,
     Member,
+    Principal,
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
@@ -72,6 +74,7 @@ class Registry(Actor[RegistryMessage]):
         self._on_pins = on_pins
         self._on_forget = on_forget
         self._budget = PinBudget.of(config)
+        self._quota = OwnerQuota.of(config)
         self._pins: tuple[AdapterVersion, ...] | None = None
 
     async def on_start(self) -> None:
@@ -89,7 +92,10 @@ class Registry(Actor[RegistryMessage]):
         await self._versions.open(self._store_dir)
         register = Register(self._catalog, self._journal)
         self._contents = Contents(register, self._versions, self._update_pins)
-        self._changes = Changes(register, self._contents, self._versions, self._asks, self._budget)
+        configured = {entry.name: entry.ref for entry in self._config.entries}
+        self._changes = Changes(
+            register, self._contents, self._versions, self._asks, self._budget, self._quota, configured
+        )
         self._update_pins()
         self.start_soon(self._restore_pins)
 
@@ -99,8 +105,7 @@ class Registry(Actor[RegistryMessage]):
             case ResolveAdapters():
                 return self.later(self._resolve(message))
             case ListRegistered(principal, name):
-                entries = self._catalog.visible(principal)
-                return AdapterList(tuple(entry.info() for entry in entries if name is None or entry.name == name))
+                return self._list(principal, name)
             case ChangeAdapter():
                 return self.later(self._change(message))
             case VersionFailed(digest):
@@ -110,23 +115,35 @@ class Registry(Actor[RegistryMessage]):
                 return self.later(self._versions.freed(digest))
         return None
 
+    def _list(self, principal: Principal, name: str | None) -> AdapterList:
+        if name is None:
+            return AdapterList(tuple(entry.info() for entry in self._catalog.visible(principal)))
+        entry = self._catalog.find(principal, name)
+        return AdapterList(() if entry is None else (entry.info(),))
+
     async def _resolve(self, message: ResolveAdapters) -> AdapterVersion | None:
+        names: dict[str, str] = {}
+        with self._versions.working() as work:
+            return await self._contents.mending(lambda: self._combine(message, work, names), names)
+
+    async def _combine(self, message: ResolveAdapters, work: Lease, names: dict[str, str]) -> AdapterVersion | None:
+        """Ready the members and combine them. `work` holds them meanwhile; `names` gets theirs, by digest."""
         principal, lease = message.principal, message.lease
         members: list[Member] = []
-        with self._versions.working() as work:
-            for member in message.members:
-                located = self._contents.locate(member.adapter, message.source, principal)
-                if isinstance(located, Entry) and not located.is_enabled:
-                    continue
-                content = await self._contents.content(member.adapter, located, principal.roots, work)
-                members.append(Member(content.version, member.weight))
-            if not members:
-                return None
-            if len(members) == 1 and members[0].weight == 1.0 and message.combination.type == "cat":
-                self._versions.hold(members[0].version, lease)
-                return members[0].version
-            label = " + ".join(f"{member.weight:g}*{member.adapter}" for member in message.members)
-            return await self._versions.compose(label, tuple(members), message.combination, lease)
+        for member in message.members:
+            located = self._contents.locate(member.adapter, message.source, principal)
+            if isinstance(located, Entry) and not located.is_enabled:
+                continue
+            content = await self._contents.content(member.adapter, located, principal.roots, work)
+            members.append(Member(content.version, member.weight))
+            names[content.version.digest] = member.adapter
+        if not members:
+            return None
+        if len(members) == 1 and members[0].weight == 1.0 and message.combination.type == "cat":
+            self._versions.hold(members[0].version, lease)
+            return members[0].version
+        label = " + ".join(f"{member.weight:g}*{member.adapter}" for member in message.members)
+        return await self._versions.compose(label, tuple(members), message.combination, lease)
 
     async def _change(self, message: ChangeAdapter) -> AdapterList:
         entry = await self._changes.carry_out(message.principal, message.change)

@@ -1,12 +1,16 @@
 """Writes a whole directory or none: under a temporary name beside its place, synced, then renamed.
 
-What is wrong with the place is the request's fault, never the process's.
+What is wrong with the place is the request's fault, never the process's. A writer that is killed leaves its temporary
+directory behind; whoever next writes beside it clears it away, once nothing in it has changed for an hour.
 """
 
 import contextlib
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 
@@ -14,8 +18,11 @@ from safetensors import SafetensorError
 
 from descant_client.errors import InvalidRequest
 
-_FIELD = "path"
+ABANDONED_AFTER_S = 3600.0
 
+_FIELD = "path"
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.descant-partial")  # being filled
+_REPLACED = ".descant-replaced"  # another has taken its place, or is about to
 
 # Whether a directory that holds just files of these names may be replaced.
 IsReplaceable = Callable[[Set[str]], bool]
@@ -27,6 +34,8 @@ def write_directory(
     """Let `fill` write files into an empty directory, then put it at `target`; return the bytes of its files.
 
     Parents are created. An empty directory at `target` is replaced, and one of files only if `is_replaceable` says so.
+    That takes two renames, so that there is none for a moment; a process killed in that moment leaves the old one
+    beside it, under a name that ends in `.descant-replaced`, until something is written to `target` again.
 
     Args:
       kept: directories at or below which nothing is written.
@@ -39,8 +48,8 @@ def write_directory(
         _check_place(target, kept)
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_replaceable(target, is_replaceable)
-        with _temporary_sibling(target) as staging:
-            staging.mkdir()
+        _sweep(target.parent)
+        with _staging_beside(target) as staging:
             fill(staging)
             num_bytes = _sync_files(staging)
             _check_replaceable(target, is_replaceable)  # again: filling may have taken minutes
@@ -74,26 +83,39 @@ def _check_replaceable(target: Path, is_replaceable: IsReplaceable | None) -> No
 
 
 @contextlib.contextmanager
-def _temporary_sibling(target: Path) -> Iterator[Path]:
-    """Yield a free path beside `target`; whatever is there at the end is removed."""
-    path = target.parent / f".{secrets.token_hex(8)}.partial"
+def _staging_beside(target: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `target`; if it is still there at the end it is removed."""
+    path = target.parent / f".{secrets.token_hex(8)}.descant-partial"
+    path.mkdir()
     try:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _sweep(parent: Path) -> None:
+    """Remove what killed writers left half filled. What others are filling is young."""
+    with contextlib.suppress(OSError):  # it is not ours to clean, or others do
+        for path in parent.iterdir():
+            if _PARTIAL.fullmatch(path.name) and path.is_dir():
+                changed_s = max(one.stat(follow_symlinks=False).st_mtime for one in (path, *path.iterdir()))
+                if time.time() - changed_s > ABANDONED_AFTER_S:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
 def _move(staging: Path, target: Path) -> None:
+    old = target.parent / f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}{_REPLACED}"
     if not target.exists() or not any(target.iterdir()):
         staging.rename(target)  # over an empty directory, if there is one
-        return
-    with _temporary_sibling(target) as old:  # a rename cannot replace a directory with files in it
+    else:  # a rename cannot replace a directory with files in it
+        shutil.rmtree(old, ignore_errors=True)  # of a writer killed when its place was taken already
         target.rename(old)
         try:
             staging.rename(target)
         except OSError:
             old.rename(target)
             raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_files(directory: Path) -> int:

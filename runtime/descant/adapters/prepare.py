@@ -65,9 +65,15 @@ class AdapterWorker:
         ordered = sorted(members, key=lambda member: (member[0].digest, member[1]))
         if not ordered or not all(math.isfinite(weight) for _, weight in ordered):
             raise AdapterInvalid(name, "a sum needs members, with finite weights")
-        return self._store(
-            name, combine(name, [(self._read(name, version), weight) for version, weight in ordered], how)
-        )
+        read: list[tuple[LowRankAdapter, float]] = []
+        ranks = [0] * len(self._base.modules)  # of the sum of those read so far
+        for version, weight in ordered:
+            read.append((self._read(name, version), weight))
+            added = module_ranks(read[-1][0], self._base.modules)
+            ranks = [rank + more for rank, more in zip(ranks, added, strict=True)]
+            if how.type == "cat":
+                self._check_size(name, ranks)  # before more is read, or anything built
+        return self._store(name, combine(name, read, how))
 
     def create(self, name: str, rank: int, alpha: float | None, target_modules: Sequence[str] | None) -> AdapterVersion:
         """Put an adapter that changes nothing yet into the store; arguments as `create.choose_targets`.
@@ -110,7 +116,11 @@ class AdapterWorker:
         return self._base.directory, self._store_dir
 
     def _read(self, name: str, version: AdapterVersion) -> LowRankAdapter:
-        return read_version(Path(version.path), self._base.modules, name)
+        """Return a stored version. Raises AdapterInvalid with its digest if its file is not as it was written."""
+        try:
+            return read_version(Path(version.path), self._base.modules, name)
+        except AdapterInvalid as error:
+            raise AdapterInvalid(name, error.reason, version.digest) from error
 
     def _store(self, name: str, adapter: LowRankAdapter) -> AdapterVersion:
         ranks = module_ranks(adapter, self._base.modules)

@@ -31,7 +31,7 @@ _FOLDER = "versions"
 _TEMPORARY = ".partial"
 _MAX_HEADER_BYTES = 16 << 20  # some 100,000 modules
 _LENGTH_BYTES = 8  # of the header's length, little-endian, before the header: safetensors' own format
-_DAMAGED = "its file in the store is damaged; it is written anew when the server next starts"
+_DAMAGED = "its file in the store is damaged"
 
 
 class StoredVersion(NamedTuple):

@@ -8,18 +8,21 @@ told that the name is not there any more.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import anyio.to_thread
 import msgspec
 
-from descant.catalog.contents import Contents, local_reference
-from descant.catalog.entry import Entry, Key
+from descant.catalog.contents import Content, Contents, local_reference
+from descant.catalog.entry import SHARED, Entry, Key
 from descant.catalog.names import Catalog
 from descant.catalog.pins import PinBudget
+from descant.catalog.quota import OwnerQuota
 from descant.catalog.register import Register
 from descant.catalog.versions import Versions
 from descant.catalog.worker_asks import WorkerAsks
+from descant.leases import Lease
 from descant.messages import ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged, Member, Principal
 from descant.references import parse_reference
 from descant.scheduling.version import AdapterVersion
@@ -40,20 +43,29 @@ from descant_client.lifecycle import (
     UnpinAdapter,
 )
 
-EXPORT_TIMEOUT_S = 3600.0  # a merged checkpoint is as large as the base
+EXPORT_TIMEOUT_S = 3000.0  # a merged checkpoint is as large as the base; less than a client waits for an operation
 
 
 class Changes:
-    """Carries out changes, for one life of the registry."""
+    """Carries out changes, for one life of the registry. `configured` are the configuration's references by name."""
 
     def __init__(
-        self, register: Register, contents: Contents, versions: Versions, worker: WorkerAsks, budget: PinBudget
+        self,
+        register: Register,
+        contents: Contents,
+        versions: Versions,
+        worker: WorkerAsks,
+        budget: PinBudget,
+        quota: OwnerQuota,
+        configured: Mapping[str, str],
     ) -> None:
         self._register = register
         self._contents = contents
         self._versions = versions
         self._worker = worker
         self._budget = budget
+        self._quota = quota
+        self._configured = configured
 
     @property
     def _catalog(self) -> Catalog:
@@ -117,9 +129,24 @@ class Changes:
         def edit(now: Entry | None) -> Entry:
             if now is not None:
                 raise AdapterExists(key[1])
-            return Entry(owner=key[0], name=key[1], position=self._catalog.next_position, **content)
+            return self._new(key, **content)
 
         return await self._contents.change(key, edit)
+
+    def _new(self, key: Key, version: AdapterVersion, **content: Any) -> Entry:
+        """Return the entry of a name that is not there. A configured one has been destroyed: this takes its place."""
+        owner, name = key
+        self._quota.check(key, version, self._catalog.owned(owner))
+        configured = self._configured.get(name) if owner == SHARED else None
+        return Entry(
+            owner=owner,
+            name=name,
+            position=self._catalog.next_position,
+            configured=configured,
+            is_replaced=configured is not None,
+            version=version,
+            **content,
+        )
 
     # ---- new content ----------------------------------------------------------------------------------------------
 
@@ -140,27 +167,31 @@ class Changes:
                 )
 
     async def _merge(self, principal: Principal, change: MergeAdapters) -> Entry | None:
-        if not all(math.isfinite(member.weight) for member in change.adapters):
-            raise InvalidRequest("adapters", "every weight must be finite.")
+        names: dict[str, str] = {}
         with self._versions.working() as lease:
             async with self._register.content_of(
                 lambda: self._catalog.target_key(principal, change.name, is_shared=change.is_shared)
             ) as key:
                 started = self._catalog.get(key)
-                members: list[Member] = []
-                sources: list[str] = []
-                for member in change.adapters:  # disabled ones too: it is their content that is merged
-                    located = self._contents.locate(member.adapter, change.adapter_source, principal)
-                    content = await self._contents.content(
-                        member.adapter, located, principal.roots, lease, is_anew=True
-                    )
-                    members.append(Member(content.version, member.weight))
-                    sources += content.sources
-                message = ComposeAdapters(change.name, tuple(members), change.combination)
-                version = await self._versions.make(message, lease)
-                return await self._switch(
-                    key, started, version, source="merge", reference=None, sources=tuple(dict.fromkeys(sources))
+                version, sources = await self._contents.mending(
+                    lambda: self._combine(principal, change, lease, names), names
                 )
+                return await self._switch(key, started, version, source="merge", reference=None, sources=sources)
+
+    async def _combine(
+        self, principal: Principal, change: MergeAdapters, lease: Lease, names: dict[str, str]
+    ) -> Content:
+        """Ready the members, whose names go into `names` by digest, and combine them."""
+        members: list[Member] = []
+        sources: list[str] = []
+        for member in change.adapters:  # disabled ones too: it is their content that is merged
+            located = self._contents.locate(member.adapter, change.adapter_source, principal)
+            content = await self._contents.content(member.adapter, located, principal.roots, lease, is_anew=True)
+            members.append(Member(content.version, member.weight))
+            sources += content.sources
+            names[content.version.digest] = member.adapter
+        message = ComposeAdapters(change.name, tuple(members), change.combination)
+        return Content(await self._versions.make(message, lease), tuple(dict.fromkeys(sources)))
 
     async def _switch(self, key: Key, started: Entry | None, version: AdapterVersion, **content: Any) -> Entry | None:
         """Put new content under a name that was `started` when the work on it began."""
@@ -169,8 +200,8 @@ class Changes:
             if now is None and started is not None:
                 raise AdapterNotFound(key[1])  # destroyed meanwhile; it is our turn, so nobody has made it again
             if now is None:
-                position = self._catalog.next_position
-                return Entry(owner=key[0], name=key[1], position=position, version=version, **content)
+                return self._new(key, version=version, **content)
+            self._quota.check(key, version, self._catalog.owned(now.owner))
             if now.is_pinned:
                 self._check_budget(now, version)
             is_replaced = now.configured is not None
@@ -194,8 +225,7 @@ class Changes:
             return await self._contents.change(entry.key, edit)
 
     def _check_budget(self, entry: Entry, version: AdapterVersion) -> None:
-        others = (other for other in self._catalog.pinned() if other.key != entry.key)
-        self._budget.check(entry.name, version, others)
+        self._budget.check(entry.key, version, self._catalog.pinned())
 
     async def _set(self, principal: Principal, name: str, **flag: bool) -> Entry | None:
         key = self._catalog.changed(principal, name).key
@@ -207,10 +237,15 @@ class Changes:
         target = await anyio.to_thread.run_sync(find_target, change.name, change.path, principal.roots)
         kind = ExportAdapter if isinstance(change, SaveAdapter) else ExportMerged
         with self._versions.working() as lease:
-            entry = self._catalog.used(principal, change.name)
-            version = await self._contents.ready(entry, lease)
-            await self._worker.ask(kind(change.name, version, str(target)), EXPORT_TIMEOUT_S)
-            return self._catalog.get(entry.key) or entry
+
+            async def write() -> Entry:
+                entry = self._catalog.used(principal, change.name)
+                version = await self._contents.ready(entry, lease)
+                message = kind(change.name, version, str(target))
+                await self._worker.export(principal.name, message, EXPORT_TIMEOUT_S)
+                return self._catalog.get(entry.key) or entry
+
+            return await self._contents.mending(write)
 
 
 def _present(name: str, entry: Entry | None) -> Entry:

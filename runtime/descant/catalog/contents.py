@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -16,6 +17,8 @@ from descant.messages import Principal
 from descant.references import Reference, parse_reference
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterInvalid
+
+ResultT = TypeVar("ResultT")
 
 
 class Content(NamedTuple):
@@ -86,6 +89,26 @@ class Contents:
             raise AdapterInvalid(entry.name, reason)
         self._on_change()
         return found
+
+    async def mending(
+        self, work: Callable[[], Awaitable[ResultT]], names: Mapping[str, str] = MappingProxyType({})
+    ) -> ResultT:
+        """Do `work`, which readies versions and has the worker read them. Once more if the worker finds one damaged.
+
+        It is made again when `work` readies it again. Should that not help, the error calls it by its name in `names`,
+        which are by digest. Raises as `work`.
+        """
+        try:
+            return await work()
+        except AdapterInvalid as error:
+            if error.digest is None:
+                raise
+            self._versions.failed(error.digest)
+            self._on_change()
+        try:
+            return await work()
+        except AdapterInvalid as error:
+            raise AdapterInvalid(names.get(error.digest, error.adapter), error.reason, error.digest) from error
 
     async def change(self, key: Key, edit: Edit) -> Entry | None:
         """Edit an entry, durably, and let go of the version it no longer stands for. Raises as `Register.change`."""

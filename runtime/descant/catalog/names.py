@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 from descant.catalog.entry import SHARED, Entry, Key
 from descant.messages import Principal
@@ -20,7 +21,7 @@ class Catalog:
     """Every registered name. Entries are immutable: a change puts another one in its place."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._entries: dict[Key, Entry] = {}
+        self._entries: dict[str, dict[str, Entry]] = {}  # by owner and name
         self._num_names: Counter[str] = Counter()  # by digest
         self._next_position = 0
         for entry in entries:
@@ -30,11 +31,16 @@ class Catalog:
 
     def get(self, key: Key) -> Entry | None:
         """Return the entry of exactly this owner and name."""
-        return self._entries.get(key)
+        owner, name = key
+        return self._entries.get(owner, {}).get(name)
+
+    def find(self, principal: Principal, name: str) -> Entry | None:
+        """Return what a name means to a principal, if anything: its own, else the shared one."""
+        return self.get((principal.name, name)) or self.get((SHARED, name))
 
     def used(self, principal: Principal, name: str) -> Entry:
-        """Return what a name means to a principal: its own, else the shared one. Raises AdapterNotFound."""
-        entry = self._entries.get((principal.name, name)) or self._entries.get((SHARED, name))
+        """Return what a name means to a principal, as `find`. Raises AdapterNotFound."""
+        entry = self.find(principal, name)
         if entry is None:
             raise AdapterNotFound(name)
         return entry
@@ -57,7 +63,7 @@ class Catalog:
         """
         key = (SHARED if is_shared else principal.name, check_name(name))
         check_owner(principal, key)
-        if key in self._entries:
+        if self.get(key) is not None:
             raise AdapterExists(name)
         return key
 
@@ -67,16 +73,19 @@ class Catalog:
         With `is_shared` it is the shared one, there or not. Raises InvalidRequest and AdapterForbidden as `new_key`.
         """
         key = (SHARED if is_shared else principal.name, check_name(name))
-        if key not in self._entries and (SHARED, name) in self._entries:
+        if self.get(key) is None and self.get((SHARED, name)) is not None:
             key = (SHARED, name)
         check_owner(principal, key)
         return key
 
     def visible(self, principal: Principal) -> list[Entry]:
         """Return what a principal may use, in order of registration; its own hide shared ones of the same name."""
-        mine = {entry.name: entry for entry in self._entries.values() if entry.owner == SHARED}
-        mine |= {entry.name: entry for entry in self._entries.values() if entry.owner == principal.name}
+        mine = self._entries.get(SHARED, {}) | self._entries.get(principal.name, {})
         return sorted(mine.values(), key=lambda entry: entry.position)
+
+    def owned(self, owner: str) -> Iterable[Entry]:
+        """Return the names of one owner."""
+        return self._entries.get(owner, {}).values()
 
     def pinned(self) -> list[Entry]:
         """Return the pinned entries, in order of registration."""
@@ -92,24 +101,28 @@ class Catalog:
         return self._next_position
 
     def __iter__(self):
-        return iter(self._entries.values())
+        return chain.from_iterable(names.values() for names in self._entries.values())
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return sum(len(names) for names in self._entries.values())
 
     # ---- changing -------------------------------------------------------------------------------------------------
 
     def put(self, entry: Entry) -> None:
         """Put an entry in the place of the one of the same owner and name, if there is one."""
         self.remove(entry.key)
-        self._entries[entry.key] = entry
+        self._entries.setdefault(entry.owner, {})[entry.name] = entry
         self._next_position = max(self._next_position, entry.position + 1)
         if entry.version is not None:
             self._num_names[entry.version.digest] += 1
 
     def remove(self, key: Key) -> None:
         """Forget a name; an unknown one is no error."""
-        entry = self._entries.pop(key, None)
+        owner, name = key
+        names = self._entries.get(owner, {})
+        entry = names.pop(name, None)
+        if not names:
+            self._entries.pop(owner, None)
         if entry is not None and entry.version is not None:
             self._num_names[entry.version.digest] -= 1
             if not self._num_names[entry.version.digest]:

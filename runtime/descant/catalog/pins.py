@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from descant.catalog.entry import Entry
+from descant.catalog.entry import SHARED, Entry, Key
+from descant.catalog.quota import owner_share
 from descant.config import AdapterConfig
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterTooLarge, InvalidRequest
@@ -17,28 +18,45 @@ class PinBudget(msgspec.Struct, frozen=True):
 
     max_bytes: int
     max_versions: int
+    max_owner_share: float = 1.0  # of both, for one principal's own names
 
     @classmethod
     def of(cls, config: AdapterConfig) -> PinBudget:
         """Return the configured share; one version may always be pinned unless the share is zero."""
         share = config.max_pinned_share
-        return cls(int(share * config.memory_bytes), max(1, int(share * config.num_slots)) if share else 0)
+        max_versions = max(1, int(share * config.num_slots)) if share else 0
+        return cls(int(share * config.memory_bytes), max_versions, owner_share(config))
 
-    def check(self, name: str, version: AdapterVersion, others: Iterable[Entry]) -> None:
-        """Check that a version may be pinned beside what `others` pin.
+    def check(self, key: Key, version: AdapterVersion, pinned: Iterable[Entry]) -> None:
+        """Check that a name may pin a version beside what others of the `pinned` do. What they are is not said.
 
         Raises:
-            AdapterTooLarge: its bytes do not fit in what is left. InvalidRequest: too many are pinned.
+            AdapterTooLarge: it is larger than all that may be pinned. InvalidRequest: others have taken the room.
         """
+        owner, name = key
+        others = [entry for entry in pinned if entry.key != key]
+        if self.max_versions and version.num_bytes > self.max_bytes:
+            raise AdapterTooLarge(name, version.num_bytes, self.max_bytes)
+        self.check_room(version, others, "max_pinned_share")
+        if owner != SHARED:
+            self._share().check_room(version, [entry for entry in others if entry.owner == owner], "max_owner_share")
+
+    def check_room(self, version: AdapterVersion, others: Iterable[Entry], setting: str) -> None:
+        """Check that a version fits in beside others. Raises InvalidRequest, naming the setting that limits it."""
         sizes = {entry.version.digest: entry.version.num_bytes for entry in others if entry.version is not None}
         if version.digest in sizes:
             return
         if len(sizes) >= self.max_versions:
-            reason = f"{self.max_versions} adapters may be pinned at once (`adapters.max_pinned_share`); unpin another."
+            reason = f"{self.max_versions} adapters may be pinned at once (`adapters.{setting}`); unpin another."
             raise InvalidRequest("name", reason)
-        num_left = self.max_bytes - sum(sizes.values())
-        if version.num_bytes > num_left:
-            raise AdapterTooLarge(name, version.num_bytes, max(num_left, 0))
+        if version.num_bytes > self.max_bytes - sum(sizes.values()):
+            reason = f"its {version.num_bytes} bytes do not fit beside what is pinned already, {self.max_bytes} in all "
+            raise InvalidRequest("name", reason + f"(`adapters.{setting}`); unpin another.")
+
+    def _share(self) -> PinBudget:
+        """Return the budget of one principal; one version may always be pinned."""
+        max_versions = max(1, int(self.max_owner_share * self.max_versions)) if self.max_versions else 0
+        return PinBudget(int(self.max_owner_share * self.max_bytes), max_versions)
 
     def fitting(self, entries: Iterable[Entry]) -> tuple[AdapterVersion, ...]:
         """Return the versions of these entries as far as they fit, the first before the last.

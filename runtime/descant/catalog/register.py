@@ -7,9 +7,10 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from descant.catalog.entry import Entry, Key
+from descant.catalog.entry import SHARED, Entry, Key
 from descant.catalog.journal import Journal
 from descant.catalog.names import Catalog
+from descant_client.errors import AdapterNotFound
 
 Edit = Callable[[Entry | None], Entry | None]
 """What becomes of an entry (None: of a name that is not there); None removes it. It may refuse by raising."""
@@ -48,9 +49,17 @@ class Register:
         """Wait for one's turn to put new content under the name that `find` says, which may change while one waits.
 
         Slow changes of one name happen one after the other, in the order they came; other names are not held up.
+
+        Raises:
+            AdapterNotFound: the caller's own adapter is gone when its turn comes, and the name now means the shared
+            one, which nobody asked to change. Also what `find` raises.
         """
+        is_own = False
         while True:
             key = find()
+            if is_own and key[0] == SHARED:
+                raise AdapterNotFound(key[1])
+            is_own = key[0] != SHARED
             async with self._turn(key):
                 if find() == key:
                     yield key

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -135,7 +136,8 @@ class Versions:
         return version
 
     async def _remembered(self, key: str, message: MakeMessage, lease: Lease) -> AdapterVersion:
-        return await self._made.run(key, lambda: self._make(message), lambda version: self.hold(version, lease))
+        claim = partial(self.hold, lease=lease)
+        return await self._made.run(key, message.adapter, lambda: self._make(message), claim)
 
     async def _make(self, message: MakeMessage) -> AdapterVersion:
         for _ in range(NUM_TRIES):

@@ -1,7 +1,8 @@
 """Asking the worker: several things at once, and whose fault it is when it dies of one.
 
-The worker's death fails everything it was asked at that time. Each of these is asked once more, alone, with nothing
-else under way: who kills it then is to blame, and nobody else.
+The worker's death fails everything it was asked at that time. Each version that was being made is asked for once more,
+alone, with nothing else under way: who kills it then is to blame, and nobody else. Exports may take an hour, so nobody
+waits for them: they have slots of their own, one for each principal, and go on beside others after a death, too.
 """
 
 from __future__ import annotations
@@ -13,25 +14,30 @@ from typing import Any
 import anyio
 
 from descant.actor import ActorFailed, AskTimeout, Ref
-from descant.messages import WorkerMessage
+from descant.messages import ExportAdapter, ExportMerged, WorkerMessage
 from descant_client.errors import AdapterInvalid, DeadlineExceeded
 
-MAX_ASKS = 8  # at once
+# At once, of either kind. Together no more than the worker has threads: or one kind would wait there for the other.
+MAX_ASKS = 6
+MAX_EXPORTS = 2
+NUM_EXPORT_TRIES = 3
 
 
 class WorkerAsks:
     """The one way from the registry to the worker."""
 
-    def __init__(self, worker: Ref[WorkerMessage], max_asks: int = MAX_ASKS) -> None:
+    def __init__(self, worker: Ref[WorkerMessage], max_asks: int = MAX_ASKS, max_exports: int = MAX_EXPORTS) -> None:
         self._worker = worker
         self._max_asks = max_asks
-        self._num_asks = 0  # under way, beside each other
+        self._max_exports = max_exports
+        self._num_asks = 0  # for versions, under way, beside each other
+        self._exporters: set[str] = set()  # principals that have an export under way
         self._num_suspects = 0  # waiting to be alone, or alone: nobody else starts
         self._turn_over = anyio.Condition()
         self._alone = anyio.Lock()
 
     async def ask(self, message: WorkerMessage, timeout_s: float) -> Any:
-        """Return the worker's reply.
+        """Have a version made; return the worker's reply.
 
         Raises:
             AdapterInvalid: the worker dies of it. DeadlineExceeded: it takes longer than `timeout_s`, of which waiting
@@ -49,6 +55,23 @@ class WorkerAsks:
             reason = f"working on it ended the worker: {error.data()['reason']}"
             raise AdapterInvalid(message.adapter, reason) from error
 
+    async def export(self, principal: str, message: ExportAdapter | ExportMerged, timeout_s: float) -> Any:
+        """Have a version written out, one at a time for each principal; return the worker's reply.
+
+        Raises:
+            AdapterInvalid: the worker died each time it was tried. Others as `ask`.
+        """
+        num_left = NUM_EXPORT_TRIES
+        while True:
+            try:
+                async with self._exporting(principal):
+                    return await self._ask(message, timeout_s)
+            except ActorFailed as error:
+                num_left -= 1
+                if not num_left:
+                    reason = f"the worker ended {NUM_EXPORT_TRIES} times while writing it: {error.data()['reason']}"
+                    raise AdapterInvalid(message.adapter, reason) from error
+
     async def _ask(self, message: WorkerMessage, timeout_s: float) -> Any:
         try:
             return await self._worker.ask(message, timeout=timeout_s)
@@ -63,13 +86,16 @@ class WorkerAsks:
             self._num_asks += 1
         try:
             yield
+        except ActorFailed:
+            self._num_suspects += 1  # before anybody else may start
+            raise
         finally:
             self._num_asks -= 1
             await self._wake()
 
     @asynccontextmanager
     async def _by_itself(self) -> AsyncIterator[None]:
-        self._num_suspects += 1
+        """For one that `_beside_others` has counted among the suspects. Exports, which died too, wait for it."""
         try:
             async with self._alone:
                 async with self._turn_over:
@@ -78,6 +104,18 @@ class WorkerAsks:
                 yield
         finally:
             self._num_suspects -= 1
+            await self._wake()
+
+    @asynccontextmanager
+    async def _exporting(self, principal: str) -> AsyncIterator[None]:
+        async with self._turn_over:
+            while self._num_suspects or principal in self._exporters or len(self._exporters) >= self._max_exports:
+                await self._turn_over.wait()
+            self._exporters.add(principal)
+        try:
+            yield
+        finally:
+            self._exporters.discard(principal)
             await self._wake()
 
     async def _wake(self) -> None:
