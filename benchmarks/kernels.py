@@ -1,282 +1,405 @@
-"""Each op on this CPU, against the bytes and multiplications it must do and against the straightforward alternatives.
+"""Each op on this CPU against its floor and against the straightforward alternatives, at the sizes of Qwen2.5-0.5B.
 
-    python benchmarks/kernels.py [--only add_lora --repeats 15]
+    python benchmarks/kernels.py [--only add_lora linear --dtypes bfloat16 --rows 8]
 
-Shapes are those of Qwen2.5-0.5B. Weights and adapters lie in several copies that are used in turn, more than any cache
-holds, as a model's layers are. Floors are the larger of bytes over the measured read bandwidth and multiplications over
-the measured rate of a float32 product. (GPUs: `benchmarks/gpu.py`.)
+The floor of an op is the longer of two times: that of the bytes it must move, weights and rows once, at the bandwidth
+that a matrix-vector product reads with here, and that of the multiplications it must do, at the rate of a square
+float32 product here. What a step of the model would stream from memory is streamed here too: each call takes the next
+of several copies, which together do not fit into the last cache. Op and alternatives take turns, and are checked to
+compute the same first. Alternatives are given as multiples of the op's time: above 1, the op is the faster one.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from report import Report, table
+from random_model import QWEN_05B
+from report import RESULTS, Report, figures, median, ratio, stage, table
 from torch import Tensor
 
+import descant_kernels as ops
 from descant.engine.allocator import keep_freed_memory
-from descant_kernels import (
-    AttentionBatch,
-    LoraTables,
-    NodeNoise,
-    PairLayout,
-    Segments,
-    add_lora,
-    gumbel_noise,
-    linear,
-    pack_linear,
-    paged_attention,
-    reference,
-    rms_norm,
-    rope_write_kv,
-    sample_nodes,
-    silu_mul,
-)
+from descant_kernels import AttentionBatch, LoraTables, NodeNoise, PairLayout, Segments
 
-HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 896, 4864, 14, 2, 64, 151_936
-RANK, BLOCK_SIZE = 16, 16
-COPIES = 12
-ROWS = (1, 8, 32)
-DTYPES = (torch.float32, torch.bfloat16)
-Op = Callable[[int], object]  # of the number of the copy to use
+RANK = 16
+ADAPTERS = (1, 8, 32)
+BLOCK_SIZE = 16
+CONTEXT = 512
+TURNS = 7
+TURN_S = 0.008  # an op that takes less is called so often that its turn takes as long
+LIMIT_S = 0.6  # for one line, once each op has had three turns
+HIDDEN, INNER, KV_SIZE = QWEN_05B.hidden_size, QWEN_05B.intermediate_size, QWEN_05B.kv_size
+HEADS, KV_HEADS, HEAD_DIM = QWEN_05B.num_attention_heads, QWEN_05B.num_key_value_heads, QWEN_05B.head_dim
+GROUPS = {
+    "q, k, v": (HIDDEN, (HIDDEN, KV_SIZE, KV_SIZE)),
+    "o": (HIDDEN, (HIDDEN,)),
+    "gate, up": (HIDDEN, (INNER, INNER)),
+    "down": (INNER, (HIDDEN,)),
+}
+"""Projections that share their input: its size, and the sizes of the outputs."""
+
+Op = Callable[[int], object]
+"""An op on the copy of that number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """An op, what it must move and multiply, and the other ways of doing it."""
+@dataclass(frozen=True)
+class Machine:
+    """What floors are made of: bytes per second, multiplications with addition per second, the last cache's bytes."""
+
+    bandwidth: float
+    products: float
+    cache_bytes: int
+
+    def floor(self, num_bytes: float, num_products: float = 0.0) -> float:
+        """Return the least seconds."""
+        return max(num_bytes / self.bandwidth, num_products / self.products)
+
+    def num_copies(self, num_bytes: int) -> int:
+        """Return how many copies of so many bytes the cache cannot hold by half."""
+        return max(1, min(-(-2 * self.cache_bytes // num_bytes), 512))
+
+
+@dataclass
+class Line:
+    """One measurement: seconds of the op and of each alternative, turn by turn."""
 
     name: str
-    op: Op
-    num_bytes: float
-    num_products: float = 0.0
-    others: tuple[tuple[str, Op], ...] = ()
+    floor_s: float
+    seconds: list[float]
+    others_s: dict[str, list[float]]
+
+    def cells(self) -> list[str]:
+        """Return the line of the table."""
+        op = median(self.seconds)
+        others = [ratio(median(values), op) for values in self.others_s.values()]
+        return [self.name, figures(op * 1e6), figures(self.floor_s * 1e6), f"{self.floor_s / op:.0%}", *others]
 
 
-def main() -> None:
-    """Print the table and store it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    keep_freed_memory()
+Section = Callable[[Machine, torch.dtype, Sequence[int]], Iterator[Line]]
+"""What measures an op in a dtype at several numbers of rows."""
+
+
+def measured(name: str, floor_s: float, op: Op, others: Mapping[str, Op]) -> Line:
+    """Let op and alternatives take turns, and return what each took."""
+    line = Line(name, floor_s, [], {other: [] for other in others})
+    contestants = [op, *others.values()]
+    for one in contestants:
+        one(0)
+    calls = [max(1, int(TURN_S / max(seconds_of(one, 1, 1), 1e-7))) for one in contestants]
+    started = time.perf_counter()
+    for turn in range(TURNS):
+        for one, times, found in zip(contestants, calls, [line.seconds, *line.others_s.values()], strict=True):
+            found.append(seconds_of(one, turn * times, times))
+        if turn >= 2 and time.perf_counter() - started > LIMIT_S:
+            break
+    return line
+
+
+def seconds_of(op: Op, first: int, times: int) -> float:
+    """Return the seconds of one call, each with the next copy."""
+    started = time.perf_counter()
+    for number in range(first, first + times):
+        op(number)
+    return (time.perf_counter() - started) / times
+
+
+def main(options: argparse.Namespace) -> None:
+    """Measure, print and store."""
     report = Report("kernels", options)
-    bandwidth, products = measure_bandwidth(), measure_products()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as the executor does
+    torch.manual_seed(0)
+    machine = measure_machine()
     print(report.header())
-    print(f"{torch.get_num_threads()} threads, read {bandwidth / 1e9:.1f} GB/s, {products / 1e9:.0f} G products/s\n")
-    rows, stored = [], []
-    with torch.inference_mode():
-        for case in all_cases(options.only):
-            seconds, *others = interleaved([case.op, *(op for _, op in case.others)], options.repeats)
-            floor_s = max(case.num_bytes / bandwidth, case.num_products / products)
-            ratios = {name: other / seconds for (name, _), other in zip(case.others, others, strict=True)}
-            told = ", ".join(f"{name} {value:.2f}×" for name, value in ratios.items())
-            rows.append([case.name, f"{seconds * 1e6:.0f}", f"{floor_s * 1e6:.0f}", f"{floor_s / seconds:.0%}", told])
-            stored.append({"case": case.name, "us": seconds * 1e6, "floor_us": floor_s * 1e6, "others": ratios})
-            print(".", end="", flush=True)
-    print("\n" + table(["op", "µs", "floor", "of floor", "time of alternatives"], rows))
-    print(f"\nstored: {report.save(stored).name}")
-
-
-def interleaved(ops: list[Op], repeats: int) -> list[float]:
-    """Median seconds of each op, all in turn, over the copies."""
-    times: list[list[float]] = [[] for _ in ops]
-    for repeat in range(repeats + 1):  # the first warms up
-        for op, taken in zip(ops, times, strict=True):
-            started = time.perf_counter()
-            for copy in range(COPIES):
-                op(copy)
-            if repeat:
-                taken.append((time.perf_counter() - started) / COPIES)
-    return [statistics.median(taken) for taken in times]
-
-
-def measure_bandwidth() -> float:
-    """Bytes per second of a large sum."""
-    data = torch.ones(96 << 20)
-    return 4 * data.numel() / interleaved([lambda copy: data.sum()], 1)[0]
-
-
-def measure_products() -> float:
-    """Multiplications per second of a float32 product of 768 rows."""
-    x, weight = torch.randn(768, 2048), torch.randn(2048, 2048)
-    return 768 * 2048 * 2048 / interleaved([lambda copy: F.linear(x, weight)], 2)[0]
-
-
-def all_cases(only: str) -> Iterator[Case]:
-    """The cases whose name has `only` in it, each made when its turn comes."""
-    for dtype, num_rows in itertools.product(DTYPES, ROWS):
-        label = f"{num_rows} rows, {str(dtype).removeprefix('torch.')}"
-        makers: dict[str, Callable[[], Case]] = {
-            f"linear 896→9728, {label}": lambda n=num_rows, d=dtype: linear_case(n, d),
-            f"attention 14/2 heads, 100 positions, {label}": lambda n=num_rows, d=dtype: attention_case(n, d, 100),
-            f"attention 14/2 heads, 1000 positions, {label}": lambda n=num_rows, d=dtype: attention_case(n, d, 1000),
-            f"rms_norm with residual, {label}": lambda n=num_rows, d=dtype: norm_case(n, d),
-            f"rope_write_kv, {label}": lambda n=num_rows, d=dtype: rope_case(n, d),
-            f"silu_mul, {label}": lambda n=num_rows, d=dtype: silu_case(n, d),
-        }
-        for num_adapters in {1, num_rows}:
-            name = f"add_lora 896→2×4864, r=16, {num_adapters} adapters, {label}"
-            makers[name] = lambda n=num_rows, d=dtype, a=num_adapters: lora_case(n, d, a)
-        if dtype is torch.float32:
-            makers[f"sample_nodes, half of the rows drawn, {label}"] = lambda n=num_rows: sample_case(n)
-        for name, make in makers.items():
-            if only in name:
-                case = make()
-                yield Case(name, case.op, case.num_bytes, case.num_products, case.others)
-
-
-def linear_case(num_rows: int, dtype: torch.dtype) -> Case:
-    """Gate and up in one; the alternative is torch's product in the same dtype."""
-    weights = [(torch.randn(2 * INNER, HIDDEN) / 30).to(dtype) for _ in range(COPIES)]
-    packed = [pack_linear(weight) for weight in weights]
-    x = torch.randn(num_rows, HIDDEN).to(dtype)
-    num_elements = 2 * INNER * HIDDEN
-    return Case(
-        "",
-        lambda copy: linear(x, packed[copy]),
-        num_elements * dtype.itemsize,
-        num_rows * num_elements,
-        (("F.linear", lambda copy: F.linear(x, weights[copy])),),
+    print(
+        f"{options.threads} threads, reads {machine.bandwidth / 1e9:.1f} GB/s, float32 products "
+        f"{2 * machine.products / 1e9:.0f} GFLOP/s, last cache {machine.cache_bytes >> 20} MiB"
     )
+    results: dict[str, dict[str, list[dict[str, object]]]] = {}
+    for name in options.only:
+        for dtype in options.dtypes if name != "sample_nodes" else ["float32"]:
+            with torch.inference_mode(), stage(f"\n{name}, {dtype}"):
+                lines = list(SECTIONS[name](machine, getattr(torch, dtype), options.rows))
+            heads = [name, "µs", "floor µs", "of floor", *lines[0].others_s]
+            print(table(heads, [line.cells() for line in lines]), flush=True)
+            results.setdefault(name, {})[dtype] = [asdict(line) for line in lines]
+    print(f"\nstored: {report.save({'machine': asdict(machine), 'ops': results}, options.results)}")
 
 
-def lora_case(num_rows: int, dtype: torch.dtype, num_adapters: int) -> Case:
-    """Gate and up of `num_adapters` adapters dealt to rows in runs."""
-    layout = PairLayout.of(RANK, HIDDEN, INNER)
-    slot_size, out_sizes = 2 * layout.size, (INNER, INNER)
-    arena = (torch.randn(COPIES * num_adapters * slot_size) / 30).to(dtype)
-    offsets = [
-        [(copy * num_adapters + slot) * slot_size + part * layout.size for copy in range(COPIES) for part in (0, 1)]
-        for slot in range(num_adapters)
-    ]
-    tables = LoraTables.of(arena, offsets, [[RANK] * 2 * COPIES] * num_adapters)
-    lengths = [num_rows // num_adapters] * num_adapters
-    segments = Segments.of(lengths, list(range(num_adapters)))
-    x, y = torch.randn(num_rows, HIDDEN).to(dtype), torch.zeros(num_rows, 2 * INNER).to(dtype)
-    owner = torch.arange(num_adapters).repeat_interleave(num_rows // num_adapters)
-
-    def matrices(copy: int, slot: int) -> list[tuple[Tensor, Tensor]]:
-        return [layout.views(arena, offsets[slot][2 * copy + part]) for part in (0, 1)]
-
-    def loop(copy: int) -> None:
-        for slot in range(num_adapters):
-            rows = slice(slot * lengths[0], (slot + 1) * lengths[0])
-            for part, (a, b) in enumerate(matrices(copy, slot)):
-                y[rows, part * INNER : (part + 1) * INNER].addmm_(x[rows] @ a.T, b.T)
-
-    def gathered(copy: int) -> None:
-        for part in (0, 1):
-            pairs = [matrices(copy, slot)[part] for slot in owner.tolist()]
-            all_a, all_b = torch.stack([a.T for a, _ in pairs]), torch.stack([b.T for _, b in pairs])
-            update = torch.bmm(torch.bmm(x.unsqueeze(1), all_a), all_b)
-            y[:, part * INNER : (part + 1) * INNER] += update.squeeze(1)
-
-    def dense(copy: int) -> None:
-        for part in (0, 1):
-            pairs = [matrices(copy, slot)[part] for slot in range(num_adapters)]
-            h = (x @ torch.cat([a for a, _ in pairs]).T).view(num_rows, num_adapters, RANK)
-            h *= (torch.arange(num_adapters) == owner[:, None]).unsqueeze(-1)
-            y[:, part * INNER : (part + 1) * INNER] += h.flatten(1) @ torch.cat([b.T for _, b in pairs])
-
-    num_elements = num_adapters * 2 * RANK * (HIDDEN + INNER)
-    return Case(
-        "",
-        lambda copy: add_lora(y, x, tables, segments, 2 * copy, out_sizes),
-        num_elements * dtype.itemsize + 2 * y.nbytes,
-        num_rows * 2 * RANK * (HIDDEN + INNER),
-        (("loop", loop), ("gathered bmm", gathered), ("dense", dense)),
-    )
+def measure_machine(turns: int = 7) -> Machine:
+    """Measure what floors are made of."""
+    matrix, vector = torch.ones(1 << 15, 1 << 12), torch.ones(1 << 12)
+    square = torch.ones(1024, 1024)
+    read_s = min(seconds_of(lambda _: torch.mv(matrix, vector), 0, 1) for _ in range(turns))
+    product_s = min(seconds_of(lambda _: square @ square, 0, 2) for _ in range(turns))
+    return Machine(matrix.nbytes / read_s, 1024**3 / product_s, cache_bytes())
 
 
-def attention_case(num_rows: int, dtype: torch.dtype, context: int) -> Case:
-    """Decode of sequences of one length; the alternative gathers, expands and uses SDPA."""
-    num_blocks = -(-context // BLOCK_SIZE)
-    shape = (num_rows * num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-    caches = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(COPIES)]
-    tables = torch.randperm(num_rows * num_blocks).view(num_rows, num_blocks)
-    batch = AttentionBatch.of([1] * num_rows, [context] * num_rows, tables.tolist())
-    q = torch.randn(num_rows, HEADS, HEAD_DIM).to(dtype)
+def cache_bytes() -> int:
+    """Return the size of the last cache as the system gives it, else 64 MiB."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 << 20)
 
-    def sdpa(copy: int) -> Tensor:
-        k, v = (
-            cache[tables].transpose(1, 2).flatten(2, 3)[:, :, :context].repeat_interleave(HEADS // KV_HEADS, 1)
-            for cache in caches[copy]
+
+def check(ours: Tensor, others: dict[str, Tensor]) -> None:
+    """Raise SystemExit where an alternative computes something else."""
+    for name, other in others.items():
+        distance = float((ours.float() - other.float()).norm() / ours.float().norm())
+        if not distance < 0.02:  # bfloat16 rounds inner results elsewhere
+            raise SystemExit(f"refused: {name!r} computes something else, relative distance {distance:.3f}")
+
+
+# ---- ops ----------------------------------------------------------------------------------------------------------
+
+
+def linear_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
+    """`linear` against the plain product."""
+    sizes = {name: (in_size, sum(outs)) for name, (in_size, outs) in GROUPS.items()}
+    for name, (in_size, out_size) in (sizes | {"head": (HIDDEN, QWEN_05B.vocab_size)}).items():
+        copies = machine.num_copies(in_size * out_size * dtype.itemsize)
+        weights = [(torch.randn(out_size, in_size) * in_size**-0.5).to(dtype) for _ in range(copies)]
+        packed = [ops.pack_linear(weight) for weight in weights]
+        for num_rows in rows:
+            yield linear_line(machine, f"{name}, {num_rows} rows", num_rows, weights, packed)
+
+
+def linear_line(
+    machine: Machine, name: str, num_rows: int, weights: list[Tensor], packed: list[ops.PackedLinear]
+) -> Line:
+    """One of these weights' products after the other."""
+    first, copies = weights[0], len(weights)
+    x = torch.randn(num_rows, first.shape[1]).to(first.dtype)
+    floor_s = machine.floor(first.nbytes + sum(first.shape) * num_rows * first.itemsize, first.numel() * num_rows)
+    check(ops.linear(x, packed[0]), {"F.linear": F.linear(x, first)})
+    others: dict[str, Op] = {"F.linear": lambda i: F.linear(x, weights[i % copies])}
+    return measured(name, floor_s, lambda i: ops.linear(x, packed[i % copies]), others)
+
+
+class Adapters:
+    """Adapters for copies of one group of projections, as the arena and as the alternatives want them."""
+
+    def __init__(self, machine: Machine, dtype: torch.dtype, num: int, in_size: int, out_sizes: tuple[int, ...]):
+        self.dtype, self.num, self.in_size, self.out_sizes = dtype, num, in_size, out_sizes
+        layouts = [PairLayout.of(RANK, in_size, out_size) for out_size in out_sizes]
+        self.num_bytes = num * dtype.itemsize * RANK * sum(in_size + out_size for out_size in out_sizes)
+        self.num_copies = machine.num_copies(self.num_bytes)
+        sizes = [layout.size for layout in layouts] * self.num_copies
+        starts = list(accumulate(sizes, initial=0))
+        arena = torch.empty(num * starts[-1]).normal_(std=RANK**-0.5).to(dtype)
+        offsets = [[slot * starts[-1] + start for start in starts[:-1]] for slot in range(num)]
+        self.tables = LoraTables.of(arena, offsets, [[RANK] * len(sizes)] * num)
+        self.pairs = [  # by copy, slice, slot
+            [[layout.views(arena, offsets[slot][first + j]) for slot in range(num)] for j, layout in enumerate(layouts)]
+            for first in range(0, len(sizes), len(layouts))
+        ]
+        a, b = ([[torch.stack([pair[i].T for pair in one]) for one in copy] for copy in self.pairs] for i in (0, 1))
+        self.all_a, self.all_b = a, b  # by copy, slice: [num, in, R], [num, R, out]
+        self.dense_a = [[one.transpose(0, 1).flatten(1) for one in copy] for copy in a]  # [in, num * R]
+        self.dense_b = [[one.flatten(0, 1) for one in copy] for copy in b]  # [num * R, out]
+
+    def contestants(self, y: Tensor, x: Tensor) -> dict[str, Op]:
+        """Return the op and its alternatives on rows dealt to the adapters in runs, all in place on `y`."""
+        length, num_slices = x.shape[0] // self.num, len(self.out_sizes)
+        segments = Segments.of([length] * self.num, range(self.num))
+        columns = list(pairwise(accumulate(self.out_sizes, initial=0)))
+        runs = list(pairwise(segments.host_indptr))
+        owner = torch.arange(self.num).repeat_interleave(length)
+        mask = F.one_hot(owner, self.num).repeat_interleave(RANK, dim=1).to(x.dtype)
+
+        def ours(i: int) -> None:
+            ops.add_lora(y, x, self.tables, segments, i % self.num_copies * num_slices, self.out_sizes)
+
+        def loop(i: int) -> None:
+            for (left, right), pairs in zip(columns, self.pairs[i % self.num_copies], strict=True):
+                for (start, end), (a, b) in zip(runs, pairs, strict=True):
+                    y[start:end, left:right].addmm_(x[start:end] @ a.T, b.T)
+
+        def gathered(i: int) -> None:
+            copy = i % self.num_copies
+            for (left, right), a, b in zip(columns, self.all_a[copy], self.all_b[copy], strict=True):
+                y[:, left:right] += torch.bmm(torch.bmm(x[:, None], a[owner]), b[owner])[:, 0]
+
+        def dense(i: int) -> None:
+            copy = i % self.num_copies
+            for (left, right), a, b in zip(columns, self.dense_a[copy], self.dense_b[copy], strict=True):
+                y[:, left:right].addmm_((x @ a).mul_(mask), b)
+
+        return {"add_lora": ours, "loop, addmm": loop, "gathered bmm": gathered, "dense, masked": dense}
+
+
+def lora_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
+    """`add_lora` against a loop over adapters, matrices gathered for each row, and all adapters for all rows."""
+    for name, (in_size, out_sizes) in GROUPS.items():
+        for num_adapters in ADAPTERS:
+            fitting = [num for num in rows if num % num_adapters == 0]  # as many rows for each
+            if not fitting:
+                continue
+            adapters = Adapters(machine, dtype, num_adapters, in_size, out_sizes)
+            for num_rows in fitting:
+                yield lora_line(machine, f"{name}, {num_rows} rows, adapters: {num_adapters}", num_rows, adapters)
+
+
+def lora_line(machine: Machine, name: str, num_rows: int, adapters: Adapters) -> Line:
+    """Rows dealt to these adapters."""
+    x = torch.randn(num_rows, adapters.in_size).to(adapters.dtype)
+    zeros = torch.zeros(num_rows, sum(adapters.out_sizes), dtype=adapters.dtype)
+    results = {each: zeros.clone() for each in adapters.contestants(zeros, x)}
+    for each, y in results.items():
+        adapters.contestants(y, x)[each](1)
+    check(results.pop("add_lora"), results)
+    num_products = num_rows * adapters.num_bytes / adapters.num / x.itemsize
+    floor_s = machine.floor(adapters.num_bytes + x.nbytes + 2 * zeros.nbytes, num_products)
+    contestants = adapters.contestants(zeros, x)
+    return measured(name, floor_s, contestants.pop("add_lora"), contestants)
+
+
+def attention_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
+    """`paged_attention` against SDPA on keys and values gathered from the blocks, expanded to all heads or not."""
+    for num_sequences, num_new in [*((num, 1) for num in rows), (1, CONTEXT)]:
+        yield attention_line(machine, dtype, num_sequences, num_new)
+
+
+def attention_line(machine: Machine, dtype: torch.dtype, num_sequences: int, num_new: int) -> Line:
+    """So many sequences with so many new tokens each, or all of a prompt."""
+    num_blocks = CONTEXT // BLOCK_SIZE
+    shape = (num_sequences * num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    copies = machine.num_copies(2 * num_sequences * CONTEXT * KV_SIZE * dtype.itemsize)
+    caches = [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in range(copies)]
+    blocks = torch.randperm(shape[0]).view(num_sequences, num_blocks)
+    batch = AttentionBatch.of([num_new] * num_sequences, [CONTEXT] * num_sequences, blocks.tolist())
+    q = torch.randn(num_sequences * num_new, HEADS, HEAD_DIM).to(dtype)
+
+    def ours(i: int) -> Tensor:
+        keys, values = caches[i % copies]
+        return ops.paged_attention(q, keys, values, batch, HEAD_DIM**-0.5)
+
+    def gathered(i: int, num_repeats: int) -> Tensor:
+        keys, values = (
+            cache[blocks].transpose(1, 2).reshape(num_sequences, KV_HEADS, CONTEXT, HEAD_DIM)
+            for cache in caches[i % copies]
         )
-        return F.scaled_dot_product_attention(q.unsqueeze(2), k, v)
+        if num_repeats > 1:
+            keys, values = (t.repeat_interleave(num_repeats, dim=1) for t in (keys, values))
+        queries = q.view(num_sequences, num_new, HEADS, HEAD_DIM).transpose(1, 2)
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=num_new > 1, enable_gqa=num_repeats == 1)
+        return out.transpose(1, 2).reshape(q.shape)
 
-    return Case(
-        "",
-        lambda copy: paged_attention(q, *caches[copy], batch, HEAD_DIM**-0.5),
-        2 * num_rows * context * KV_HEADS * HEAD_DIM * dtype.itemsize,
-        2 * num_rows * context * HEADS * HEAD_DIM,
-        (("gathered SDPA", sdpa),),
+    others = {
+        "gather, expand, SDPA": lambda i: gathered(i, HEADS // KV_HEADS),
+        "gather, SDPA with GQA": lambda i: gathered(i, 1),
+    }
+    check(ours(0), {name: other(0) for name, other in others.items()})
+    num_pairs = num_sequences * num_new * (CONTEXT - (num_new - 1) / 2)
+    kv_bytes = sum(cache.nbytes for cache in caches[0])
+    floor_s = machine.floor(kv_bytes + 2 * q.nbytes, 2 * num_pairs * HEADS * HEAD_DIM)
+    return measured(f"{num_sequences} × {num_new} new of {CONTEXT}", floor_s, ours, others)
+
+
+def norm_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
+    """`rms_norm` with the residual."""
+    weight, x = torch.randn(HIDDEN).to(dtype), torch.randn(num_rows, HIDDEN).to(dtype)
+    residual = torch.zeros_like(x)
+    check(ops.rms_norm(x, weight, 1e-6, residual), {"F.rms_norm": F.rms_norm(x, (HIDDEN,), weight, 1e-6)})
+    return measured(
+        f"{num_rows} rows",
+        machine.floor(4 * x.nbytes),
+        lambda _: ops.rms_norm(x, weight, 1e-6, residual),
+        {"add_, F.rms_norm": lambda _: F.rms_norm(residual.add_(x), (HIDDEN,), weight, 1e-6)},
     )
 
 
-def norm_case(num_rows: int, dtype: torch.dtype) -> Case:
-    """The alternative is the reference."""
-    x, residual, weight = (torch.randn(num_rows, HIDDEN).to(dtype), torch.randn(num_rows, HIDDEN).to(dtype), None)
-    weight = torch.ones(HIDDEN, dtype=dtype)
-    return Case(
-        "",
-        lambda copy: rms_norm(x, weight, 1e-6, residual),
-        4 * x.nbytes,
-        others=(("reference", lambda copy: reference.rms_norm(x, weight, 1e-6, residual)),),
-    )
+def rope_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
+    """`rope_write_kv` of decoded rows, scattered over the cache."""
+    half = HEAD_DIM // 2
+    q, k, v = (torch.randn(num_rows, num, HEAD_DIM).to(dtype) for num in (HEADS, KV_HEADS, KV_HEADS))
+    keys, values = torch.zeros(2, 4 * num_rows, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype)
+    angles = torch.rand(num_rows, half)
+    cos, sin = angles.cos(), angles.sin()
+    slots = torch.randperm(4 * num_rows * BLOCK_SIZE)[:num_rows]
+
+    def ours(_: int) -> None:
+        ops.rope_write_kv(q, k, v, cos, sin, keys, values, slots)
+
+    def plain(_: int) -> None:
+        c, s = (torch.cat((t, t), dim=-1)[:, None].to(dtype) for t in (cos, sin))
+        for heads in (q, k):
+            turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+            heads.copy_(heads * c + turned * s)
+        keys[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = k
+        values[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = v
+
+    before = q.clone()
+    ours(0)
+    rotated = q.clone()
+    q.copy_(before)
+    plain(0)
+    check(rotated, {"plain torch": q})
+    num_bytes = 2 * (q.nbytes + k.nbytes + v.nbytes) + cos.nbytes + sin.nbytes
+    return measured(f"{num_rows} rows", machine.floor(num_bytes), ours, {"plain torch": plain})
 
 
-def rope_case(num_rows: int, dtype: torch.dtype) -> Case:
-    """The alternative rotates one head type after the other and writes by index."""
-    heads = HEADS + 2 * KV_HEADS
-    qkv = torch.randn(num_rows, heads, HEAD_DIM).to(dtype)
-    q, k, v = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-    cos, sin = torch.rand(num_rows, HEAD_DIM // 2), torch.rand(num_rows, HEAD_DIM // 2)
-    k_cache, v_cache = (torch.zeros(num_rows, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype) for _ in "kv")
-    slots = torch.arange(num_rows) * BLOCK_SIZE
-
-    def plain(copy: int) -> None:
-        for part in (q, k):
-            reference.rope(part, cos, sin)
-        for cache, values in ((k_cache, k), (v_cache, v)):
-            cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE] = values
-
-    return Case(
-        "",
-        lambda copy: rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slots),
-        2 * qkv.nbytes,
-        others=(("plain", plain),),
-    )
-
-
-def silu_case(num_rows: int, dtype: torch.dtype) -> Case:
-    """The alternative is torch's silu."""
+def silu_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
+    """`silu_mul`."""
     gate_up = torch.randn(num_rows, 2 * INNER).to(dtype)
-    return Case(
-        "",
-        lambda copy: silu_mul(gate_up),
-        1.5 * gate_up.nbytes,
-        others=(("F.silu", lambda copy: F.silu(gate_up[:, :INNER]) * gate_up[:, INNER:]),),
-    )
+
+    def plain(_: int) -> Tensor:
+        return F.silu(gate_up[:, :INNER]) * gate_up[:, INNER:]
+
+    check(ops.silu_mul(gate_up), {"F.silu": plain(0)})
+    floor_s = machine.floor(1.5 * gate_up.nbytes)
+    return measured(f"{num_rows} rows", floor_s, lambda _: ops.silu_mul(gate_up), {"F.silu, mul": plain})
 
 
-def sample_case(num_rows: int) -> Case:
-    """Logits as peaked as a model's; the alternative makes all the noise."""
-    logits = torch.randn(num_rows, VOCAB) * 4
-    noise = NodeNoise.of(list(range(num_rows)), [0] * num_rows, [5] * num_rows, [i % 2 == 0 for i in range(num_rows)])
+def sample_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
+    """`sample_nodes` on float32 logits: flat ones, where most tokens may win, and such as a trained model has."""
+    for num_rows in rows:
+        flat = torch.randn(num_rows, QWEN_05B.vocab_size, dtype=dtype) * 2.5
+        yield sample_line(machine, f"{num_rows} rows, flat", flat)
+        peaked = flat.clone()
+        peaked[:, :8] += 22.0
+        yield sample_line(machine, f"{num_rows} rows, peaked", peaked)
 
-    def plain(copy: int) -> Tensor:
-        gumbel = gumbel_noise(noise.seeds, noise.choices, noise.output_indices, VOCAB)
-        return torch.where(noise.sampled[:, None], logits + gumbel, logits).argmax(-1)
 
-    return Case("", lambda copy: sample_nodes(logits, noise), logits.nbytes, others=(("all noise", plain),))
+def sample_line(machine: Machine, name: str, logits: Tensor) -> Line:
+    """Each row with noise of its own."""
+    num_rows = logits.shape[0]
+    noise = NodeNoise.of(range(num_rows), [0] * num_rows, range(num_rows), [True] * num_rows)
+    others: dict[str, Op] = {
+        "softmax, multinomial": lambda _: logits.softmax(-1).multinomial(1),
+        "argmax alone": lambda _: logits.argmax(-1),
+    }
+    return measured(name, machine.floor(logits.nbytes), lambda _: ops.sample_nodes(logits, noise), others)
+
+
+def by_rows(line: Callable[[Machine, torch.dtype, int], Line]) -> Section:
+    """Return the section that has a line for each number of rows."""
+    return lambda machine, dtype, rows: (line(machine, dtype, num_rows) for num_rows in rows)
+
+
+SECTIONS: dict[str, Section] = {
+    "add_lora": lora_lines,
+    "linear": linear_lines,
+    "paged_attention": attention_lines,
+    "rms_norm": by_rows(norm_line),
+    "rope_write_kv": by_rows(rope_line),
+    "silu_mul": by_rows(silu_line),
+    "sample_nodes": sample_lines,
+}
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON file goes")
+    main(parser.parse_args())

@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -164,15 +164,20 @@ class Reader:
 
     def measure(self, seconds: float) -> Span:
         """Read for so long, and return what came. Raises ConnectionError if a stream ended meanwhile."""
-        begin = self._now()
+        before = replace(self.tally)
+        begin = self._clocks()
         self.read_for(seconds)
-        end = self._now()
+        took = [after - at for after, at in zip(self._clocks(), begin, strict=True)]
         self._complain()
-        return Span(*(after - before for before, after in zip(begin, end, strict=True)))
+        return Span(
+            *took,
+            num_frames=self.tally.num_frames - before.num_frames,
+            num_bytes=self.tally.num_bytes - before.num_bytes,
+            num_tokens=self.tally.num_tokens - before.num_tokens,
+        )
 
-    def _now(self) -> tuple[float, ...]:
-        frames, num_bytes, tokens, *_ = astuple(self.tally)
-        return (time.perf_counter(), cpu_seconds(self._pid), time.process_time(), frames, num_bytes, tokens)
+    def _clocks(self) -> tuple[float, float, float]:
+        return time.perf_counter(), cpu_seconds(self._pid), time.process_time()
 
     def _complain(self) -> None:
         if self.tally.num_ended:

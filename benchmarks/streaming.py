@@ -9,6 +9,7 @@ server sends frames as large as ours were on average, one per stream in turn, on
 else. The two run in turns; ratios are medians over the turns:
 - *per frame*: our frames per CPU second, of the bare server's;
 - *per token*: our tokens per CPU second, of what the bare server does with one token in each frame.
+*ms apart* is how long a stream waits from one of its frames to the next: what comes meanwhile shares a frame.
 Memory is what 1,000 idle connections add to the resident set of a fresh server, garbage collected.
 """
 
@@ -71,6 +72,7 @@ class Case:
             figures(median([1e6 / rate for rate in bare])),
             figures(median([one.num_tokens / one.num_frames for one in self.ours])),
             f"{median([one.num_bytes / one.num_frames for one in self.ours]):.0f}",
+            figures(median([1e3 * self.num_streams * one.seconds / one.num_frames for one in self.ours])),
             paired_ratio(frames, bare),
             paired_ratio(tokens, bare),
             f"≥ {AIM_RATIO}" if self.num_streams == 1000 else "–",
@@ -87,6 +89,7 @@ HEADS = (
     "bare µs/frame",
     "tokens/frame",
     "bytes/frame",
+    "ms apart",
     "of bare, per frame",
     "per token",
     "aim",
@@ -120,7 +123,7 @@ def main(options: argparse.Namespace) -> None:
     report = Report("streaming", options)
     print(report.header())
     raise_file_limit()
-    cases = [Case(*sizes, encoding) for sizes in options.only for encoding in options.encodings]
+    cases = [Case(streams, at, encoding) for streams, at in options.only for encoding in options.encodings]
     with ExitStack() as stack:
         ours, bare = (stack.enter_context(started(kind)) for kind in ("descant", "bare"))
         with stage("memory"):

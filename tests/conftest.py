@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from descant.scheduling import life
+
+# Every idle moment shows what was not given back.
+life.CHECKS_IDLE = True
+
 # The models are tiny: more threads only wait for each other. Inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from descant.scheduling.gate import AdapterLoad, AdapterMove
+from descant.scheduling.adapter_work import AdapterLoad, AdapterMove
 from descant.scheduling.residency import ALIGNMENT_BYTES, aligned
 
 Content = list[tuple[str, int] | None]  # which unit of which version; None: nothing yet

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from descant.scheduling.gate import AdapterLoad
+from descant.scheduling.adapter_work import AdapterLoad
 from descant.scheduling.plan import (
     NO_ADAPTER,
     EngineLimits,
@@ -277,6 +277,8 @@ class Loop:
         for move in work.moves:
             self.engine.arena.move(move)
         self.loads += work.loads
+        for version in work.prefetches:
+            self.policy.prefetched(version.digest)
 
     def finish_load(self, index: int = 0) -> None:
         """Carry out a started load."""

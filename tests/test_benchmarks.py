@@ -14,6 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
+from websockets.frames import Frame, Opcode
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from descant_client.protocol import SUBPROTOCOLS, Accepted, Delta, encoder_for
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -184,3 +189,91 @@ def test_a_stored_run_says_where_it_is_from_and_names_no_path(tmp_path: Path, mo
     assert content["machine"]["cores"] >= 1
     assert "torch" in content["versions"]
     assert str(tmp_path) not in stored
+
+
+@pytest.mark.parametrize("subprotocol", SUBPROTOCOLS)
+@pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 300])
+def test_the_reader_counts_what_a_server_sends(subprotocol: str, num_tokens: int) -> None:
+    client = load("stream_client")
+    encode = encoder_for(subprotocol)
+    messages: list[Any] = [
+        Accepted(request_id="r", seed=1, num_prompt_tokens=2),
+        Delta(request_id="r", choice=0, index=0, text="x" * 70, token_ids=[300] * num_tokens),
+        Delta(request_id="r", choice=0, index=0, text="é" * 70_000, token_ids=[7, 70_000]),
+    ]
+    payloads = [frame if isinstance(frame, bytes) else frame.encode() for frame in map(encode, messages)]
+
+    tally = client.Tally()
+    data = b"".join(Frame(Opcode.BINARY, payload).serialize(mask=False) for payload in payloads)
+    assert client.scan(data, tally) == len(data)
+
+    assert tally == client.Tally(3, sum(map(len, payloads)), num_tokens + 2, num_accepted=1)
+
+
+def test_the_reader_leaves_a_frame_until_it_is_whole() -> None:
+    client = load("stream_client")
+    data = b"".join(Frame(Opcode.TEXT, b"x" * size).serialize(mask=False) for size in (5, 125, 126, 300, 65_536))
+
+    tally, rest = client.Tally(), b""
+    for at in range(0, len(data), 3):
+        rest += data[at : at + 3]
+        rest = rest[client.scan(rest, tally) :]
+
+    assert (tally.num_frames, tally.num_bytes, rest) == (5, 5 + 125 + 126 + 300 + 65_536, b"")
+
+
+def test_the_reader_takes_note_of_ends() -> None:
+    client = load("stream_client")
+    frames = [
+        Frame(Opcode.TEXT, b'{"type":"done"}'),
+        Frame(Opcode.TEXT, b'{"type":"error"}'),
+        Frame(Opcode.PING, b"done"),
+        Frame(Opcode.CLOSE, b"\x03\xe8"),
+    ]
+
+    tally = client.Tally()
+    client.scan(b"".join(frame.serialize(mask=False) for frame in frames), tally)
+
+    assert (tally.num_ended, tally.num_frames) == (3, 2)
+
+
+@pytest.mark.parametrize("size", [0, 125, 126, 400])
+def test_the_reader_writes_frames_that_a_server_can_read(size: int) -> None:
+    protocol = ServerProtocol(state=State.OPEN)
+
+    protocol.receive_data(load("stream_client").frame(2, b"y" * size))
+
+    (frame,) = protocol.events_received()
+    assert isinstance(frame, Frame)
+    assert (frame.opcode, frame.data) == (Opcode.BINARY, b"y" * size)
+
+
+def test_a_streaming_case_has_a_stream_for_each_connection() -> None:
+    parse_case = load("streaming").parse_case
+
+    assert parse_case("1000x100") == (1000, 100)
+    for text in ("1x100", "2000x1", "1x0", "x"):
+        with pytest.raises(ArgumentTypeError):
+            parse_case(text)
+
+
+def test_a_floor_is_the_longer_of_moving_and_multiplying() -> None:
+    machine = load("kernels").Machine(bandwidth=10.0, products=100.0, cache_bytes=64)
+
+    assert (machine.floor(50.0, 100.0), machine.floor(10.0, 1000.0)) == (5.0, 10.0)
+    assert [machine.num_copies(size) for size in (1, 60, 128, 1000)] == [128, 3, 1, 1]
+
+
+def test_alternatives_of_an_op_compute_the_same() -> None:
+    kernels = load("kernels")
+    machine = kernels.Machine(bandwidth=1.0, products=1.0, cache_bytes=1)
+    adapters = kernels.Adapters(machine, torch.float32, 3, 24, (40, 8))
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
+
+    results = {name: torch.zeros(6, 48) for name in adapters.contestants(torch.empty(0), x)}
+    for name, y in results.items():
+        adapters.contestants(y, x)[name](0)
+
+    kernels.check(results["add_lora"], results)
+    with pytest.raises(SystemExit, match="dense"):
+        kernels.check(results["add_lora"], {"dense": results["dense, masked"].flip(0)})

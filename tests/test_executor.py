@@ -10,7 +10,7 @@ import pytest
 from descant.actors.executor import Executor
 from descant.engine.dummy import DummyEngine, DummyOptions
 from descant.messages import DropAdapter, Loaded, MoveAdapters, PlaceAdapter, StageAdapter, Staged, Step
-from descant.scheduling.gate import AdapterMove
+from descant.scheduling.adapter_work import AdapterMove
 from descant.scheduling.plan import StepPlan
 from fakes import version
 

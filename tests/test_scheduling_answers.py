@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.gate import AdapterLoad
+from descant.scheduling.adapter_work import AdapterLoad
 from descant.scheduling.plan import NO_ADAPTER, EngineLimits, RowResult, StepResult
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, InternalError, UnsupportedRequest
 from fakes import FakeEngine, FakeRow, Loop, counter, version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import ExecutorFailed
 from fakes import FakeEngine, FakeRow, FakeSink, Loop, counter, version
@@ -255,3 +256,23 @@ def test_an_adapter_that_kills_the_executor_while_it_is_loaded_is_found() -> Non
     assert good.output_ids != []
     loop.run()
     assert good.finish_reason == "length"
+
+
+def test_who_waits_for_a_version_whose_reading_ahead_kills_is_to_blame_and_nobody_else() -> None:
+    loop = Loop(FakeEngine(EngineLimits(4000, 4, 400, 1000, 1)), adapter_bytes=64)
+    (good,) = loop.submit([1] * 5, adapter=version("good"))
+    (bad,) = loop.submit([2] * 5, adapter=version("bad"))
+
+    for _ in range(60):
+        loop.clock += 1
+        planned, work = loop.policy.plan(), loop.policy.adapter_work()
+        loop.loads += work.loads
+        if "bad" in [*(load.version.digest for load in work.loads), *(ahead.digest for ahead in work.prefetches)]:
+            loop.crash("reading it ended the process")
+            continue
+        while loop.loads:
+            loop.finish_load()
+        if planned is not None:
+            loop.policy.apply(planned, loop.engine(planned.plan))
+
+    assert (good.finish_reason, bad.finish_reason) == ("length", "error")

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from descant.scheduling.gate import AdapterLoad
+from descant.scheduling.adapter_work import AdapterLoad
 from descant.scheduling.plan import EngineLimits
 from descant.scheduling.residency import AdapterResidency
 from descant.scheduling.sequence import Sequence

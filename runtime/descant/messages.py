@@ -11,7 +11,7 @@ import msgspec
 
 from descant.engine.interface import EngineInfo
 from descant.leases import Lease
-from descant.scheduling.gate import AdapterMove
+from descant.scheduling.adapter_work import AdapterMove
 from descant.scheduling.plan import EngineLimits, StepPlan, StepResult
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion

@@ -36,7 +36,7 @@ from descant.messages import (
     VersionFailed,
 )
 from descant.remote import Remote
-from descant.scheduling.gate import AdapterLoad
+from descant.scheduling.adapter_work import AdapterLoad
 from descant.scheduling.plan import StepResult
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
@@ -211,9 +211,14 @@ class Scheduler(Actor[SchedulerMessage]):
         try:
             while self._prefetches:
                 version = self._prefetches.pop(next(iter(self._prefetches)))
-                with contextlib.suppress(DescantError):  # its load will say so
+                try:
                     stage = StageAdapter(version, is_placed=False, epoch=0)
                     await self._executor.ref.ask(stage, timeout=STAGE_TIMEOUT_S)
+                except ActorFailed:
+                    continue  # perhaps of this: ExecutorDown finds it under way
+                except DescantError:
+                    pass  # its load will say so
+                self._policy.prefetched(version.digest)
         finally:
             self._num_prefetching -= 1
 

@@ -15,8 +15,8 @@ MAX_DEAD = 1024  # entries of sequences that met their deadlines, before they ar
 class Deadlines:
     """Watches sequences of `table` until they are removed from it.
 
-    A sequence must have run by its `queue_deadline_s`, whatever becomes of it afterwards, and have ended by its
-    `deadline_s`, parked or not.
+    Some choice of a request must have run by its `queue_deadline_s`, whatever becomes of it afterwards, and each must
+    have ended by its `deadline_s`, parked or not.
     """
 
     def __init__(self, table: SequenceTable) -> None:
@@ -53,5 +53,5 @@ class Deadlines:
     def _find(self, entry: tuple[float, int, str]) -> Sequence | None:
         """Return the sequence of an entry that still means something."""
         sequence = self._table.get(entry[1])
-        is_met = sequence is None or (entry[2] == QUEUE and sequence.first_scheduled_s is not None)
+        is_met = sequence is None or (entry[2] == QUEUE and sequence.has_started)
         return None if is_met else sequence

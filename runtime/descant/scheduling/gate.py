@@ -10,41 +10,16 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import msgspec
-
+from descant.scheduling.adapter_work import AdapterLoad, AdapterMove, AdapterWork
 from descant.scheduling.plan import NO_ADAPTER, AdapterSpan
 from descant.scheduling.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
 from descant.scheduling.version import AdapterVersion
+from descant_client.errors import AdapterTooLarge
 
 MAX_PASSES = 64  # sequences that may get an adapter while an earlier one waits for a place for its own
 BASE_SPANS = (AdapterSpan(0, NO_ADAPTER),)
-
-
-class AdapterLoad(NamedTuple):
-    """A version to be put on the device. `epoch` tells a late answer from one about the present executor."""
-
-    epoch: int
-    version: AdapterVersion
-    adapter_slot: int
-    offset: int
-
-
-class AdapterMove(msgspec.Struct, frozen=True):
-    """What is in this slot goes to `offset` bytes; nothing that is in use is there."""
-
-    adapter_slot: int
-    offset: int
-
-
-class AdapterWork(NamedTuple):
-    """What the executor is to do, in this order: move, then load. `prefetches` only go as far as host memory."""
-
-    moves: tuple[AdapterMove, ...] = ()
-    loads: tuple[AdapterLoad, ...] = ()
-    prefetches: tuple[AdapterVersion, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +49,7 @@ class AdapterGate:
         self._loading: dict[str, list[Sequence]] = {}  # by digest, those with a place where nothing is yet
         self._loads: list[AdapterLoad] = []  # not yet taken
         self._prefetches: dict[str, AdapterVersion] = {}  # not yet taken
+        self._prefetching: set[str] = set()  # digests that are being read for those who wait
         self._pins: dict[str, AdapterVersion] = {}
         self._unplaced_pins: dict[str, AdapterVersion] = {}  # of them, neither pinned nor in the queue
         self._num_pins = 0  # that have come to the queue
@@ -83,8 +59,10 @@ class AdapterGate:
 
     @property
     def loading(self) -> list[Sequence]:
-        """Sequences that wait for a load."""
-        return [sequence for group in self._loading.values() for sequence in group]
+        """Sequences whose version is being read: whoever the executor's death may be due to."""
+        groups = [*self._loading.values()]
+        groups += [self._queue[digest].sequences for digest in self._prefetching if digest in self._queue]
+        return [sequence for group in groups for sequence in group]
 
     # ---- sequences come and go ------------------------------------------------------------------------------------
 
@@ -99,6 +77,8 @@ class AdapterGate:
     def enter(self, sequence: Sequence) -> bool:
         """Return whether the sequence may run now; otherwise it waits here.
 
+        One that has said something already was let in before: no pin that has come since keeps it from going on.
+
         Raises:
             AdapterTooLarge, UnsupportedRequest: its adapter will never have a place.
         """
@@ -106,7 +86,13 @@ class AdapterGate:
         if version is None:
             sequence.spans = BASE_SPANS
             return True
-        self.residency.check_fits(version)
+        try:
+            self.check_fits(version)
+        except AdapterTooLarge:
+            if not sequence.output_ids:
+                raise
+            self._withdraw_pins()
+            self.residency.check_fits(version, ())
         self._latest = max(self._latest, sequence.id)
         self.num_sequences += 1
         if self._may_pass(sequence) and (placement := self.residency.acquire(version)) is not None:
@@ -142,7 +128,7 @@ class AdapterGate:
         Who waits for the digests of `first` comes before everybody else, in this order.
         """
         ready: list[Sequence] = []
-        if not self._has_changed:
+        if not self._has_changed and not first:
             return ready
         for digest in first:
             if digest in self._queue:
@@ -158,7 +144,7 @@ class AdapterGate:
             if waiting.num_bytes >= too_large and not self._is_resident(waiting):
                 continue
             if self._place(waiting, ready):
-                self._num_passes = 0 if is_first else self._num_passes + (len(waiting.sequences) or 1)
+                self._num_passes += 0 if is_first else len(waiting.sequences) or 1
                 too_large = too_large if self.residency.has_free_slot() else 0
             else:
                 too_large = min(too_large, waiting.num_bytes)
@@ -207,8 +193,13 @@ class AdapterGate:
         loads, self._loads = self._loads, []
         prefetches, self._prefetches = self._prefetches, {}
         waiting = tuple(version for digest, version in prefetches.items() if digest in self._queue)
+        self._prefetching.update(version.digest for version in waiting)
         moves = tuple(AdapterMove(moved.adapter_slot, moved.offset) for moved in self.residency.take_moves())
         return AdapterWork(moves, tuple(loads), waiting)
+
+    def prefetched(self, digest: str) -> None:
+        """The version has been read, or nobody wants it any more."""
+        self._prefetching.discard(digest)
 
     def loaded(self, load: AdapterLoad) -> list[Sequence]:
         """The version is in its place; return the sequences that waited for it."""
@@ -258,6 +249,7 @@ class AdapterGate:
 
     def _requeue(self, waiting: _Waiting) -> None:
         """Somebody has left: who is left comes first, if anybody is."""
+        is_first = self._order[0] is waiting
         self._unqueue(waiting)
         if waiting.sequences or waiting.is_pin:
             if waiting.sequences and not waiting.is_pin:
@@ -265,6 +257,8 @@ class AdapterGate:
             insort(self._order, waiting, key=_by_turn)
         else:
             del self._queue[waiting.version.digest]
+            self._prefetching.discard(waiting.version.digest)
+            self._num_passes = 0 if is_first else self._num_passes  # nobody has passed who is first now
 
     def _unqueue(self, waiting: _Waiting) -> None:
         del self._order[bisect_left(self._order, waiting.turn, key=_by_turn)]
@@ -275,6 +269,7 @@ class AdapterGate:
         placement = self.residency.place(version)
         if placement is None:
             return False
+        self._num_passes = 0 if self._order[0] is waiting else self._num_passes
         self._unqueue(waiting)
         del self._queue[version.digest]
         if placement.is_new:
@@ -303,6 +298,7 @@ class AdapterGate:
         return True
 
     def _load(self, version: AdapterVersion, placement: Placement) -> None:
+        self._prefetching.discard(version.digest)
         self._loading[version.digest] = []
         self._loads.append(AdapterLoad(self._epoch, version, placement.adapter_slot, placement.offset))
 
@@ -326,6 +322,16 @@ class AdapterGate:
             else:
                 self._num_pins += 1
                 self._wait(version, (self._latest, self._num_pins)).is_pin = True
+
+    def _withdraw_pins(self) -> None:
+        """Give up every pin's claim, so that who was promised a place gets it; they come back once that is done."""
+        for digest in self._pins:
+            self.residency.unpin(digest)
+            if digest in self._queue and self._queue[digest].is_pin:
+                self._queue[digest].is_pin = False
+                self._requeue(self._queue[digest])
+        self._unplaced_pins = dict(self._pins)
+        self._has_changed = True
 
     def _is_resident(self, waiting: _Waiting) -> bool:
         return self.residency.is_resident(waiting.version.digest)

@@ -153,6 +153,8 @@ class Planner:
                 return False
             sequence.token_limit = life.token_limit(sequence)
             self._lineup.seat(sequence, self._now)
+            for choice in self._table.of_request(sequence.request_id):
+                choice.has_started = True
             self._seat_holder = self._blocks_held = None
             self._fairness.charge_prompt(sequence, self._builder.admit(sequence))
             return True

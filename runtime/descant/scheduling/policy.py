@@ -22,8 +22,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+from descant.scheduling.adapter_work import AdapterLoad, AdapterWork
 from descant.scheduling.deadlines import Deadlines
-from descant.scheduling.gate import AdapterLoad, AdapterWork
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.plan import EngineLimits, Row, RowResult, StepResult
 from descant.scheduling.planning import Moves, Planner
@@ -178,6 +178,11 @@ class Policy(Transitions):
         """Free a version's place as soon as nobody uses it."""
         if self._life is not None:
             self._life.gate.forget_version(digest)
+
+    def prefetched(self, digest: str) -> None:
+        """A prefetch is over, well or not: whoever waits for it has nothing more to do with what the executor does."""
+        if self._life is not None:
+            self._life.gate.prefetched(digest)
 
     def loaded(self, load: AdapterLoad) -> None:
         """The load is done: the sequences that waited for it may run. Loads of an earlier executor are ignored."""

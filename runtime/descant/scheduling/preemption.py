@@ -29,8 +29,18 @@ def is_ahead(taker: Account, holder: Account) -> bool:
 
 
 def richest(held: Mapping[Account, float]) -> Account | None:
-    """Return who holds most by weight; the first of equals."""
-    return max(held, key=lambda account: held[account] / account.weight, default=None)
+    """Return who, with one less, still holds most by weight, as `may_take` counts; the first of equals."""
+    return max(held, key=lambda account: (held[account] - 1) / account.weight, default=None)
+
+
+def richest_in_blocks(held: Mapping[Account, float], running: Iterable[Sequence]) -> Account | None:
+    """Return who, without its latest sequence, still has most blocks by weight; the first of equals."""
+    latest = {sequence.principal: len(sequence.block_table) for sequence in running}  # the last of each stays
+    return max(
+        (account for account in held if account.name in latest),
+        key=lambda account: (held[account] - latest[account.name]) / account.weight,
+        default=None,
+    )
 
 
 def seats_held(fairness: Fairness) -> dict[Account, float]:
@@ -55,7 +65,7 @@ def block_victims(
     num_held = held.get(taker, 0)
     left, victims = list(running), list[Sequence]()
     while num_missing > 0:
-        holder = richest(held)
+        holder = richest_in_blocks(held, left)
         victim = latest_of(left, holder) if holder else None
         if holder is None or victim is None:
             return []
@@ -76,7 +86,7 @@ def growth_victim(fairness: Fairness, running: list[Sequence], sequence: Sequenc
     arrive of all goes on.
     """
     held = blocks_held(fairness, running)
-    holder, taker = richest(held), fairness.account(sequence)
+    holder, taker = richest_in_blocks(held, running), fairness.account(sequence)
     if holder is None or len(held) == 1:
         return running[-1]
     victim = latest_of(running, holder)

@@ -107,6 +107,7 @@ class Sequence:
     is_cold: bool = False  # it had to wait for its adapter
     arrival_s: float = 0.0
     first_scheduled_s: float | None = None
+    has_started: bool = False  # some choice of its request has been scheduled
     first_token_s: float | None = None
     finished_s: float | None = None
 
