@@ -1,8 +1,9 @@
 """The servers that `streaming.py` measures, each in a process of its own.
 
-    python benchmarks/stream_server.py descant|bare
+    python benchmarks/stream_server.py descant|bare PACE
 
-Prints its port, serves until SIGTERM, and collects garbage on SIGUSR1.
+PACE is in tokens per second of each stream, 0 = as fast as it goes; the bare server keeps none. Each prints its port,
+serves until SIGTERM, and collects garbage on SIGUSR1.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ MAX_CONTEXT = 1 << 21
 NUM_BLOCKS = 1 << 18  # 4 million tokens: nothing is ever preempted
 
 
-async def descant() -> None:
-    """Descant with the dummy engine, as fast as it goes."""
+async def descant(pace: float) -> None:
+    """Descant with the dummy engine."""
     with tempfile.TemporaryDirectory() as data_dir:
         config = Config(
             data_dir=data_dir,
             server=ServerConfig(port=0, max_streams=MAX_STREAMS, max_sessions=MAX_STREAMS),
-            model=ModelConfig(engine="dummy", dummy_tokens_per_s=0.0),
+            model=ModelConfig(engine="dummy", dummy_tokens_per_s=pace),
             scheduling=SchedulingConfig(max_num_seqs=MAX_STREAMS, max_num_batched_tokens=2 * MAX_STREAMS),
         )
         async with running(config, executor_factory=f"{Path(__file__).stem}:start_executor") as system:
@@ -69,7 +70,7 @@ def start_executor(config: bytes, notify: Notify) -> Executor:
     return Executor(engine, 0)
 
 
-async def bare() -> None:
+async def bare(pace: float) -> None:
     """Frames of one size from `websockets` itself. Path: `/NAME?streams=…&bytes=…&text=…`, a room of its own.
 
     Every message is answered by `accepted` and asks for one more stream of frames to its connection. When all streams
@@ -134,4 +135,4 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the executor's process finds its factory
     signal.signal(signal.SIGUSR1, _collect_garbage)
     server = {"descant": descant, "bare": bare}[sys.argv[1]]
-    anyio.run(server, backend_options={"loop_factory": uvloop.new_event_loop})
+    anyio.run(server, float(sys.argv[2]), backend_options={"loop_factory": uvloop.new_event_loop})

@@ -2,11 +2,11 @@
 
     python benchmarks/streaming.py [--only 1000x1000 --repeats 1]
 
-The engine is the dummy, as fast as it goes. A case "1000x100" is 1,000 streams over 100 connections. CPU time is that
-of the server's process alone, with all it does for a token: planning steps, talking to the executor's process, text,
-encoding, writing. It is taken from /proc while all streams run, their requests accepted and none finished. The bare
-server sends frames as large as ours were on average, one per stream in turn, on the same event loop, and does nothing
-else. The two run in turns; ratios are medians over the turns:
+The engine is the dummy, as fast as it goes unless a pace is set. A case "1000x100" is 1,000 streams over 100
+connections. CPU time is that of the server's process alone, with all it does for a token: planning steps, talking to
+the executor's process, text, encoding, writing. It is taken from /proc while all streams run, their requests accepted
+and none finished. The bare server sends frames as large as ours were on average, one per stream in turn, on the same
+event loop, and does nothing else. The two run in turns; ratios are medians over the turns:
 - *per frame*: our frames per CPU second, of the bare server's;
 - *per token*: our tokens per CPU second, of what the bare server does with one token in each frame.
 *ms apart* is how long a stream waits from one of its frames to the next: what comes meanwhile shares a frame.
@@ -125,7 +125,7 @@ def main(options: argparse.Namespace) -> None:
     raise_file_limit()
     cases = [Case(streams, at, encoding) for streams, at in options.only for encoding in options.encodings]
     with ExitStack() as stack:
-        ours, bare = (stack.enter_context(started(kind)) for kind in ("descant", "bare"))
+        ours, bare = (stack.enter_context(started(kind, options.pace)) for kind in ("descant", "bare"))
         with stage("memory"):
             idle_bytes = {"descant": bytes_per_connection(ours, "/ws"), "websockets": bytes_per_connection(bare, "/")}
         for turn in range(1, options.repeats + 1):
@@ -149,9 +149,9 @@ def raise_file_limit() -> None:
 
 
 @contextmanager
-def started(kind: str) -> Iterator[Server]:
+def started(kind: str, pace: float = 0.0) -> Iterator[Server]:
     """Run a server that is ready, until the end of the block."""
-    command = [sys.executable, str(Path(__file__).with_name("stream_server.py")), kind]
+    command = [sys.executable, str(Path(__file__).with_name("stream_server.py")), kind, str(pace)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         try:
             assert process.stdout is not None, "it was asked for"
@@ -222,5 +222,6 @@ if __name__ == "__main__":
     parser.add_argument("--encodings", nargs="+", choices=list(ENCODINGS), default=list(ENCODINGS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement of ours; half for the other")
+    parser.add_argument("--pace", type=float, default=0.0, help="tokens per second of a stream; 0: as many as can be")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the JSON file goes")
     main(parser.parse_args())

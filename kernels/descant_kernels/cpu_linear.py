@@ -10,7 +10,7 @@ rows are padded to counts at which the kernels are measured to agree; `probe` re
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ PLAIN_ROW_STEP = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 1}
 """Multiple to which the rows of a plain product are padded."""
 
 _PROBED_ROWS = 252  # more than the 120 that FBGEMM takes at a time
+_PROBED_SHAPES = ((48, 64), (259, 900))  # whole and ragged blocks of columns, one and several blocks of features
 
 _HALF_MAX = 65504.0
 _HALF_LEAST_LARGEST = 2.0**-9
@@ -108,20 +109,19 @@ def fbgemm_row_step(num_threads: int) -> int | None:
     """The smallest multiple of rows at which FBGEMM's float16 product is row-invariant; None = none, or no FBGEMM."""
     generator = torch.Generator().manual_seed(num_threads)
     try:
-        product = _fbgemm_product(torch.randn(48, 64, generator=generator), None)
-        x = torch.randn(_PROBED_ROWS, 64, generator=generator)
-        whole = {step: product(x[: _PROBED_ROWS // step * step]) for step in FBGEMM_ROW_STEPS}
+        products = [
+            (_fbgemm_product(torch.randn(shape, generator=generator), None), torch.randn(_PROBED_ROWS, shape[1]))
+            for shape in _PROBED_SHAPES
+        ]
+        return next((step for step in FBGEMM_ROW_STEPS if all(_agrees(*one, step) for one in products)), None)
     except RuntimeError:  # this build or CPU has none
         return None
-    return next((step for step in FBGEMM_ROW_STEPS if _agrees(product, x, whole[step], _counts(step))), None)
 
 
-def _counts(step: int) -> Iterable[int]:
-    return range(step, _PROBED_ROWS // step * step, step)
-
-
-def _agrees(product: Callable[[Tensor], Tensor], x: Tensor, whole: Tensor, counts: Iterable[int]) -> bool:
-    return all(torch.equal(product(x[:count]), whole[:count]) for count in counts)
+def _agrees(product: Callable[[Tensor], Tensor], x: Tensor, step: int) -> bool:
+    """Whether the first rows get the same bits at every multiple of `step`."""
+    whole = product(x[: _multiple(step, _PROBED_ROWS - step + 1)])
+    return all(torch.equal(product(x[:count]), whole[:count]) for count in range(step, whole.shape[0], step))
 
 
 def _plain(weight: Tensor, bias: Tensor | None) -> Product:
