@@ -19,7 +19,7 @@ from pipelined_executor import FACTORY
 from servers import ADAPTERS, Checkpoint, answers, crash, dummy_config, kill_executor, model_config, results, serve
 from servers import wait_until as wait_for
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 PACE = 100.0  # steps per second
 
