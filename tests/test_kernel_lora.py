@@ -118,16 +118,18 @@ def test_rows_past_the_last_segment_keep_their_bits():
     assert not y[2:].any()
 
 
-def test_index_tables_stay_within_their_budget(monkeypatch):
+@pytest.mark.parametrize(("max_bytes", "max_entries"), [(2000, 100), (1 << 20, 2)])
+def test_index_tables_stay_within_their_budget(monkeypatch, max_bytes, max_entries):
     case = lora_case([[8]] * 6, 64, (64,), torch.float32)
-    x, cache = normal(1, 64), cpu_lora.SumsCache(max_bytes=2000)
+    x, cache = normal(1, 64), cpu_lora.SumsCache(max_bytes, max_entries)
     expected = [added(case, x, [slot]) for slot in range(6)]
 
     monkeypatch.setattr(cpu_lora, "_cache", cache)
 
     for _ in range(2):
         assert all(same_bits(added(case, x, [slot]), expected[slot]) for slot in range(6))
-        assert 0 < cache.num_bytes <= 2000
+        assert 0 < cache.num_bytes <= max_bytes
+        assert 0 < len(cache) <= max_entries
 
 
 def test_tiles_cover_each_row_with_an_adapter_once():

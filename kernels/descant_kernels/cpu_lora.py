@@ -29,6 +29,9 @@ TILE = 64
 TABLE_BYTES = 64 * 2**20
 """Most bytes of index tables that are kept."""
 
+NUM_TABLES = 1024
+"""Most index tables that are kept: enough for every group of projections and shape of adapter of a mixed step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -218,10 +221,14 @@ def _slices(
 class SumsCache:
     """Sums by what they are made for, the least recently used going first. They outlive adapters and batches."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, max_entries: int) -> None:
         self._max_bytes = max_bytes
+        self._max_entries = max_entries
         self.num_bytes = 0
         self._sums: OrderedDict[Any, tuple[Sums, Sums]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sums)
 
     def of(self, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> tuple[Sums, Sums]:
         """Return the sums of shrink and expand for rows whose versions begin at `origins`."""
@@ -231,13 +238,13 @@ class SumsCache:
             begins = torch.tensor(origins, dtype=torch.int64)
             sums = self._sums[key] = _shrink_sums(slices, begins), _expand_sums(slices, begins)
             self.num_bytes += _num_bytes(sums)
-            while self.num_bytes > self._max_bytes and len(self._sums) > 1:
+            while (self.num_bytes > self._max_bytes and len(self._sums) > 1) or len(self._sums) > self._max_entries:
                 self.num_bytes -= _num_bytes(self._sums.popitem(last=False)[1])
         self._sums.move_to_end(key)
         return sums
 
 
-_cache = SumsCache(TABLE_BYTES)
+_cache = SumsCache(TABLE_BYTES, NUM_TABLES)
 
 
 def _num_bytes(sums: tuple[Sums, Sums]) -> int:
