@@ -288,6 +288,7 @@ class Loop:
         else:
             self.engine.arena.load(load)
             self.policy.loaded(load)
+        self.start_loads()
 
     def crash(self, reason: str = "killed") -> None:
         """Lose the executor, whatever it is doing, and start another."""

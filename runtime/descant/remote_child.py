@@ -41,7 +41,7 @@ from descant_client.errors import DescantError
 logger = logging.getLogger(__name__)
 
 HEADER = struct.Struct("<I")
-NUM_SIDE_THREADS = 8  # messages handled beside the main thread at once; more wait their turn
+NUM_SIDE_THREADS = 12  # messages handled beside the main thread at once; more wait their turn
 
 
 class Later(NamedTuple):

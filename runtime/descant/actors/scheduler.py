@@ -73,6 +73,7 @@ class Scheduler(Actor[SchedulerMessage]):
         self._outcomes: deque[tuple[PlannedStep, StepResult | DescantError]] = deque()  # of steps, not yet applied
         self._probe = probe  # makes the request that shows a first life can step
         self._work = anyio.Event()
+        self._work_turn = anyio.Lock()  # adapter work is told in the order in which it was decided
 
     async def on_start(self) -> None:
         """Go on with the executor as it is: a restart of this actor alone loses its rows, not the process."""
@@ -165,10 +166,11 @@ class Scheduler(Actor[SchedulerMessage]):
     # ---- adapters -------------------------------------------------------------------------------------------------
 
     async def _start_adapter_work(self) -> None:
-        work = self._policy.adapter_work()
-        if work.moves:  # told before any step or load that counts on them
-            with contextlib.suppress(ActorError):  # no life will follow, or ExecutorDown is on its way
-                await self._executor.ref.tell(MoveAdapters(work.moves))
+        async with self._work_turn:
+            work = self._policy.adapter_work()
+            if work.moves:  # told before any step or load that counts on them
+                with contextlib.suppress(ActorError):  # no life will follow, or ExecutorDown is on its way
+                    await self._executor.ref.tell(MoveAdapters(work.moves))
         for load in work.loads:
             self._prefetches.pop(load.version.digest, None)
             self.start_soon(self._load, load)
@@ -180,10 +182,17 @@ class Scheduler(Actor[SchedulerMessage]):
 
     async def _load(self, load: AdapterLoad) -> None:
         """Stage a version beside the steps, then place it between two of them."""
+        await self._stage_and_place(load)
+        await self._start_adapter_work()  # of those that waited for its turn
+        self._work.set()
+
+    async def _stage_and_place(self, load: AdapterLoad) -> None:
         stage = StageAdapter(load.version, is_placed=True, epoch=load.epoch)
         place = PlaceAdapter(load.adapter_slot, load.offset, load.version)
         try:
             await self._executor.ref.ask(stage, timeout=STAGE_TIMEOUT_S)
+            self._policy.read(load)
+            await self._start_adapter_work()  # others may be read now, whatever step it is that places wait for
             await self._place(place)
             self._policy.loaded(load)
             self._model.num_adapter_loads += 1
@@ -197,7 +206,6 @@ class Scheduler(Actor[SchedulerMessage]):
                     await self._registry.tell(VersionFailed(load.version.digest))
             self._drop(load.version.digest)
             self._policy.load_failed(load, error)
-        self._work.set()
 
     async def _place(self, message: PlaceAdapter) -> None:
         try:

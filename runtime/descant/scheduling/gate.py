@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from descant.scheduling.adapter_work import AdapterLoad, AdapterMove, AdapterWork
+from descant.scheduling.load_turns import LoadTurns
 from descant.scheduling.plan import NO_ADAPTER, AdapterSpan
 from descant.scheduling.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
@@ -47,7 +48,7 @@ class AdapterGate:
         self._queue: dict[str, _Waiting] = {}  # by digest
         self._order: list[_Waiting] = []  # the same, in order of their turns
         self._loading: dict[str, list[Sequence]] = {}  # by digest, those with a place where nothing is yet
-        self._loads: list[AdapterLoad] = []  # not yet taken
+        self._load_turns = LoadTurns()
         self._prefetches: dict[str, AdapterVersion] = {}  # not yet taken
         self._prefetching: set[str] = set()  # digests that are being read for those who wait
         self._pins: dict[str, AdapterVersion] = {}
@@ -60,7 +61,7 @@ class AdapterGate:
     @property
     def loading(self) -> list[Sequence]:
         """Sequences whose version is being read: whoever the executor's death may be due to."""
-        groups = [*self._loading.values()]
+        groups = [group for digest, group in self._loading.items() if not self._load_turns.is_waiting(digest)]
         groups += [self._queue[digest].sequences for digest in self._prefetching if digest in self._queue]
         return [sequence for group in groups for sequence in group]
 
@@ -172,11 +173,7 @@ class AdapterGate:
                 self._queue[digest].is_pin = False
                 self._requeue(self._queue[digest])
         self._pins, self.unplaceable_pins = pins, tuple(unplaceable)
-        self._unplaced_pins = {
-            digest: version
-            for digest, version in pins.items()
-            if not (self.residency.is_pinned(digest) or (digest in self._queue and self._queue[digest].is_pin))
-        }
+        self._unplaced_pins = {digest: version for digest, version in pins.items() if not self._is_taken(digest)}
         self._has_changed = True
 
     def forget_version(self, digest: str) -> None:
@@ -189,17 +186,21 @@ class AdapterGate:
     # ---- what the executor does -----------------------------------------------------------------------------------
 
     def take_work(self) -> AdapterWork:
-        """Return what was decided since the last call."""
-        loads, self._loads = self._loads, []
+        """Return what is to be begun now; loads wait for their turn until enough of those before them have ended."""
+        loads = self._load_turns.take(self._principals)
         prefetches, self._prefetches = self._prefetches, {}
         waiting = tuple(version for digest, version in prefetches.items() if digest in self._queue)
         self._prefetching.update(version.digest for version in waiting)
         moves = tuple(AdapterMove(moved.adapter_slot, moved.offset) for moved in self.residency.take_moves())
-        return AdapterWork(moves, tuple(loads), waiting)
+        return AdapterWork(moves, loads, waiting)
 
     def prefetched(self, digest: str) -> None:
         """The version has been read, or nobody wants it any more."""
         self._prefetching.discard(digest)
+
+    def read(self, load: AdapterLoad) -> None:
+        """The version is in host memory: others may be read while it waits to be put in its place."""
+        self._load_turns.end(load.version.digest)
 
     def loaded(self, load: AdapterLoad) -> list[Sequence]:
         """The version is in its place; return the sequences that waited for it."""
@@ -222,7 +223,11 @@ class AdapterGate:
         self._has_changed = True
         return sequences
 
+    def _principals(self, digest: str) -> set[str]:
+        return {sequence.principal for sequence in self._loading[digest]}
+
     def _end_load(self, digest: str) -> list[Sequence]:
+        self._load_turns.end(digest)
         sequences = self._loading.pop(digest)
         self.num_sequences -= len(sequences)
         return sequences
@@ -300,7 +305,7 @@ class AdapterGate:
     def _load(self, version: AdapterVersion, placement: Placement) -> None:
         self._prefetching.discard(version.digest)
         self._loading[version.digest] = []
-        self._loads.append(AdapterLoad(self._epoch, version, placement.adapter_slot, placement.offset))
+        self._load_turns.add(AdapterLoad(self._epoch, version, placement.adapter_slot, placement.offset))
 
     def _queue_pins(self) -> None:
         """Pin what has a place already, and queue the other pins.

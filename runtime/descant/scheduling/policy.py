@@ -184,6 +184,11 @@ class Policy(Transitions):
         if self._life is not None:
             self._life.gate.prefetched(digest)
 
+    def read(self, load: AdapterLoad) -> None:
+        """The load's version is in host memory, and not yet in its place: another load may be read meanwhile."""
+        if self._life is not None and load.epoch == self._life.epoch:
+            self._life.gate.read(load)
+
     def loaded(self, load: AdapterLoad) -> None:
         """The load is done: the sequences that waited for it may run. Loads of an earlier executor are ignored."""
         if self._life is not None and load.epoch == self._life.epoch:
