@@ -30,6 +30,7 @@ class Form:
     fused_size: int
     split_rows: int
     wide_tile_rows: int
+    few_programs: int = 0
 
 
 FORMS = {
@@ -37,6 +38,7 @@ FORMS = {
     "two launches, parts apart": Form(fused_size=0, split_rows=10**9, wide_tile_rows=32),
     "two launches, parts together": Form(fused_size=0, split_rows=0, wide_tile_rows=10**9),
     "two launches, wide tiles": Form(fused_size=0, split_rows=0, wide_tile_rows=32),
+    "two launches, wide tiles, parts apart": Form(fused_size=0, split_rows=0, wide_tile_rows=32, few_programs=10**9),
 }
 
 
@@ -53,7 +55,9 @@ def take(form, monkeypatch):
     monkeypatch.setattr(lora, "FUSED_IN_SIZE", form.fused_size)
     monkeypatch.setattr(lora, "MAX_SPLIT_ROWS", form.split_rows)
     monkeypatch.setattr(lora, "WIDE_TILE_ROWS", form.wide_tile_rows)
+    monkeypatch.setattr(lora, "FEW_PROGRAMS", form.few_programs)
     monkeypatch.setattr(lora, "PART_SIZE", 64)
+    monkeypatch.setattr(lora, "EXPAND_BYTES", 128)
 
 
 @pytest.fixture
@@ -282,5 +286,5 @@ def test_wide_tiles_cover_the_rows_that_tiles_cover():
         for tiles in (wide, segments.tiles)
     ]
     assert covered[0] == covered[1]
-    assert wide[:, 1].tolist() == [5, 3, 64, 6]
-    assert lora.wide_tiles(Segments.of([63, 63], [0, 1], device=DEVICE)) is None
+    assert wide[:, 1].tolist() == [5, 3, 32, 32, 6]
+    assert lora.wide_tiles(Segments.of([31, 31], [0, 1], device=DEVICE)) is None

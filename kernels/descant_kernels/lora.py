@@ -10,16 +10,20 @@ about 5 TB/s in all on an H100 or H200 (HBM: 3.3 and 4.8) and about 50 bytes/ns 
 - in_size = `FUSED_IN_SIZE` = 1,024 keeps one program at its A for 0.7 µs, which two launches spread over programs.
 With in_size 4,096 A alone takes one program 2.6 µs, all that a launch costs, and 64 blocks reread 8 MiB per tile, which
 is 1.7 µs more: nothing is won for one tile, and much is lost for many. So one launch is for small models, of hidden
-sizes up to about 512. All of this is arithmetic, nothing measured. The choice looks at the model's sizes only: never at
-the batch, nor at ranks. So it is the same for a row in any company, in a prompt and after it, in a CUDA graph or not.
+sizes up to about 512. This is arithmetic. The choice looks at the model's sizes only: never at the batch, nor at ranks.
+So it is the same for a row in any company, in a prompt and after it, in a CUDA graph or not.
 
 *Tiles.* A tile of 16 rows loads A and B for 16 rows: at rank 64 four times the bytes of its x. So where two launches
-are made, large batches with long segments are cut into tiles of 64 rows. Batches of up to `MAX_SPLIT_ROWS` have too few
-tiles to fill a device: in those the parts of a long reduction get programs of their own, each with its plane of h, and
-expand adds the planes in order; in a larger batch one program adds all parts. Neither changes the order of a row's sums
-(see `lora_tiles`). Tiles of 64 rows run on two warps: with four, a Hopper takes another tensor core instruction (wgmma)
-than for 16 rows (mma.sync), which may round otherwise. The compiled code has mma.sync in all kernels, for compute
-capabilities 8.0, 9.0 and 10.0; that a row's bits are the same in all of them is unverified on a GPU.
+are made, large batches with long segments are cut into tiles of 32 rows. Batches of up to `MAX_SPLIT_ROWS` have too few
+tiles to fill a device, and so may larger ones: there the parts of a long reduction get programs of their own, each with
+its plane of h, and expand adds the planes in order; elsewhere one program adds all parts. Neither changes the order of a
+row's sums (see `lora_tiles`). Tiles stay below 64 rows: from there on a Hopper takes another tensor core instruction
+(wgmma) than for 16 (mma.sync), which may round otherwise.
+
+*Measured.* The sizes below were chosen on an H100, in CUDA graphs over the groups of an 8B layer (rank 16, bfloat16), as
+times of four groups. One row: 24 µs, of which 6 per group are the latency of two launches. 32 rows of 32 adapters: 90 µs
+(108.8 with 64 columns per program). 2,048 rows of one adapter: 256 µs (334 with tiles of 64 rows). That all forms give
+the same bits was seen there with tiles of 64 rows on two warps; with those of 32 rows, in the interpreter.
 
 *Scratch memory.* h is `[planes, slices, rows, highest rank in the batch]`, float32 if there are planes to add, else of
 the model's dtype. For q/k/v at rank 64 with 256 rows and 8 planes that is 1.5 MiB, with 8,192 rows 3 MiB; with an
@@ -39,16 +43,23 @@ from descant_kernels import lora_tiles
 from descant_kernels.batch import TILE_ROWS, LoraTables, Segments
 from descant_kernels.pair import OUT_STEP, RANK_STEP
 
-BLOCK_N = 64
-BLOCK_K_BYTES = 128
-"""Of each row of x in one step of a product: a cache line."""
-WIDE_TILE_ROWS = 64
+BLOCK_K_BYTES = 256
+"""Of each row of x in one step of a product: two cache lines (one takes 1.5 µs more per layer)."""
+FUSED_BLOCK_N = 64
+"""Columns of a program that makes h itself."""
+EXPAND_BYTES = 512
+"""Of each row of y in a program of `expand_kernel`: 256 columns of 16 bits. With 64 columns 32 adapters take 1.2 times
+as long; with 512 they take 0.86 times as long, and the B of high ranks no longer fits the shared memory of an RTX."""
+WIDE_TILE_ROWS = 32
+"""Rows of a tile in a large batch: larger ones leave programs waiting for one another's loads."""
 PART_SIZE = 512
 """Least input features in one part of a long reduction."""
 MAX_PARTS = 8
 """Most parts of one: h has a plane for each."""
 MAX_SPLIT_ROWS = 512
-"""Most rows of a batch in which parts of a reduction are spread over programs: 32 tiles, 8 of `WIDE_TILE_ROWS`."""
+"""Most rows of a batch that is cut into small tiles, and in which parts of a reduction are always spread."""
+FEW_PROGRAMS = 100
+"""With fewer programs than this, parts are spread in a larger batch too: less than one for each multiprocessor."""
 MAX_RANK_PROGRAMS = 8
 """Most programs that share the blocks of a high rank; adapters of low rank leave all but one of them idle."""
 FUSED_WORK = 8192
@@ -84,7 +95,7 @@ def _launch_once(
     out_sizes: tuple[int, ...],
     bias: Tensor | None,
 ) -> None:
-    columns = _columns(out_sizes, y.device)
+    columns = _columns(out_sizes, y.device, FUSED_BLOCK_N)
     block_k, part_size = _steps(x)
     lora_tiles.fused_kernel[(len(segments.tiles), len(columns))](
         *(y, x, tables.arena, y if bias is None else bias),
@@ -95,7 +106,7 @@ def _launch_once(
         OUT_MULTIPLE=gcd(OUT_STEP, *out_sizes),
         BLOCK_M=TILE_ROWS,
         BLOCK_K=block_k,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=FUSED_BLOCK_N,
         num_warps=4,
         num_stages=4,
     )
@@ -112,15 +123,16 @@ def _launch_twice(
 ) -> None:
     num_rows, in_size = x.shape
     num_slices, num_modules = len(out_sizes), tables.ranks.shape[1]
-    is_small = num_rows <= MAX_SPLIT_ROWS
-    wide = None if is_small else wide_tiles(segments)
+    wide = None if num_rows <= MAX_SPLIT_ROWS else wide_tiles(segments)
     tiles = segments.tiles if wide is None else wide
-    block_m, num_warps = (TILE_ROWS, 4) if wide is None else (WIDE_TILE_ROWS, 2)
-    columns = _columns(out_sizes, y.device)
+    block_m = TILE_ROWS if wide is None else WIDE_TILE_ROWS
+    block_n = EXPAND_BYTES // y.element_size()
+    columns = _columns(out_sizes, y.device, block_n)
     block_k, part_size = _steps(x)
-    num_planes = triton.cdiv(in_size, part_size) if is_small else 1
     max_rank = _max_rank(tables, segments)
     rank_programs = min(triton.cdiv(max_rank, lora_tiles.BLOCK_R.value), MAX_RANK_PROGRAMS)
+    is_spread = num_rows <= MAX_SPLIT_ROWS or len(tiles) * num_slices * rank_programs < FEW_PROGRAMS
+    num_planes = triton.cdiv(in_size, part_size) if is_spread else 1
     h = torch.empty(
         *(num_planes, num_slices, num_rows, triton.cdiv(max_rank, RANK_STEP) * RANK_STEP),
         dtype=torch.float32 if num_planes > 1 else x.dtype,
@@ -132,8 +144,8 @@ def _launch_twice(
         *(x.stride(0), h.stride(0), h.stride(1), h.stride(2)),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
-        num_warps=num_warps,
-        num_stages=4,
+        num_warps=4,
+        num_stages=3,
     )
     lora_tiles.expand_kernel[(len(tiles), len(columns))](
         *(y, tables.arena, h, y if bias is None else bias),
@@ -144,15 +156,15 @@ def _launch_twice(
         HAS_BIAS=bias is not None,
         OUT_MULTIPLE=gcd(OUT_STEP, *out_sizes),
         BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
-        num_warps=num_warps,
+        BLOCK_N=block_n,
+        num_warps=4,
         num_stages=2,  # each holds all planes
     )
 
 
 def is_fused(in_size: int, out_sizes: tuple[int, ...]) -> bool:
     """Whether a group of projections takes one launch."""
-    num_blocks = sum(triton.cdiv(out_size, BLOCK_N) for out_size in out_sizes)
+    num_blocks = sum(triton.cdiv(out_size, FUSED_BLOCK_N) for out_size in out_sizes)
     return in_size <= FUSED_IN_SIZE and in_size * num_blocks <= FUSED_WORK
 
 
@@ -196,7 +208,7 @@ def _max_rank_of(tables: LoraTables, slot: int) -> int:
 
 
 @cache
-def _columns(out_sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def _columns(out_sizes: tuple[int, ...], device: torch.device, block_n: int) -> Tensor:
     """Blocks of columns of a group: slice, number in the slice, width and first column of it in the multiple's units.
 
     `[num_blocks, 4]` int32. It lives as long as the process: CUDA graphs read it.
@@ -205,7 +217,7 @@ def _columns(out_sizes: tuple[int, ...], device: torch.device) -> Tensor:
     blocks = [
         (number, block, out_size // multiple, start // multiple)
         for number, (out_size, start) in enumerate(zip(out_sizes, starts, strict=False))
-        for block in range(triton.cdiv(out_size, BLOCK_N))
+        for block in range(triton.cdiv(out_size, block_n))
     ]
     return _on_device(blocks, device)
 

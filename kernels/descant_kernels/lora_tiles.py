@@ -11,7 +11,8 @@ There are no atomics, and nothing needs to be zero beforehand.
 Padding in the arena may hold anything: that of A only gets into ranks, that of B into columns, that nobody keeps. So
 loads are masked where padding ends, not where it begins: then masks keep to whole vectors.
 
-Compiled for compute capabilities 8.0, 9.0 and 10.0 and run in Triton's interpreter, never yet on a GPU.
+What a program loads that hangs on nothing it has computed (table entries, y, B) it asks for first, before it looks
+whether there is work: on an H100 the wait for memory is most of a small batch's time.
 """
 
 import triton
@@ -61,10 +62,10 @@ def shrink_kernel(
     slice_index = tl.program_id(1) % num_slices
     rank_program = tl.program_id(1) // num_slices
     plane = tl.program_id(2)
-    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
+    rows, num_rows, entry = _rows_and_entry(tiles_ptr, tile, num_modules, first_module + slice_index, BLOCK_M)
     if num_rows == 0:  # a place for a tile that this batch has not, in a CUDA graph
         return
-    rows, m_mask, entry = _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, first_module + slice_index, BLOCK_M)
+    m_mask = _up_to(num_rows, BLOCK_M)
     rank = tl.load(ranks_ptr + entry)
     a_ptr = arena_ptr + tl.multiple_of(tl.load(offsets_ptr + entry), _ALIGNMENT)
     x_ptrs = x_ptr + rows * x_stride
@@ -112,27 +113,29 @@ def expand_kernel(
 ):
     """y[rows, slice] += (sum over planes of h[plane, slice, rows]) @ B.T. Grid (tiles, blocks of columns)."""
     tile = tl.program_id(0)
-    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
+    slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
+    rows, num_rows, entry = _rows_and_entry(tiles_ptr, tile, num_modules, first_module + slice_index, BLOCK_M)
     if num_rows == 0:
         return
-    slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
-    rows, m_mask, entry = _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, first_module + slice_index, BLOCK_M)
+    m_mask = _up_to(num_rows, BLOCK_M)
+    y_ptrs = y_ptr + rows * y_stride + column + n[None, :]
+    y = tl.load(y_ptrs, mask=m_mask & (n < out_size)[None, :], other=0.0)
     rank = tl.load(ranks_ptr + entry)
+    scale_start = tl.load(row_scales_ptr + entry)
+    b_ptr = _b(arena_ptr, offsets_ptr + entry, rank, in_size)
     if rank == 0:
         return
-    b_ptr = _b(arena_ptr, offsets_ptr + entry, rank, in_size)
     h_ptrs = h_ptr + slice_index * h_slice_stride + rows * h_row_stride
     delta = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if rank <= SMALL_RANK:
+        b = _load_b(b_ptr, n, 0, rank, out_size, SMALL_RANK)
         h = _load_h(h_ptrs, h_plane_stride, m_mask, 0, rank, NUM_PLANES, BLOCK_M, SMALL_RANK)
-        delta = _expand(delta, h, b_ptr, n, 0, rank, out_size, SMALL_RANK)
+        delta = _expand(delta, h, b, 0, rank, SMALL_RANK)
     else:
         for r_start in range(0, rank, BLOCK_R):
             h = _load_h(h_ptrs, h_plane_stride, m_mask, r_start, rank, NUM_PLANES, BLOCK_M, BLOCK_R)
-            delta = _expand(delta, h, b_ptr, n, r_start, rank, out_size, BLOCK_R)
-    scale_start = tl.load(row_scales_ptr + entry)
-    y_ptrs = y_ptr + rows * y_stride + column + n[None, :]
-    _add(y_ptrs, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr + column, HAS_BIAS)
+            delta = _expand(delta, h, _load_b(b_ptr, n, r_start, rank, out_size, BLOCK_R), r_start, rank, BLOCK_R)
+    _add(y_ptrs, y, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr + column, HAS_BIAS)
 
 
 @triton.jit
@@ -164,40 +167,46 @@ def fused_kernel(
 ):
     """y[rows, slice] += (x[rows] @ A.T) @ B.T, h made again for each block of columns. Grid as `expand_kernel`."""
     tile = tl.program_id(0)
-    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
+    slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
+    rows, num_rows, entry = _rows_and_entry(tiles_ptr, tile, num_modules, first_module + slice_index, BLOCK_M)
     if num_rows == 0:
         return
-    slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
-    rows, m_mask, entry = _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, first_module + slice_index, BLOCK_M)
+    m_mask = _up_to(num_rows, BLOCK_M)
+    y_ptrs = y_ptr + rows * y_stride + column + n[None, :]
+    y = tl.load(y_ptrs, mask=m_mask & (n < out_size)[None, :], other=0.0)
     rank = tl.load(ranks_ptr + entry)
-    if rank == 0:
-        return
+    scale_start = tl.load(row_scales_ptr + entry)
     a_ptr = arena_ptr + tl.multiple_of(tl.load(offsets_ptr + entry), _ALIGNMENT)
     b_ptr = _b(arena_ptr, offsets_ptr + entry, rank, in_size)
+    if rank == 0:
+        return
     x_ptrs = x_ptr + rows * x_stride
     delta = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if rank <= SMALL_RANK:
         h = _shrink(x_ptrs, a_ptr, m_mask, 0, rank, 0, in_size, part_size, BLOCK_M, SMALL_RANK, BLOCK_K)
-        delta = _expand(delta, h, b_ptr, n, 0, rank, out_size, SMALL_RANK)
+        delta = _expand(delta, h, _load_b(b_ptr, n, 0, rank, out_size, SMALL_RANK), 0, rank, SMALL_RANK)
     else:
         for r_start in range(0, rank, BLOCK_R):
             h = _shrink(x_ptrs, a_ptr, m_mask, r_start, rank, 0, in_size, part_size, BLOCK_M, BLOCK_R, BLOCK_K)
-            delta = _expand(delta, h, b_ptr, n, r_start, rank, out_size, BLOCK_R)
-    scale_start = tl.load(row_scales_ptr + entry)
-    y_ptrs = y_ptr + rows * y_stride + column + n[None, :]
-    _add(y_ptrs, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr + column, HAS_BIAS)
+            delta = _expand(delta, h, _load_b(b_ptr, n, r_start, rank, out_size, BLOCK_R), r_start, rank, BLOCK_R)
+    _add(y_ptrs, y, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr + column, HAS_BIAS)
 
 
 # ---- where things are -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _rows_and_entry(tiles_ptr, tile, num_rows, num_modules, module, BLOCK_M: tl.constexpr):
-    """Rows of the tile `[BLOCK_M, 1]`, which of them exist, and the entry of its slot's module in the tables."""
-    m = tl.arange(0, BLOCK_M)[:, None]
-    rows = tl.load(tiles_ptr + tile * 3).to(tl.int64) + m
+def _rows_and_entry(tiles_ptr, tile, num_modules, module, BLOCK_M: tl.constexpr):
+    """Rows of the tile `[BLOCK_M, 1]`, how many of them exist, and the entry of its slot's module in the tables."""
+    rows = tl.load(tiles_ptr + tile * 3).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+    num_rows = tl.load(tiles_ptr + tile * 3 + 1)
     slot = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int64)
-    return rows, m < num_rows, slot * num_modules + module
+    return rows, num_rows, slot * num_modules + module
+
+
+@triton.jit
+def _up_to(num_rows, BLOCK_M: tl.constexpr):
+    return tl.arange(0, BLOCK_M)[:, None] < num_rows
 
 
 @triton.jit
@@ -252,12 +261,18 @@ def _shrink(
 
 
 @triton.jit
-def _expand(delta, h, b_ptr, n, r_start, rank, out_size, RANKS: tl.constexpr):
-    """delta + h @ B.T over a block of ranks. What h has beyond the rank is no number that counts."""
+def _load_b(b_ptr, n, r_start, rank, out_size, RANKS: tl.constexpr):
+    """B.T of a block of ranks and columns."""
     b_stride = tl.cdiv(out_size, _OUT_STEP) * _OUT_STEP
     r = r_start + tl.arange(0, RANKS)
     b_mask = (r < rank)[:, None] & (n < b_stride)[None, :]
-    b = tl.load(b_ptr + r[:, None] * b_stride + n[None, :], mask=b_mask, other=0.0)
+    return tl.load(b_ptr + r[:, None] * b_stride + n[None, :], mask=b_mask, other=0.0)
+
+
+@triton.jit
+def _expand(delta, h, b, r_start, rank, RANKS: tl.constexpr):
+    """delta + h @ B.T over a block of ranks. What h has beyond the rank is no number that counts."""
+    r = r_start + tl.arange(0, RANKS)
     h = tl.where((r < rank)[None, :], h, 0.0)
     return tl.dot(h.to(b.dtype), b, delta, input_precision="ieee")
 
@@ -282,11 +297,10 @@ def _load_h(
 
 
 @triton.jit
-def _add(y_ptrs, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr, HAS_BIAS: tl.constexpr):
+def _add(y_ptrs, y, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr, HAS_BIAS: tl.constexpr):
     """Add to y and scale, in float32, rounding once."""
     n_mask = n < out_size
     mask = m_mask & n_mask[None, :]
-    y = tl.load(y_ptrs, mask=mask, other=0.0)
     result = y.to(tl.float32) + delta
     if scale_start >= 0:
         scale = tl.load(arena_ptr + scale_start + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
