@@ -15,6 +15,7 @@ from descant.scheduling.plan import (
     RowResult,
     StepPlan,
     StepResult,
+    TokenDraft,
     pack_ints,
     unpack_ints,
     validate_plan,
@@ -135,11 +136,14 @@ class FakeEngine:
     def _read(self, row: Row) -> list[int]:
         state = self.rows[row.row]
         state.blocks += unpack_ints(row.blocks)
-        slot = row.spans[0].adapter_slot
-        histories = self.history(state, "" if slot == NO_ADAPTER else self.arena.digest_in(slot))
+        histories = self.history(state, self._adapter(row))
         for position in range(state.num_computed):
             assert self._cache[self._slot(state, position)] == histories[position], f"position {position} is wrong"
         return histories
+
+    def _adapter(self, row: Row) -> str:
+        slot = row.spans[0].adapter_slot
+        return "" if slot == NO_ADAPTER else self.arena.digest_in(slot)
 
     def _write(self, row: Row, histories: list[int]) -> RowResult:
         state = self.rows[row.row]
@@ -151,7 +155,28 @@ class FakeEngine:
         if (error := self.row_error(state)) is not None:
             state.tokens += [0] * (end == len(state.tokens))  # a later step may have been planned with it
             return RowResult(row.row, start, error=error)
+        if isinstance(row.draft, TokenDraft):
+            return self._verify(row, row.draft, state, histories)
         return self._result(row, state, start, histories)
+
+    def _verify(self, row: Row, draft: TokenDraft, state: FakeRow, histories: list[int]) -> RowResult:
+        ids, parents = unpack_ints(draft.token_ids), unpack_ints(draft.parents)
+        assert state.num_computed == len(state.tokens), "a draft follows the last token"
+        for node in range(len(ids)):
+            self._cache[self._slot(state, state.num_computed + node)] = -1  # until it is accepted and moved
+        adapter, said, node = self._adapter(row), histories[-1:], -1
+        while True:
+            token_id = self.behavior(state, said[-1]) % self.limits.vocab_size
+            state.tokens.append(token_id)
+            children = [i for i, parent in enumerate(parents) if parent == node and ids[i] == token_id]
+            if not children:
+                break
+            node = children[0]
+            said.append(extend_history(said[-1], token_id, adapter))
+            self._cache[self._slot(state, state.num_computed)] = said[-1]
+            state.num_computed += 1
+        logprobs = logprob_rows(said, state.admit.num_logprobs) if state.admit.num_logprobs >= 0 else None
+        return RowResult(row.row, state.num_computed, pack_ints(state.tokens[-len(said) :]), logprobs)
 
     def _result(self, row: Row, state: FakeRow, start: int, histories: list[int]) -> RowResult:
         end, num_prompt = state.num_computed, state.admit.num_prompt_tokens

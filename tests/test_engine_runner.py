@@ -12,7 +12,17 @@ import torch
 import tiny_models
 from descant.adapters.prepare import AdapterWorker
 from descant.engine.runner import Engine
-from descant.scheduling.plan import AdapterSpan, Admit, Row, StepPlan, TokenDraft, pack_ints, unpack_floats, unpack_ints
+from descant.scheduling.plan import (
+    AdapterSpan,
+    Admit,
+    HeadsDraft,
+    Row,
+    StepPlan,
+    TokenDraft,
+    pack_ints,
+    unpack_floats,
+    unpack_ints,
+)
 from descant_client.errors import ConfigInvalid, InvalidRequest, UnsupportedRequest
 from descant_client.protocol import SamplingParams
 from engine_driver import GREEDY, Driver, Voice, engine_for
@@ -36,6 +46,10 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
 def admit(row: int = 0, tokens: list[int] = PROMPT, blocks: tuple[int, ...] = (3, 1), **changes: Any) -> Admit:
     values = {"num_prompt_tokens": len(tokens), "num_cached_tokens": 0, "sampling": GREEDY, "seed": 0}
     return Admit(row=row, token_ids=pack_ints(tokens), blocks=pack_ints(blocks), **values | changes)
+
+
+def draft(token_ids: list[int], parents: list[int]) -> TokenDraft:
+    return TokenDraft(pack_ints(token_ids), pack_ints(parents))
 
 
 def step(engine: Engine, *rows: Row, **plan: Any) -> list[tuple[int, list[int]]]:
@@ -103,6 +117,11 @@ def test_admitting_a_row_again_replaces_it(engine: Engine) -> None:
         (Row(0, 401), {"admit": (admit(tokens=PROMPT * 25, blocks=tuple(range(40))),)}, "exceed the engine's 400"),
         (Row(7, 1), {}, "is not a row"),
         (Row(0, 1, spans=(AdapterSpan(0, 8),)), {}, "adapter slot 8 does not exist"),
+        (Row(0, 1, draft=draft([1], [-1])), {}, "follows the row's last token"),
+        (Row(0, 20, draft=draft([1], [-1])), {}, "follows the row's last token"),
+        (Row(0, 1, draft=draft([1], [0])), {}, "parent does not come before"),
+        (Row(0, 1, draft=draft([199], [-1])), {}, "outside the vocabulary"),
+        (Row(0, 1, draft=draft([1] * 65, [-1] * 65)), {}, "65 nodes"),
     ],
 )
 def test_a_plan_that_contradicts_the_rows_is_refused_whole(engine: Engine, row: Row, plan: Any, reason: str) -> None:
@@ -113,9 +132,8 @@ def test_a_plan_that_contradicts_the_rows_is_refused_whole(engine: Engine, row: 
 
 
 def test_what_is_not_done_yet_is_refused(engine: Engine) -> None:
-    draft = TokenDraft(pack_ints([1]), pack_ints([-1]))
     with pytest.raises(UnsupportedRequest):
-        step(engine, Row(0, 1, draft=draft), admit=(admit(),))
+        step(engine, Row(0, 1, draft=HeadsDraft(3)), admit=(admit(),))
 
 
 def test_a_row_whose_logits_are_not_finite_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +221,7 @@ def test_a_version_is_staged_placed_and_moved_between_steps_and_stays_what_it_is
 
 def test_limits_and_info_describe_the_engine(engine: Engine) -> None:
     limits = {"num_blocks": 256, "block_size": 16, "max_context": 512, "vocab_size": 199, "num_adapter_slots": 8}
-    limits["max_steps_in_flight"] = 1
+    limits |= {"max_steps_in_flight": 1, "max_draft_nodes": 64}
     assert msgspec.structs.asdict(engine.limits) == limits
     info = dataclasses.asdict(engine.info)
     assert (info["dtype"], info["device"], info["eos_token_ids"]) == ("float32", "cpu", ())

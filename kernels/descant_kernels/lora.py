@@ -14,16 +14,16 @@ sizes up to about 512. This is arithmetic. The choice looks at the model's sizes
 So it is the same for a row in any company, in a prompt and after it, in a CUDA graph or not.
 
 *Tiles.* A tile of 16 rows loads A and B for 16 rows: at rank 64 four times the bytes of its x. So where two launches
-are made, large batches with long segments are cut into tiles of 32 rows. Batches of up to `MAX_SPLIT_ROWS` have too few
-tiles to fill a device, and so may larger ones: there the parts of a long reduction get programs of their own, each with
-its plane of h, and expand adds the planes in order; elsewhere one program adds all parts. Neither changes the order of a
-row's sums (see `lora_tiles`). Tiles stay below 64 rows: from there on a Hopper takes another tensor core instruction
-(wgmma) than for 16 (mma.sync), which may round otherwise.
+are made, large batches with long segments are cut into tiles of 32 rows. Batches of up to `MAX_SPLIT_ROWS` have too
+few tiles to fill a device, and so may larger ones: there the parts of a long reduction get programs of their own, each
+with its plane of h, and expand adds the planes in order; elsewhere one program adds all parts. Neither changes the
+order of a row's sums (see `lora_tiles`). Tiles stay below 64 rows: from there on a Hopper takes another tensor core
+instruction (wgmma) than for 16 (mma.sync), which may round otherwise.
 
-*Measured.* The sizes below were chosen on an H100, in CUDA graphs over the groups of an 8B layer (rank 16, bfloat16), as
-times of four groups. One row: 24 µs, of which 6 per group are the latency of two launches. 32 rows of 32 adapters: 90 µs
-(108.8 with 64 columns per program). 2,048 rows of one adapter: 256 µs (334 with tiles of 64 rows). That all forms give
-the same bits was seen there with tiles of 64 rows on two warps; with those of 32 rows, in the interpreter.
+*Measured.* The sizes below were chosen on an H100, in CUDA graphs over the groups of an 8B layer (rank 16, bfloat16),
+as times of four groups. One row: 24 µs, of which 6 per group are the latency of two launches. 32 rows of 32 adapters:
+90 µs (108.8 with 64 columns per program). 2,048 rows of one adapter: 256 µs (334 with tiles of 64 rows). That all forms
+give the same bits was seen there with tiles of 64 rows on two warps; with those of 32 rows, in the interpreter.
 
 *Scratch memory.* h is `[planes, slices, rows, highest rank in the batch]`, float32 if there are planes to add, else of
 the model's dtype. For q/k/v at rank 64 with 256 rows and 8 planes that is 1.5 MiB, with 8,192 rows 3 MiB; with an

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from descant.engine.sampling import SamplingRow
+from descant.engine.tree import TokenTree, ancestors
 from descant.engine.uploads import upload
-from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row
+from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row, TokenDraft
 from descant_client.protocol import SamplingParams
 from descant_kernels import AttentionBatch, Segments
 
@@ -97,10 +98,13 @@ class EngineRow:
         self._pending[self.num_tokens] = source
         self.append_token(0)
 
-    def resolve(self, position: int, token_id: int) -> None:
-        """Learn a pending token."""
-        del self._pending[position]
-        self._buffer[position] = token_id
+    def learn(self, position: int, token_id: int) -> None:
+        """Learn a token: a pending one, or the one that follows the last."""
+        if position == self.num_tokens:
+            self.append_token(token_id)
+        else:
+            del self._pending[position]
+            self._buffer[position] = token_id
 
     @property
     def has_pending(self) -> bool:
@@ -116,29 +120,35 @@ class EngineRow:
         if blocks:
             self._blocks = np.concatenate([self._blocks, np.frombuffer(blocks, dtype="<i4")])
 
-    def sampling_row(self) -> SamplingRow:
-        """What sampling the next token needs to know."""
-        admit = self._sampling
+    def sampling_row(self, drafted: Sequence[int] = ()) -> SamplingRow:
+        """What sampling the next token needs to know, or the one that follows it and the `drafted` ones."""
+        admit, output_ids = self._sampling, self.tokens(self.num_prompt_tokens, self.num_tokens)
+        if drafted:
+            output_ids = np.concatenate([output_ids, np.array(drafted, dtype=np.int64)])
         return SamplingRow(
             params=admit.sampling,
             seed=admit.seed,
             choice=admit.choice,
-            output_index=self.num_tokens - self.num_prompt_tokens,
+            output_index=len(output_ids),
             prompt_ids=torch.from_numpy(self.tokens(0, self.num_prompt_tokens)),
-            output_ids=torch.from_numpy(self.tokens(self.num_prompt_tokens, self.num_tokens)),
+            output_ids=torch.from_numpy(output_ids),
             num_logprobs=admit.num_logprobs,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """An engine row and its part in this step: positions `start` to `end`, packed from `first_token` on."""
+    """An engine row and its part in this step: positions `start` to `end`, packed from `first_token` on.
+
+    The nodes of its draft are packed behind them, and lie behind them in the cache.
+    """
 
     state: EngineRow
     planned: Row
     start: int
     end: int
     first_token: int
+    tree: TokenTree  # of one node where there is no draft
 
     @property
     def adapter_slot(self) -> int:
@@ -149,6 +159,28 @@ class ScheduledRow:
     def is_sampled(self) -> bool:
         """Whether its last known token is among the computed ones."""
         return self.end == self.state.num_tokens
+
+    @property
+    def num_packed(self) -> int:
+        """Its tokens in the batch."""
+        return self.end - self.start + self.tree.num_drafted
+
+    @property
+    def input_ids(self) -> NDArray[np.int64]:
+        """Those tokens, `[num_packed]`; 0 for pending ones."""
+        known = self.state.tokens(self.start, self.end)
+        return (
+            np.concatenate([known, np.array(self.tree.draft_ids, dtype=np.int64)]) if self.tree.num_drafted else known
+        )
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Where in the text they stand, `[num_packed]`."""
+        return np.concatenate([np.arange(self.start, self.end), self.end - 1 + self.tree.depths[1:]])
+
+    def sampling_rows(self) -> list[SamplingRow]:
+        """What sampling at each of its nodes needs to know."""
+        return [self.state.sampling_row(self.tree.said(node)) for node in range(len(self.tree.paths))]
 
     @property
     def num_scored(self) -> int:
@@ -169,13 +201,13 @@ class ForwardBatch:
     slot_mapping: Tensor  # [T] int64
     attention: AttentionBatch
     segments: Segments  # over T tokens
-    sampled_rows: tuple[ScheduledRow, ...]  # N of them, in packed order
-    sampled_tokens: Tensor  # [N] int64, index of each one's last token
+    sampled_rows: tuple[ScheduledRow, ...]  # in packed order; N nodes of their trees in all
+    sampled_tokens: Tensor  # [N] int64, index of each node's token
     sampled_segments: Segments  # over N rows of logits
 
     @property
     def is_decode(self) -> bool:
-        """Whether every row computes one token and is sampled."""
+        """Whether every row computes one token, without a draft, and is sampled."""
         return len(self.sampled_rows) == len(self.input_ids)
 
     @classmethod
@@ -187,6 +219,7 @@ class ForwardBatch:
         """Copy a batch from the CPU to a device, by one transfer that the host does not wait for."""
         if device.type == "cpu":
             return self
+        assert self.attention.ancestors is None, "drafts are verified where steps are not queued"
         attention, segments, sampled = self.attention, self.segments, self.sampled_segments
         ids, positions, slots, last, cu_seqlens_q, context_lens, tables, *rest = upload(
             [self.input_ids, self.positions, self.slot_mapping, self.sampled_tokens]
@@ -213,25 +246,26 @@ class ForwardBatch:
     def _on_host(cls, rows: Sequence[tuple[EngineRow, Row]], block_size: int) -> ForwardBatch:
         scheduled = _schedule(rows)
         states = [row.state for row in scheduled]
-        query_lens = np.array([row.end - row.start for row in scheduled])
+        query_lens = np.array([row.num_packed for row in scheduled])
         tables = _block_tables(states)
         owner = np.repeat(np.arange(len(scheduled)), query_lens)  # [T] row of each token
-        positions = np.concatenate([np.arange(row.start, row.end) for row in scheduled])
-        slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        places = np.concatenate([np.arange(row.start, row.start + row.num_packed) for row in scheduled])
+        slots = tables[owner, places // block_size].astype(np.int64) * block_size + places % block_size
         sampled = tuple(row for row in scheduled if row.is_sampled)
-        last_tokens = np.array([row.first_token + row.end - row.start - 1 for row in sampled], dtype=np.int64)
-        input_ids = np.concatenate([row.state.tokens(row.start, row.end) for row in scheduled])
+        sampled_tokens = [
+            np.arange(row.first_token + row.end - row.start - 1, row.first_token + row.num_packed) for row in sampled
+        ]
         return cls(
             rows=scheduled,
-            input_ids=torch.from_numpy(input_ids),
+            input_ids=torch.from_numpy(np.concatenate([row.input_ids for row in scheduled])),
             sources=_sources(scheduled),
-            positions=torch.from_numpy(positions),
+            positions=torch.from_numpy(np.concatenate([row.positions for row in scheduled])),
             slot_mapping=torch.from_numpy(slots),
-            attention=_attention(query_lens, [row.end for row in scheduled], tables),
-            segments=_segments([(row.adapter_slot, row.end - row.start) for row in scheduled]),
+            attention=_attention(query_lens, scheduled, tables),
+            segments=_segments([(row.adapter_slot, row.num_packed) for row in scheduled]),
             sampled_rows=sampled,
-            sampled_tokens=torch.from_numpy(last_tokens),
-            sampled_segments=_segments([(row.adapter_slot, 1) for row in sampled]),
+            sampled_tokens=torch.from_numpy(np.concatenate(sampled_tokens or [np.empty(0, dtype=np.int64)])),
+            sampled_segments=_segments([(row.adapter_slot, len(row.tree.paths)) for row in sampled]),
         )
 
 
@@ -241,8 +275,9 @@ def _schedule(rows: Sequence[tuple[EngineRow, Row]]) -> tuple[ScheduledRow, ...]
     scheduled, first_token = [], 0
     for state, planned in ordered:
         end = state.num_computed + planned.num_new_tokens
-        scheduled.append(ScheduledRow(state, planned, state.num_computed, end, first_token))
-        first_token += planned.num_new_tokens
+        draft = planned.draft if isinstance(planned.draft, TokenDraft) else None
+        scheduled.append(ScheduledRow(state, planned, state.num_computed, end, first_token, TokenTree.of(draft)))
+        first_token += scheduled[-1].num_packed
     return tuple(scheduled)
 
 
@@ -259,15 +294,35 @@ def _block_tables(states: Sequence[EngineRow]) -> NDArray[np.int32]:
     return tables
 
 
-def _attention(query_lens: NDArray[np.int64], context_lens: list[int], tables: NDArray[np.int32]) -> AttentionBatch:
+def _attention(
+    query_lens: NDArray[np.int64], rows: Sequence[ScheduledRow], tables: NDArray[np.int32]
+) -> AttentionBatch:
     cu_seqlens_q = (0, *accumulate(query_lens.tolist()))
+    context_lens = [row.start + row.num_packed for row in rows]
+    prefix_lens = [row.start if row.tree.num_drafted else -1 for row in rows]  # -1: no tree
+    has_trees = max(prefix_lens) >= 0
     return AttentionBatch(
         cu_seqlens_q=torch.tensor(cu_seqlens_q, dtype=torch.int32),
         context_lens=torch.tensor(context_lens, dtype=torch.int32),
         block_tables=torch.from_numpy(tables),
         host_cu_seqlens_q=cu_seqlens_q,
         host_context_lens=tuple(context_lens),
+        ancestors=torch.from_numpy(_ancestors(rows)) if has_trees else None,
+        prefix_lens=torch.tensor(prefix_lens, dtype=torch.int32) if has_trees else None,
+        host_prefix_lens=tuple(prefix_lens) if has_trees else None,
     )
+
+
+def _ancestors(rows: Sequence[ScheduledRow]) -> NDArray[np.int32]:
+    """See `AttentionBatch`; rows without a draft are ignored there."""
+    trees = [row for row in rows if row.tree.num_drafted]
+    nodes = ancestors([row.tree for row in trees], [row.start for row in trees])
+    table = np.full((sum(row.num_packed for row in rows), nodes.shape[1]), -1, dtype=np.int32)
+    first = 0
+    for row in trees:
+        table[row.first_token : row.first_token + row.num_packed] = nodes[first : first + row.num_packed]
+        first += row.num_packed
+    return table
 
 
 def _segments(lengths: list[tuple[int, int]]) -> Segments:

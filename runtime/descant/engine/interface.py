@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from descant.engine.arch import Dtype
-from descant.scheduling.plan import Admit, EngineLimits, Row, StepPlan, StepResult, validate_plan
+from descant.scheduling.plan import Admit, EngineLimits, Row, StepPlan, StepResult, num_drafted, validate_plan
 from descant_client.errors import InvalidRequest
 
 _INT_BYTES = 4
@@ -154,7 +154,7 @@ def check_plan(
     validate_plan(plan, limits, tuple(rows))
     if len(plan.copy_blocks) % _PAIR_BYTES:
         raise InvalidRequest("copy_blocks", "is not made of pairs")
-    num_new_tokens = sum(row.num_new_tokens for row in plan.rows)
+    num_new_tokens = sum(row.num_new_tokens + num_drafted(row) for row in plan.rows)
     if num_new_tokens > max_num_batched_tokens:
         raise InvalidRequest("rows", f"{num_new_tokens} new tokens exceed the engine's {max_num_batched_tokens}")
     admitted = {admit.row: admit for admit in plan.admit}
@@ -169,12 +169,15 @@ def _check_row(row: Row, admit: Admit | None, rows: Mapping[int, RowCounts], lim
     else:
         state = rows[row.row]
         num_computed, num_tokens, num_blocks = state.num_computed, state.num_tokens, state.num_blocks
+    drafted = num_drafted(row)
     end = num_computed + row.num_new_tokens
     num_slots = (num_blocks + len(row.blocks) // _INT_BYTES) * limits.block_size
-    for limit, what in (
-        (num_tokens, "known tokens"),
-        (num_slots, "positions of its blocks"),
-        (limits.max_context, "positions of the context"),
+    if drafted and (row.num_new_tokens != 1 or end != num_tokens):
+        raise InvalidRequest(f"rows[{row.row}].draft", "it follows the row's last token, computed alone")
+    for last, limit, what in (
+        (end, num_tokens, "known tokens"),
+        (end + drafted, num_slots, "positions of its blocks"),
+        (end + drafted, limits.max_context, "positions of the context"),
     ):
-        if end > limit:
-            raise InvalidRequest(f"rows[{row.row}]", f"position {end - 1} is beyond the {limit} {what}")
+        if last > limit:
+            raise InvalidRequest(f"rows[{row.row}]", f"position {last - 1} is beyond the {limit} {what}")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from descant.engine.arch import DecoderConfig
 from descant_client.errors import ConfigInvalid
-from descant_kernels import copy_blocks
+from descant_kernels import copy_blocks, move_kv
 
 
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -48,3 +48,13 @@ class KVCache:
         src_blocks, dst_blocks = pairs.unbind(1)
         for cache in (*self.keys, *self.values):
             copy_blocks(cache, src_blocks, dst_blocks)
+
+    def move_slots(self, pairs: Tensor) -> None:
+        """Move single positions in every layer, as if all were read before any is written.
+
+        Args:
+          pairs: `[M, 2]` int64, source and destination slots (block * block_size + offset); no destination twice.
+        """
+        src_slots, dst_slots = pairs.unbind(1)
+        for keys, values in zip(self.keys, self.values, strict=True):
+            move_kv(keys, values, src_slots, dst_slots)

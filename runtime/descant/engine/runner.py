@@ -2,7 +2,8 @@
 
 On a CPU a step is done when `launch` returns. On a GPU it is only queued then, so that the next one can be laid out
 meanwhile: a row's newest token is *pending*, known to the device alone, until its step is resolved. Steps with
-penalties or filters are sampled with the host's help; they resolve all steps before them and wait.
+penalties or filters are sampled with the host's help; they resolve all steps before them and wait. Drafts are verified
+only where no step is queued.
 
 Whatever differs on a GPU lies in `graphs`, `uploads` and `memory`, which say what has never run on one.
 """
@@ -14,7 +15,6 @@ from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,22 +29,23 @@ from descant.engine.interface import EngineInfo, EngineOptions, check_plan
 from descant.engine.kv_cache import KVCache, blocks_within
 from descant.engine.memory import memory_shares
 from descant.engine.rotary import rope_tables
-from descant.engine.sampling import NOT_FINITE, SampledToken, Sampler
+from descant.engine.row_results import concatenated, row_result
+from descant.engine.sampling import Sampler
+from descant.engine.tree import Accepted, accept
 from descant.engine.uploads import upload
 from descant.engine.weights import load_weights
 from descant.scheduling.plan import (
     EngineLimits,
     LogprobRows,
-    RowResult,
     StepPlan,
     StepResult,
-    pack_ints,
     unpack_ints,
 )
 from descant_kernels import LoraTables, Segments, probe_invariance
 
 _CPU = torch.device("cpu")
 _SMALL_PRODUCT = 1 << 20  # weights of one projection
+_MAX_DRAFT_NODES = 64  # of one row
 _SCORED_AT_ONCE = 256  # prompt positions whose logits are in memory together
 
 
@@ -104,6 +105,7 @@ class Engine:
             vocab_size=self.config.vocab_size,
             num_adapter_slots=options.num_adapter_slots,
             max_steps_in_flight=options.pipeline_depth,
+            max_draft_nodes=_MAX_DRAFT_NODES if options.pipeline_depth == 1 else 0,
         )
         self._graphs = self._new_graphs(CudaCapture(self._device)) if self._device.type == "cuda" else None
         self.info = self._new_info(weights.num_parameters)
@@ -245,10 +247,11 @@ class Engine:
         step = _StepInFlight(plan, started, batch.rows, batch.sampled_rows, draw, prompt_logprobs)
         for row in batch.rows:
             row.state.num_computed = row.end
-        for row, source in zip(batch.sampled_rows, draw.sources, strict=True):
-            row.state.append_pending(source)
         if draw.is_known:
             self._resolve(step)
+            return step
+        for row, source in zip(batch.sampled_rows, draw.sources, strict=True):
+            row.state.append_pending(source)
         return step
 
     def _forward(self, batch: ForwardBatch, lora: LoraTables) -> tuple[Tensor, Segments, dict[int, LogprobRows]]:
@@ -264,27 +267,41 @@ class Engine:
 
     def _draw(self, logits: Tensor, rows: tuple[ScheduledRow, ...]) -> Draw:
         """Sample `logits`, `[N, V]`: on the device alone if it can be done and pays, else with the host's help."""
-        if self._draws_later and not any(needs_host(row.state.sampling) for row in rows):
-            return draw_later(logits, [row.state.sampling_row() for row in rows], self._pending.put)
+        nodes = [node for row in rows for node in row.sampling_rows()]
+        if self._draws_later and not any(needs_host(node.params) for node in nodes):
+            return draw_later(logits, nodes, self._pending.put)
         for step in self._in_flight:  # in order, for a row that one of these lost stays lost
             if step.result is None:
                 self._resolve(step)
-        return DrawnAlready(self._sampler.sample(logits, [row.state.sampling_row() for row in rows]))
+        return DrawnAlready(self._sampler.sample(logits, nodes))
 
     def _resolve(self, step: _StepInFlight) -> StepResult:
         """Wait for a step, tell its rows their tokens, and make its result."""
-        drawn = step.draw.tokens()
-        sampled = {row.state.row: token for row, token in zip(step.sampled_rows, drawn, strict=True)}
+        rows = step.sampled_rows
+        walks = accept([row.tree for row in rows], step.draw.tokens()) if rows else []
+        self._move_accepted(rows, walks)
+        accepted = {row.state.row: walk for row, walk in zip(rows, walks, strict=True)}
         results = {
-            row.state.row: _finish(row, sampled.get(row.state.row), step.prompt_logprobs.get(row.state.row))
+            row.state.row: row_result(row, accepted.get(row.state.row), step.prompt_logprobs.get(row.state.row))
             for row in step.rows
         }
         ended = time.perf_counter()
         device_s = ended - max(step.started, self._last_end)  # it waits for the step before
         self._last_end = ended
-        rows = tuple(results[row.row] for row in step.plan.rows)
-        step.result = StepResult(step.plan.epoch, step.plan.step, rows, device_s)
+        row_results = tuple(results[row.row] for row in step.plan.rows)
+        step.result = StepResult(step.plan.epoch, step.plan.step, row_results, device_s)
         return step.result
+
+    def _move_accepted(self, rows: tuple[ScheduledRow, ...], walks: list[Accepted]) -> None:
+        """Move the K/V of the nodes that were followed to where plain decoding would have put it."""
+        block_size, pairs = self.limits.block_size, list[tuple[int, int]]()
+        for row, walk in zip(rows, walks, strict=True):
+            moves = [
+                (row.end - 1 + node, row.end - 1 + depth) for depth, node in enumerate(walk.nodes) if node != depth
+            ]
+            pairs += [tuple(_slot(row.state, position, block_size) for position in move) for move in moves]
+        if pairs:
+            self._cache.move_slots(torch.tensor(pairs))
 
     def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> LogprobRows:
         """Log-probabilities of the prompt tokens that follow the row's computed positions."""
@@ -296,39 +313,11 @@ class Engine:
             logits = self._decoder.logits(hidden[begin : begin + count], segments, self._arena.tables())
             targets = row.state.tokens(row.start + first + 1, row.start + first + 1 + count)
             parts.append(self._sampler.logprob_rows(logits, torch.from_numpy(targets), row.planned.num_prompt_logprobs))
-        return _concatenated(parts)
+        return concatenated(parts)
 
 
-def _finish(row: ScheduledRow, sampled: SampledToken | None, prompt_logprobs: LogprobRows | None) -> RowResult:
-    """Note in the row's state what was sampled, and report what was computed. A lost row stays lost."""
-    state = row.state
-    if sampled is not None:
-        state.resolve(row.end, max(0, sampled.token_id))
-        state.error = state.error or sampled.error
-    if prompt_logprobs is not None and not _is_finite(prompt_logprobs):
-        state.error = state.error or NOT_FINITE
-        prompt_logprobs = None
-    if state.error is not None:
-        return RowResult(state.row, row.end, prompt_logprobs=prompt_logprobs, error=state.error)
-    if sampled is None:
-        return RowResult(state.row, row.end, prompt_logprobs=prompt_logprobs)
-    return RowResult(state.row, row.end, pack_ints([sampled.token_id]), sampled.logprobs, prompt_logprobs)
-
-
-def _is_finite(logprobs: LogprobRows) -> bool:
-    return all(
-        bool(np.isfinite(np.frombuffer(packed, dtype="<f4")).all()) for packed in (logprobs.chosen, logprobs.top)
-    )
-
-
-def _concatenated(parts: list[LogprobRows]) -> LogprobRows:
-    return LogprobRows(
-        num_tokens=sum(part.num_tokens for part in parts),
-        num_top=parts[0].num_top,
-        chosen=b"".join(part.chosen for part in parts),
-        top_ids=b"".join(part.top_ids for part in parts),
-        top=b"".join(part.top for part in parts),
-    )
+def _slot(state: EngineRow, position: int, block_size: int) -> int:
+    return int(state.blocks[position // block_size]) * block_size + position % block_size
 
 
 def _default_num_threads(config: DecoderConfig) -> int:

@@ -21,6 +21,7 @@ class ExecutorLife:
         self.gate = AdapterGate(limits.num_adapter_slots, adapter_bytes, epoch)
         self.num_steps = 0  # completed
         self.max_steps_in_flight = limits.max_steps_in_flight
+        self.max_draft_nodes = limits.max_draft_nodes
         # Tokens of a sequence, prompt and output: it must be able to run alone.
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
         self._drops: list[int] = []  # rows the engine still has and no longer needs
@@ -80,10 +81,23 @@ class ExecutorLife:
             sequence.block_table += new
         return new
 
+    def room_behind(self, sequence: Sequence, num_wanted: int, num_running: int) -> list[int]:
+        """Give the sequence blocks for so many tokens behind its last; return the new ones, none if few are free.
+
+        A guess is worth nobody's place: a block stays free for everybody who runs.
+        """
+        num_missing = self.blocks.num_blocks_for(sequence.num_tokens + num_wanted) - len(sequence.block_table)
+        if not 0 < num_missing <= self.blocks.num_available - num_running:
+            return []
+        new = self.blocks.allocate(num_missing, after=sequence.block_table[-1])
+        assert new is not None, "as many blocks were available"
+        sequence.block_table += new
+        return new
+
     def register(self, sequence: Sequence) -> None:
-        """Offer the blocks that the sequence has filled to the prefix cache."""
+        """Offer the blocks that the sequence has filled to the prefix cache, as far as its tokens are known."""
         size = self.blocks.block_size
-        num_full = sequence.num_computed // size
+        num_full = min(sequence.num_computed, sequence.num_tokens) // size
         for index in range(sequence.num_registered, num_full):
             self.blocks.register(sequence.block_table[index], hash_of(sequence, index, size))
         sequence.num_registered = num_full

@@ -64,7 +64,7 @@ class AdapterSpan(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenDraft(msgspec.Struct, frozen=True, tag="tokens"):
-    """A token tree to verify: `parents[i]` is the node before node i, -1 for the row's last token."""
+    """A token tree to verify: `parents[i]` is the node before node i (smaller than i), -1 for the row's last token."""
 
     token_ids: bytes
     parents: bytes
@@ -104,7 +104,9 @@ class Row(msgspec.Struct, frozen=True):
     to the row, so that the next step needs no ids. `input_ids` empty means LAST: the row's own tokens; otherwise the
     packed ids are appended to the row first. `blocks` are packed ids appended to its block table, enough for the
     longest case. `num_prompt_logprobs` >= 0 asks for the log-probability of each token that follows a computed
-    prompt position.
+    prompt position. A row with a draft computes nothing but its last known token and the draft's nodes, which lie
+    in the cache behind it in their order, so its blocks must reach that far; its result carries every token that
+    was sampled on the way through the tree, and the K/V of that way is moved into place.
     """
 
     row: int
@@ -144,7 +146,7 @@ class RowResult(msgspec.Struct, frozen=True):
 
     row: int
     num_computed: int
-    token_ids: bytes = b""  # sampled in this step, packed
+    token_ids: bytes = b""  # sampled in this step, packed; several where a draft was followed
     logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None  # of the prompt tokens after the computed positions
     error: str | None = None
@@ -162,7 +164,8 @@ class StepResult(msgspec.Struct, frozen=True):
 class EngineLimits(msgspec.Struct, frozen=True):
     """What an engine can do; `validate_plan` holds a plan against it.
 
-    With `max_steps_in_flight` above 1 it takes a plan before it has answered the one before.
+    With `max_steps_in_flight` above 1 it takes a plan before it has answered the one before. A row's draft has at
+    most `max_draft_nodes` nodes; 0: this engine verifies none.
     """
 
     num_blocks: int
@@ -171,6 +174,7 @@ class EngineLimits(msgspec.Struct, frozen=True):
     vocab_size: int
     num_adapter_slots: int
     max_steps_in_flight: int = 1
+    max_draft_nodes: int = 0
 
 
 def validate_plan(plan: StepPlan, limits: EngineLimits, rows: Sequence[int] = ()) -> None:
@@ -216,8 +220,10 @@ def _validate_row(row: Row, limits: EngineLimits, where: str) -> None:
     for span in row.spans:
         if not NO_ADAPTER <= span.adapter_slot < limits.num_adapter_slots:
             raise InvalidRequest(where, f"adapter slot {span.adapter_slot} does not exist")
+    if isinstance(row.draft, TokenDraft):
+        _validate_draft(row.draft, limits, f"{where}.draft")
     unsupported = {
-        "draft": row.draft,
+        "draft": row.draft if isinstance(row.draft, HeadsDraft) else None,
         "positions": row.positions,
         "allowed_tokens": row.allowed_tokens,
         "input_ids": row.input_ids or None,
@@ -226,6 +232,25 @@ def _validate_row(row: Row, limits: EngineLimits, where: str) -> None:
     for field, value in unsupported.items():
         if value is not None:
             raise UnsupportedRequest(f"{where}.{field}", "this engine does not do it yet")
+
+
+def _validate_draft(draft: TokenDraft, limits: EngineLimits, where: str) -> None:
+    token_ids, parents = _ints(draft.token_ids, where), _ints(draft.parents, where)
+    if not limits.max_draft_nodes:
+        raise UnsupportedRequest(where, "this engine verifies no drafts")
+    if len(token_ids) != len(parents) or not 0 < len(token_ids) <= limits.max_draft_nodes:
+        raise InvalidRequest(
+            where, f"{len(token_ids)} nodes with {len(parents)} parents; 1 to {limits.max_draft_nodes}"
+        )
+    if min(token_ids) < 0 or max(token_ids) >= limits.vocab_size:
+        raise InvalidRequest(where, f"a token id is outside the vocabulary of {limits.vocab_size}")
+    if not all(-1 <= parent < node for node, parent in enumerate(parents)):
+        raise InvalidRequest(where, "a parent does not come before its node")
+
+
+def num_drafted(row: Row) -> int:
+    """Return how many nodes of a draft the row verifies."""
+    return len(row.draft.token_ids) // 4 if isinstance(row.draft, TokenDraft) else 0
 
 
 def _ints(data: bytes, where: str) -> list[int]:

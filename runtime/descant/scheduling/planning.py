@@ -89,6 +89,7 @@ class Planner:
     def _plan_decodes(self) -> None:
         life, running, builder = self._life, self._running, self._builder
         block_size, index = life.blocks.block_size, 0
+        num_spare = (builder.num_tokens_left - len(running)) // (2 * max(1, len(running)))  # nodes of each draft
         while index < len(running):
             sequence = running[index]
             num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
@@ -98,12 +99,24 @@ class Planner:
             elif num_tokens >= sequence.token_limit and sequence.num_pending:
                 continue  # it ends with a token that is in flight
             elif num_tokens <= len(sequence.block_table) * block_size:
-                builder.decode(sequence)
+                self._decode(sequence, [], num_spare)
             elif (new_blocks := life.grow(sequence)) is not None:
-                builder.decode(sequence, new_blocks)
+                self._decode(sequence, new_blocks, num_spare)
             elif self._moves.may_preempt():
                 self._preempt(growth_victim(self._fairness, running, sequence))
                 index = bisect_left(running, sequence.id, key=by_arrival)  # it tries again, if it is still there
+
+    def _decode(self, sequence: Sequence, new_blocks: list[int], num_spare: int) -> None:
+        """Plan the sequence's next token, and a draft of those behind it where somebody guesses and there is room."""
+        drafter, life = sequence.drafter, self._life
+        limit = min(life.max_draft_nodes, num_spare, sequence.token_limit - sequence.num_tokens - 1)
+        tree = drafter.draft(sequence, limit) if drafter is not None and limit > 0 else None
+        if tree is not None:
+            new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
+            if sequence.num_tokens + len(tree.token_ids) <= len(sequence.block_table) * life.blocks.block_size:
+                self._builder.verify(sequence, tree, new_blocks)
+                return
+        self._builder.decode(sequence, new_blocks or None)
 
     # ---- prompts of running sequences -----------------------------------------------------------------------------
 

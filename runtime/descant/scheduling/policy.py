@@ -265,7 +265,7 @@ class Policy(Transitions):
             self._finish(sequence, "error", error)
             return
         if is_sampled:
-            self._take_tokens(sequence, take_sampled(sequence, result), now)
+            self._take_tokens(sequence, take_sampled(life, sequence, result), now)
 
     def _take_tokens(self, sequence: Sequence, num_new: int, now: float) -> None:
         if sequence.first_token_s is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from descant.scheduling.drafting import depth_of
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.plan import LogprobRows, Row, RowResult, unpack_ints
+from descant.scheduling.ngram import DraftTree
+from descant.scheduling.plan import Draft, LogprobRows, Row, RowResult, TokenDraft, unpack_ints
 from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
 from descant_client.errors import InternalError
 
@@ -18,7 +20,14 @@ def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowR
         raise InternalError(result.error)
     start, end = sequence.num_computed, sequence.num_computed + row.num_new_tokens
     is_sampled = end == len(sequence.prompt_ids) + len(sequence.output_ids)
-    if result.num_computed != end or (len(result.token_ids) == 4) != is_sampled:
+    num_sampled = len(result.token_ids) // 4
+    if row.draft is not None and num_sampled:
+        num_accepted = _take_verdict(sequence, row.draft, num_sampled)
+        sequence.num_planned += num_accepted  # it was planned as if nothing came of the draft
+        end += num_accepted
+    elif num_sampled != is_sampled:
+        raise InternalError("the engine computed something else than was planned")
+    if result.num_computed != end:
         raise InternalError("the engine computed something else than was planned")
     sequence.num_computed = end
     if result.prompt_logprobs is not None:
@@ -28,7 +37,19 @@ def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowR
     return is_sampled
 
 
-def take_sampled(sequence: Sequence, result: RowResult) -> int:
+def _take_verdict(sequence: Sequence, draft: Draft, num_sampled: int) -> int:
+    """Tell the sequence's drafter how its draft fared; return how many of its tokens came true."""
+    assert isinstance(draft, TokenDraft), "nothing else is planned"
+    assert sequence.drafter is not None, "who drafts has a drafter"
+    depth = depth_of(DraftTree(tuple(unpack_ints(draft.token_ids)), tuple(unpack_ints(draft.parents))))
+    num_accepted = num_sampled - 1
+    if num_accepted > depth:
+        raise InternalError("the engine accepted more than was drafted")
+    sequence.drafter.learn(depth, num_accepted)
+    return num_accepted
+
+
+def take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> int:
     """Append what was sampled, up to what ends the sequence; return how many tokens."""
     sequence.num_pending -= 1
     if len(result.token_ids) == 4:
@@ -36,7 +57,10 @@ def take_sampled(sequence: Sequence, result: RowResult) -> int:
     else:
         token_ids = unpack_ints(result.token_ids)
     logprobs: list[TokenLogprobs] = [] if result.logprobs is None else unpack_logprobs(result.logprobs, token_ids)
-    return sequence.append(token_ids, logprobs)
+    num_new = sequence.append(token_ids, logprobs)
+    if num_new > 1:
+        life.register(sequence)  # what a draft has filled, now that its tokens are known
+    return num_new
 
 
 def _put_prompt_logprobs(sequence: Sequence, start: int, rows: LogprobRows) -> None:

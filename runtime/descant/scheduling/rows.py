@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from descant.scheduling.plan import NO_LOGPROBS, Admit, Row, StepPlan, pack_ints
+from descant.scheduling.ngram import DraftTree
+from descant.scheduling.plan import NO_LOGPROBS, Admit, Row, StepPlan, TokenDraft, num_drafted, pack_ints
 from descant.scheduling.sequence import Sequence
 
 
@@ -41,6 +42,14 @@ class StepBuilder:
         self._rows.append(row)
         self._sequences.append(sequence)
         self.num_tokens_left -= 1
+
+    def verify(self, sequence: Sequence, tree: DraftTree, new_blocks: list[int]) -> None:
+        """Compute the sequence's last token, and the nodes of a draft behind it."""
+        assert sequence.spans is not None, "a running sequence has its adapter"
+        draft = TokenDraft(pack_ints(tree.token_ids), pack_ints(tree.parents))
+        self._rows.append(Row(sequence.id, 1, sequence.spans, pack_ints(new_blocks), draft=draft))
+        self._sequences.append(sequence)
+        self.num_tokens_left -= 1 + len(tree.token_ids)
 
     def has_prompt_of(self, sequence: Sequence) -> bool:
         """Return whether `prefill` or `admit` was called with the sequence."""
@@ -82,7 +91,8 @@ class StepBuilder:
         index = next((i for i, one in enumerate(self._sequences) if one is sequence), None)
         if index is None:
             return
-        self.num_tokens_left += self._rows.pop(index).num_new_tokens
+        row = self._rows.pop(index)
+        self.num_tokens_left += row.num_new_tokens + num_drafted(row)
         del self._sequences[index]
         self._prompts.discard(sequence.id)
         if any(admit.row == sequence.id for admit in self._admits):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from descant.scheduling.drafting import Drafter
 from descant.scheduling.plan import NO_LOGPROBS, AdapterSpan, LogprobRows, Row, unpack_floats, unpack_ints
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError
@@ -75,6 +76,7 @@ class Sequence:
     principal: str = ""  # whose it is, for fairness
     weight: float = 1.0  # of the principal: its share against others'
     max_queued: int | None = None  # of the principal: sequences that may wait; None: the server's limit
+    drafter: Drafter | None = None  # guesses what comes next; None: it decodes plainly
     received_s: float = 0.0  # on the policy's clock: when the request came to the server
     queue_deadline_s: float | None = None  # by then it must have run
     deadline_s: float | None = None  # by then it must have ended

@@ -1,0 +1,50 @@
+"""What a resolved step says of its rows, and what they learn from it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from descant.engine.batch import ScheduledRow
+from descant.engine.sampling import NOT_FINITE
+from descant.engine.tree import Accepted
+from descant.scheduling.plan import LogprobRows, RowResult, pack_ints
+
+
+def row_result(row: ScheduledRow, accepted: Accepted | None, prompt_logprobs: LogprobRows | None) -> RowResult:
+    """Note in the row's state what was sampled, and report what was computed. A lost row stays lost."""
+    state, tokens = row.state, () if accepted is None else accepted.tokens
+    for position, token in enumerate(tokens, start=row.end):
+        state.learn(position, max(0, token.token_id))
+        state.error = state.error or token.error
+    num_computed = row.end + max(0, len(tokens) - 1)
+    state.num_computed = max(state.num_computed, num_computed)  # steps launched since may have gone further
+    if prompt_logprobs is not None and not _is_finite(prompt_logprobs):
+        state.error = state.error or NOT_FINITE
+        prompt_logprobs = None
+    if state.error is not None:
+        return RowResult(state.row, row.end, prompt_logprobs=prompt_logprobs, error=state.error)
+    logprobs = [token.logprobs for token in tokens if token.logprobs is not None]
+    return RowResult(
+        state.row,
+        num_computed,
+        pack_ints([token.token_id for token in tokens]),
+        concatenated(logprobs) if logprobs else None,
+        prompt_logprobs,
+    )
+
+
+def _is_finite(logprobs: LogprobRows) -> bool:
+    return all(
+        bool(np.isfinite(np.frombuffer(packed, dtype="<f4")).all()) for packed in (logprobs.chosen, logprobs.top)
+    )
+
+
+def concatenated(parts: list[LogprobRows]) -> LogprobRows:
+    """Join log-probabilities of successive tokens, all with as many alternatives."""
+    return LogprobRows(
+        num_tokens=sum(part.num_tokens for part in parts),
+        num_top=parts[0].num_top,
+        chosen=b"".join(part.chosen for part in parts),
+        top_ids=b"".join(part.top_ids for part in parts),
+        top=b"".join(part.top for part in parts),
+    )

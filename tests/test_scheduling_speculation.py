@@ -1,0 +1,192 @@
+"""Drafts in the schedule: sequences get the tokens they would have got without, in fewer steps."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+
+from descant.scheduling.drafting import FIRST_DEPTH, MAX_DEPTH, MAX_PAUSE, Drafter, depth_of
+from descant.scheduling.ngram import DraftTree
+from descant.scheduling.sequence import Sequence
+from fake_model import FakeRow, hash_history
+from fakes import LIMITS, FakeEngine, Loop, counter, echo, version
+
+DRAFTING = msgspec.structs.replace(LIMITS, max_draft_nodes=16)
+
+
+def of_three(row: FakeRow, history: int) -> int:
+    """Tokens that depend on everything before them, and still repeat all the time."""
+    return hash_history(row, history) % 3
+
+
+def loop(num_blocks: int = 64, behavior: object = of_three, **budgets: int) -> Loop:
+    limits = msgspec.structs.replace(DRAFTING, num_blocks=num_blocks)
+    return Loop(FakeEngine(limits, behavior), **budgets)  # type: ignore[arg-type]
+
+
+def submit(loop: Loop, with_drafts: bool, **fields: object) -> list[Sequence]:
+    """Submit eight sequences of all kinds."""
+    dice, sequences = random.Random(5), list[Sequence]()
+    for seed in range(8):
+        prompt = [dice.randrange(3) for _ in range(dice.randint(1, 30))]
+        adapter = dice.choice([None, version("a")])
+        drafter = Drafter() if with_drafts else None
+        sequences += loop.submit(
+            prompt, seed=seed, max_tokens=40, adapter=adapter, num_logprobs=2, drafter=drafter, **fields
+        )
+    return sequences
+
+
+def said(sequences: list[Sequence]) -> list[object]:
+    return [(one.output_ids, one.output_logprobs, one.finish_reason) for one in sequences]
+
+
+def undisturbed() -> list[object]:
+    plain = loop()
+    sequences = submit(plain, with_drafts=False)
+    plain.run()
+    return said(sequences)
+
+
+def num_drafted(loop: Loop) -> int:
+    return sum(row.draft is not None for plan in loop.engine.plans for row in plan.rows)
+
+
+@pytest.mark.parametrize("num_blocks", [64, 20, 18])  # 18: one sequence at a time
+def test_sequences_say_the_same_with_drafts_however_few_blocks_there_are(num_blocks: int) -> None:
+    drafting = loop(num_blocks)
+    sequences = submit(drafting, with_drafts=True)
+
+    drafting.run()
+
+    assert said(sequences) == undisturbed()
+    assert sum(one.drafter.num_accepted for one in sequences if one.drafter) > 30
+
+
+def test_sequences_say_the_same_when_executors_die_between_drafts() -> None:
+    drafting = loop()
+    sequences = submit(drafting, with_drafts=True)
+
+    for _ in range(12):
+        for _ in range(4):
+            while drafting.loads:
+                drafting.finish_load()
+            drafting.step()
+        drafting.crash()
+    drafting.run()
+
+    assert said(sequences) == undisturbed()
+    assert num_drafted(drafting) > 10
+
+
+def test_text_that_repeats_takes_a_fraction_of_the_steps() -> None:
+    drafting = loop(behavior=echo)
+    (sequence,) = drafting.submit([5, 6, 7, 8], max_tokens=100, drafter=Drafter())
+
+    drafting.run()
+
+    assert sequence.output_ids == [5, 6, 7, 8] * 25
+    assert len(drafting.engine.plans) < 25
+
+
+def test_a_draft_gives_no_more_tokens_than_were_asked_for() -> None:
+    drafting = loop(behavior=echo)
+    (sequence,) = drafting.submit([5, 6], max_tokens=31, drafter=Drafter())
+
+    drafting.run()
+
+    assert len(sequence.output_ids) == 31
+    assert sequence.finish_reason == "length"
+
+
+def test_nobody_is_preempted_for_a_draft() -> None:
+    drafting = loop(num_blocks=12, behavior=echo)  # of four: two sequences of 24 tokens fill it
+    sequences = [drafting.submit([5, 6], max_tokens=22, drafter=Drafter())[0] for _ in range(2)]
+
+    drafting.run()
+
+    assert [one.num_preemptions for one in sequences] == [0, 0]
+
+
+def test_drafts_stay_within_half_of_what_decoding_leaves_of_a_step() -> None:
+    drafting = loop(behavior=echo, max_num_batched_tokens=24)
+    for _ in range(4):
+        drafting.submit([5, 6], max_tokens=40, drafter=Drafter())
+
+    drafting.run()
+
+    nodes = [sum(len(row.draft.token_ids) // 4 for row in plan.rows if row.draft) for plan in drafting.engine.plans]
+    assert 0 < max(nodes) <= (24 - 1) // 2
+
+
+def test_an_engine_that_verifies_nothing_gets_no_drafts() -> None:
+    plain = Loop(FakeEngine(LIMITS, echo))
+    plain.submit([5, 6], max_tokens=40, drafter=Drafter())
+
+    plain.run()
+
+    assert num_drafted(plain) == 0
+
+
+def test_blocks_that_drafts_filled_are_found_by_those_who_come_after() -> None:
+    drafting = loop(behavior=echo)
+    (first,) = drafting.submit([5, 6, 7, 8], max_tokens=40, drafter=Drafter())
+    drafting.run()
+
+    (second,) = drafting.submit([*first.prompt_ids, *first.output_ids], max_tokens=4)
+    drafting.run()
+
+    assert second.num_cached_tokens == 40
+
+
+def test_a_stop_token_within_a_draft_ends_the_sequence_there() -> None:
+    drafting = loop(behavior=echo)
+    (sequence,) = drafting.submit([5, 6, 7, 6, 7, 6, 7, 9], max_tokens=40, stop=frozenset({9}), drafter=Drafter())
+
+    drafting.run()
+
+    assert sequence.output_ids == [5, 6, 7, 6, 7, 6, 7, 9]
+    assert sequence.finish_reason == "stop"
+
+
+def text(loop: Loop, token_ids: list[int]) -> Sequence:
+    return loop.submit(token_ids, max_tokens=1)[0]
+
+
+def test_drafts_that_come_true_grow_and_others_shrink() -> None:
+    drafter, sequence = Drafter(), text(loop(), [1, 2] * 40)
+
+    depths = []
+    for num_accepted in (FIRST_DEPTH, 2 * FIRST_DEPTH, 3, 4, 8, MAX_DEPTH):
+        tree = drafter.draft(sequence, 64)
+        assert tree is not None
+        depths.append(depth_of(tree))
+        drafter.learn(depths[-1], num_accepted)
+
+    assert depths == [4, 8, 16, 4, 8, 16]
+
+
+def test_drafts_that_come_to_nothing_make_longer_and_longer_pauses() -> None:
+    drafter, sequence, steps = Drafter(), text(loop(), [1, 2] * 40), list[int]()
+    for step in range(200):
+        if (tree := drafter.draft(sequence, 64)) is not None:
+            steps.append(step)
+            drafter.learn(depth_of(tree), 0)
+
+    assert steps == [0, 2, 5, 10, 19, 36, 69, 134, 199]
+    assert steps[-1] - steps[-2] == MAX_PAUSE + 1
+
+
+def test_the_depth_of_a_tree_is_that_of_its_longest_branch() -> None:
+    assert depth_of(DraftTree((7, 8, 9, 10), (-1, 0, -1, 1))) == 3
+
+
+def test_a_draft_is_what_followed_the_same_tokens_before() -> None:
+    drafting = loop(behavior=counter)
+    sequence = text(drafting, [1, 2, 3, 4, 5, 6, 7, 2, 3])
+
+    tree = Drafter().draft(sequence, 3)
+
+    assert tree == DraftTree((4, 5, 6), (-1, 0, 1))
