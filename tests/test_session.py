@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -118,6 +120,19 @@ async def test_changed_streams_come_in_turn_each_once(session: Session) -> None:
     assert await session.next_changed(number) is one
     one.fail(InternalError("y"))
     assert [await session.next_changed(number) for _ in range(2)] == [two, one]
+
+
+async def test_others_have_their_turn_before_each_changed_stream(session: Session) -> None:
+    number = session.attach()
+    turns: list[str] = []
+    for name in ("1", "2"):
+        session.open_stream(name).fail(InternalError("x"))
+    for name in ("1", "2"):
+        asyncio.get_running_loop().call_soon(turns.append, name)
+
+        await session.next_changed(number)
+
+        assert turns[-1:] == [name]
 
 
 async def test_a_connection_that_waits_ends_when_another_takes_over(session: Session) -> None:

@@ -8,12 +8,12 @@ Requests run as tasks of the gateway, not of the connection, so they outlive it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 import anyio
+import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from descant import __version__
@@ -25,6 +25,7 @@ from descant.messages import AdapterList, Authenticate, CancelRequest, ListRegis
 from descant.outgoing import Outgoing
 from descant.services import Services
 from descant.session import Session
+from descant.socket_protocol import BINARY, TEXT, SocketProtocol
 from descant.stream import error_message
 from descant_client.errors import (
     DeadlineExceeded,
@@ -53,11 +54,8 @@ from descant_client.protocol import (
     Resume,
     ServerMessage,
     decode_client,
-    encoder_for,
     request_id_of,
 )
-
-logger = logging.getLogger(__name__)
 
 FEATURES = [
     "adapters",
@@ -92,9 +90,11 @@ class Connection:
         self._draining = draining
         offered = socket.scope.get("subprotocols", [])
         self._subprotocol = next((name for name in SUBPROTOCOLS if name in offered), None)
-        self._encode = encoder_for(self._subprotocol or JSON_SUBPROTOCOL)
+        is_text = (self._subprotocol or JSON_SUBPROTOCOL) == JSON_SUBPROTOCOL
+        self._opcode = TEXT if is_text else BINARY
+        self._encode = msgspec.json.encode if is_text else msgspec.msgpack.encode
+        self._protocol = SocketProtocol.of(socket)
         self._session: Session
-        self._sending = anyio.Lock()  # replies of the reader and deltas of the writer go frame by frame
 
     async def serve(self) -> None:
         """Run until either side closes. Cancelling closes the socket; the session stays for a while."""
@@ -244,18 +244,8 @@ class Connection:
             model=self._services.model.info,
         )
 
-    async def _send(self, message: ServerMessage) -> None:
-        frame = self._encode(message)
-        async with self._sending:
-            if self._socket.application_state is not WebSocketState.CONNECTED:
-                return
-            try:
-                if isinstance(frame, str):
-                    await self._socket.send_text(frame)
-                else:
-                    await self._socket.send_bytes(frame)
-            except (WebSocketDisconnect, RuntimeError):
-                logger.debug("session %s is gone", getattr(self, "_session", None))
+    def _send(self, message: ServerMessage) -> Awaitable[None]:
+        return self._protocol.send_message(self._opcode, self._encode(message))
 
 
 def _is_local(origin: str) -> bool:

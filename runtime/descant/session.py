@@ -6,10 +6,11 @@ adapters, goes on while it has none, until `ServerConfig.resume_window_s` has pa
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator
 
-import anyio
+import anyio.lowlevel
 
 from descant.messages import Principal
 from descant.operation import Operation
@@ -32,7 +33,7 @@ class Session:
         self._outgoing: dict[str, Outgoing] = {}
         self._unfinished: dict[str, Outgoing] = {}  # those that may be; looked through only at the limit
         self._changed: dict[str, None] = {}  # request ids, in the order they changed
-        self._wake = anyio.Event()
+        self._waker: asyncio.Future[None] | None = None  # what its connection waits on
         self._max_streams = max_streams
         self._buffer_bytes = buffer_bytes
 
@@ -70,18 +71,23 @@ class Session:
         """Take note of a new connection; return its number, which ends the one before."""
         self.connection += 1
         self.detached_s = None
-        self._wake.set()
+        self._wake()
         return self.connection
 
     async def next_changed(self, connection: int) -> Outgoing | None:
-        """Wait for something with something to send; None once another connection has taken over."""
+        """Wait for something with something to send; None once another connection has taken over.
+
+        Others have their turn first if there is something at once; what comes meanwhile shares a frame.
+        """
+        if self._changed:
+            await anyio.lowlevel.checkpoint()
         while self.connection == connection:
             if self._changed:
                 request_id = next(iter(self._changed))
                 del self._changed[request_id]
                 return self._outgoing[request_id]
-            self._wake = anyio.Event()
-            await self._wake.wait()
+            self._waker = asyncio.get_running_loop().create_future()
+            await self._waker
         return None
 
     def __iter__(self) -> Iterator[Outgoing]:
@@ -112,7 +118,12 @@ class Session:
     def _mark(self, outgoing: Outgoing) -> None:
         if self._outgoing.get(outgoing.request_id) is outgoing:
             self._changed[outgoing.request_id] = None
-            self._wake.set()
+            self._wake()
+
+    def _wake(self) -> None:
+        waker, self._waker = self._waker, None
+        if waker is not None and not waker.done():
+            waker.set_result(None)
 
 
 class SessionTable:

@@ -109,7 +109,7 @@ class Stream:
     def put(self, sequence: TokenSequence, num_new: int) -> bool:
         """Hear of new tokens; answers False over the budget, upon which the scheduler parks the sequence."""
         self._changed(self)
-        if sum(choice.num_unsent for choice in self._choices) <= self._max_unsent:
+        if self._num_unsent() <= self._max_unsent:
             return True
         self._over_budget.append(sequence.id)
         return False
@@ -151,16 +151,16 @@ class Stream:
             self._is_accepted_sent = True
             messages.append(self._accepted)
         messages += [delta for choice in self._choices if (delta := choice.render()) is not None]
-        if all(choice.is_finished and choice.num_unsent == 0 for choice in self._choices):
+        if self._num_unsent():
+            self._changed(self)
+        elif all(choice.is_finished for choice in self._choices):
             self._is_end_sent = True
             messages.append(self._done())
-        elif any(choice.num_unsent for choice in self._choices):
-            self._changed(self)
         return messages
 
     def take_unparked(self) -> tuple[int, ...]:
         """Return the sequences that were parked for this stream and may go on now."""
-        if not self._over_budget or sum(choice.num_unsent for choice in self._choices) > self._max_unsent // 2:
+        if not self._over_budget or self._num_unsent() > self._max_unsent // 2:
             return ()
         unparked, self._over_budget = tuple(self._over_budget), []
         return unparked
@@ -180,6 +180,12 @@ class Stream:
         self._is_accepted_sent = self._is_end_sent = False
         self.ended_s = None
         self._changed(self)
+
+    def _num_unsent(self) -> int:
+        num_unsent = 0
+        for choice in self._choices:  # a plain loop: this is asked three times for every token
+            num_unsent += choice.num_unsent
+        return num_unsent
 
     def _done(self) -> Done:
         assert self._accepted is not None, "a stream is done only after it was accepted"
@@ -215,14 +221,14 @@ class _Choice:
 
     @property
     def num_unsent(self) -> int:
-        return self.num_tokens - self._sent
+        return len(self.sequence.output_ids) - self._sent
 
     @property
     def is_finished(self) -> bool:
         return self.sequence.finish_reason is not None
 
     def render(self) -> Delta | None:
-        start, end = self._sent, min(self.num_tokens, self._sent + MAX_DELTA_TOKENS)
+        start, end = self._sent, min(len(self.sequence.output_ids), self._sent + MAX_DELTA_TOKENS)
         if start == end:
             return None
         self._sent = end
@@ -252,7 +258,7 @@ class _Choice:
 
     def _text(self, start: int, end: int) -> str:
         token_ids = self.sequence.output_ids
-        if end == self.num_tokens and self.sequence.is_ended_by_token:
+        if end == len(token_ids) and self.sequence.is_ended_by_token:
             end -= 1  # that token is no part of the text
         return self._detokenizer.push(token_ids[start:end])
 

@@ -39,6 +39,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._text_by_id: dict[int, str] = {}
+        self._plain_text_by_id: dict[int, str] = {}  # without special tokens
         self._template, self._template_variables = _load_chat_template(directory)
 
     def encode(self, text: str) -> list[int]:
@@ -62,7 +63,13 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens; ids beyond the tokenizer decode to nothing."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        if len(token_ids) != 1:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = self._plain_text_by_id.get(token_ids[0])
+        if text is None:  # one id is the context of nearly every token
+            text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+            self._plain_text_by_id[token_ids[0]] = text
+        return text
 
     def token_text(self, token_id: int) -> str:
         """Return one token as text, special tokens by their name."""
@@ -129,6 +136,8 @@ class Detokenizer:
         return self._tokenizer.decode(head)[len(context) :]
 
     def _release(self, text: str) -> str:
+        if not self._stop:
+            return text
         self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:

@@ -27,6 +27,7 @@ from descant.connection import Connection
 from descant.generate import give_up
 from descant.messages import CancelRequest, Drain, GatewayMessage
 from descant.services import Services
+from descant.socket_protocol import SocketProtocol
 from descant_client.errors import ConfigInvalid, InternalError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Gateway(Actor[GatewayMessage]):
         ]
         config = uvicorn.Config(
             Starlette(routes=routes),
-            ws="websockets-sansio",
+            ws=SocketProtocol,
             ws_max_size=4 * self._services.config.server.max_frame_bytes,
             ws_per_message_deflate=False,
             ws_ping_interval=20.0,
