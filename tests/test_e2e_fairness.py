@@ -25,7 +25,7 @@ from descant_client import connect
 from descant_client.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from descant_client.protocol import Delta, Error, Generate
 from descant_client.stream import Stream as Answer
-from fakes import LIMITS
+from fake_engine import LIMITS
 from servers import dummy_config, raw, results, serve
 
 pytestmark = pytest.mark.anyio

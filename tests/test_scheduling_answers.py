@@ -7,7 +7,9 @@ import pytest
 from descant.scheduling.adapter_work import AdapterLoad
 from descant.scheduling.plan import NO_ADAPTER, EngineLimits, RowResult, StepResult
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, InternalError, UnsupportedRequest
-from fakes import FakeEngine, FakeRow, Loop, counter, version
+from fake_engine import FakeEngine
+from fake_model import FakeRow, counter
+from fakes import Loop, version
 
 # ---- adapters -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import pytest
 
 from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
-from fakes import FakeEngine, Loop, version
+from fake_engine import FakeEngine
+from fakes import Loop, version
 
 STEPS_PER_SECOND = 20
 LONG_ANSWER = 60

@@ -7,7 +7,8 @@ import random
 from descant.scheduling.adapter_work import AdapterLoad
 from descant.scheduling.load_turns import MAX_READS, LoadTurns
 from descant.scheduling.plan import EngineLimits
-from fakes import FakeEngine, Loop, version
+from fake_engine import FakeEngine
+from fakes import Loop, version
 
 NUM_SLOTS = 64
 

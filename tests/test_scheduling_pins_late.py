@@ -4,7 +4,8 @@ from descant.scheduling.gate import MAX_PASSES, AdapterGate
 from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
 from descant_client.protocol import SamplingParams
-from fakes import FakeEngine, FakeSink, Loop, version
+from fake_engine import FakeEngine
+from fakes import FakeSink, Loop, version
 
 
 def run(loop: Loop, num_steps: int) -> None:

@@ -1,7 +1,6 @@
 """Steps planned before the one before is applied: the same tokens, and nothing is taken from a step in flight.
 
-The fake engine reads and writes only when a step is collected, and refuses plans that give away what one in flight has.
-What becomes of random schedules is in `test_scheduling_pipeline_promise`.
+The fake engine reads and writes when a step is collected; it refuses plans that give away what one in flight has.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import pytest
 from descant.scheduling.plan import EngineLimits, unpack_ints
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import ExecutorFailed, InternalError
-from fake_model import Behavior
-from fakes import LIMITS, FakeEngine, FakeSink, Loop, counter, hash_history, version
+from fake_engine import LIMITS, FakeEngine
+from fake_model import Behavior, counter, hash_history
+from fakes import FakeSink, Loop, version
 
 POISON = 666
 

@@ -15,8 +15,9 @@ import test_scheduling_tiers as tiers
 from descant.scheduling.plan import unpack_ints
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterInvalid, DeadlineExceeded, InternalError
+from fake_engine import FakeEngine
 from fake_model import FakeRow
-from fakes import FakeEngine, Loop
+from fakes import Loop
 
 FAILING = 8  # a row whose prompt ends with it fails after two tokens
 

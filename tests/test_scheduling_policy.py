@@ -7,7 +7,9 @@ import pytest
 from descant.scheduling.plan import EngineLimits, Row, StepPlan, unpack_ints
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import InvalidRequest
-from fakes import FakeEngine, FakeSink, Loop, counter, echo, version
+from fake_engine import FakeEngine
+from fake_model import counter, echo
+from fakes import FakeSink, Loop, version
 
 
 def tiny(num_blocks: int, block_size: int = 4, max_context: int = 200, **behavior: object) -> FakeEngine:

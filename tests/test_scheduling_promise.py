@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
-from fakes import FakeEngine, FakeSink, Loop, extend_history, logprob_rows, version
+from fake_engine import FakeEngine
+from fake_model import extend_history, logprob_rows
+from fakes import FakeSink, Loop, version
 
 ADAPTERS = [None, None, version("a", 64), version("b", 64), version("c", 128), version("d", 192)]
 MAX_STEPS = 5000

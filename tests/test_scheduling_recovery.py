@@ -7,7 +7,9 @@ import pytest
 from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import ExecutorFailed
-from fakes import FakeEngine, FakeRow, FakeSink, Loop, counter, version
+from fake_engine import FakeEngine
+from fake_model import FakeRow, counter
+from fakes import FakeSink, Loop, version
 
 POISON = 666
 

@@ -10,8 +10,9 @@ import pytest
 from descant.scheduling.drafting import FIRST_DEPTH, MAX_DEPTH, MAX_PAUSE, Drafter, depth_of
 from descant.scheduling.ngram import DraftTree
 from descant.scheduling.sequence import Sequence
-from fake_model import FakeRow, hash_history
-from fakes import LIMITS, FakeEngine, Loop, counter, echo, version
+from fake_engine import LIMITS, FakeEngine
+from fake_model import FakeRow, counter, echo, hash_history
+from fakes import Loop, version
 
 DRAFTING = msgspec.structs.replace(LIMITS, max_draft_nodes=16)
 

@@ -16,7 +16,8 @@ from descant.scheduling.residency import AdapterResidency
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterInvalid, DescantError
-from fakes import FakeEngine, Loop, version
+from fake_engine import FakeEngine
+from fakes import Loop, version
 from test_scheduling_promise import undisturbed
 
 UNIT, MAX_STEPS, NUM_REQUESTS = 64, 3000, 60

@@ -3,7 +3,8 @@
 import pytest
 
 from descant.scheduling.plan import EngineLimits
-from fakes import FakeEngine, Loop, version
+from fake_engine import FakeEngine
+from fakes import Loop, version
 
 
 def flooded(num_blocks: int = 4000, num_slots: int = 4, **options: int) -> Loop:
