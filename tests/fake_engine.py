@@ -42,6 +42,7 @@ class FakeEngine:
     behavior: Behavior = hash_history
     kills: Callable[[FakeRow], bool] = lambda row: False
     row_error: Callable[[FakeRow], str | None] = lambda row: None
+    seconds: Callable[[StepPlan], float] = lambda plan: 0.0  # that a step says it took
     plans: list[StepPlan] = field(default_factory=list)
     rows: dict[int, FakeRow] = field(default_factory=dict)
 
@@ -85,7 +86,7 @@ class FakeEngine:
                 raise EngineDied(f"row {row.row}")
         histories = [self._read(row) for row in plan.rows]  # what a step writes is not there when it begins
         results = [self._write(row, history) for row, history in zip(plan.rows, histories, strict=True)]
-        return StepResult(plan.epoch, plan.step, tuple(results))
+        return StepResult(plan.epoch, plan.step, tuple(results), self.seconds(plan))
 
     def history(self, row: FakeRow, adapter: str) -> list[int]:
         """Return the history at each position."""
@@ -145,7 +146,7 @@ class FakeEngine:
         if (error := self.row_error(state)) is not None:
             state.tokens += [0] * (end == len(state.tokens))  # a later step may have been planned with it
             return RowResult(row.row, start, error=error)
-        if isinstance(row.draft, TokenDraft):
+        if row.draft is not None:
             return self._verify(row, row.draft, state, histories)
         return self._result(row, state, start, histories)
 

@@ -15,7 +15,6 @@ from descant.engine.runner import Engine
 from descant.scheduling.plan import (
     AdapterSpan,
     Admit,
-    HeadsDraft,
     Row,
     StepPlan,
     TokenDraft,
@@ -133,7 +132,7 @@ def test_a_plan_that_contradicts_the_rows_is_refused_whole(engine: Engine, row: 
 
 def test_what_is_not_done_yet_is_refused(engine: Engine) -> None:
     with pytest.raises(UnsupportedRequest):
-        step(engine, Row(0, 1, draft=HeadsDraft(3)), admit=(admit(),))
+        step(engine, Row(0, 1, positions=pack_ints([0])), admit=(admit(),))
 
 
 def test_a_row_whose_logits_are_not_finite_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

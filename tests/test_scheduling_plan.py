@@ -15,7 +15,7 @@ from descant.scheduling.plan import (
     AdapterSpan,
     Admit,
     EngineLimits,
-    HeadsDraft,
+    HeadCandidates,
     LogprobRows,
     Row,
     RowResult,
@@ -48,7 +48,7 @@ SAMPLING = st.builds(
     logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-5, 5), max_size=3),
 )
 SPANS = st.lists(st.builds(AdapterSpan, st.integers(0, 9), st.integers(-1, 3)), max_size=3).map(tuple)
-DRAFTS = st.none() | st.builds(TokenDraft, PACKED, PACKED) | st.builds(HeadsDraft, st.integers(0, 9))
+DRAFTS = st.none() | st.builds(TokenDraft, PACKED, PACKED)
 ADMITS = st.builds(
     Admit, INT32, PACKED, INT32, INT32, PACKED, SAMPLING, st.integers(0, 2**63 - 1), INT32, st.integers(-1, 20)
 )
@@ -63,7 +63,9 @@ STEPS = st.builds(
     PACKED,
 )
 LOGPROBS = st.none() | st.builds(LogprobRows, INT32, INT32, FLOATS, PACKED, FLOATS)
-ROW_RESULTS = st.builds(RowResult, INT32, INT32, PACKED, LOGPROBS, LOGPROBS, st.none() | st.text(max_size=9))
+CANDIDATES = st.none() | st.builds(HeadCandidates, INT32, PACKED, PACKED)
+ERRORS = st.none() | st.text(max_size=9)
+ROW_RESULTS = st.builds(RowResult, INT32, INT32, PACKED, LOGPROBS, LOGPROBS, ERRORS, CANDIDATES)
 ANSWERS = st.builds(StepResult, INT32, INT32, st.lists(ROW_RESULTS, max_size=3).map(tuple), st.floats(0, 1))
 
 
@@ -170,7 +172,9 @@ def test_a_wrong_admit_is_refused(changes: dict[str, object]) -> None:
         ((Row(1, 1, (AdapterSpan(1, NO_ADAPTER),)),), InvalidRequest),
         ((Row(1, 1, ()),), InvalidRequest),
         ((Row(1, 1, blocks=pack_ints([8])),), InvalidRequest),
-        ((Row(1, 1, draft=HeadsDraft(1)),), UnsupportedRequest),
+        ((Row(1, 1, heads_slot=99),), InvalidRequest),
+        ((Row(1, 1, num_candidates=1),), InvalidRequest),
+        ((Row(1, 1, num_candidates=-1),), InvalidRequest),
         ((Row(1, 1, positions=b""),), UnsupportedRequest),
         ((Row(1, 1, input_ids=pack_ints([1])),), UnsupportedRequest),
     ],

@@ -7,14 +7,20 @@ import random
 import msgspec
 import pytest
 
-from descant.scheduling.drafting import FIRST_DEPTH, MAX_DEPTH, MAX_PAUSE, Drafter, depth_of
+from descant.scheduling.drafting import Drafter, depth_of
 from descant.scheduling.ngram import DraftTree
 from descant.scheduling.sequence import Sequence
+from descant_client.speculation import Speculation
 from fake_engine import LIMITS, FakeEngine
 from fake_model import FakeRow, counter, echo, hash_history
 from fakes import Loop, version
 
 DRAFTING = msgspec.structs.replace(LIMITS, max_draft_nodes=16)
+
+
+def eager() -> Drafter:
+    """A drafter whose every guess is verified."""
+    return Drafter(Speculation(always=True))
 
 
 def of_three(row: FakeRow, history: int) -> int:
@@ -33,7 +39,7 @@ def submit(loop: Loop, with_drafts: bool, **fields: object) -> list[Sequence]:
     for seed in range(8):
         prompt = [dice.randrange(3) for _ in range(dice.randint(1, 30))]
         adapter = dice.choice([None, version("a")])
-        drafter = Drafter() if with_drafts else None
+        drafter = eager() if with_drafts else None
         sequences += loop.submit(
             prompt, seed=seed, max_tokens=40, adapter=adapter, num_logprobs=2, drafter=drafter, **fields
         )
@@ -84,7 +90,7 @@ def test_sequences_say_the_same_when_executors_die_between_drafts() -> None:
 
 def test_text_that_repeats_takes_a_fraction_of_the_steps() -> None:
     drafting = loop(behavior=echo)
-    (sequence,) = drafting.submit([5, 6, 7, 8], max_tokens=100, drafter=Drafter())
+    (sequence,) = drafting.submit([5, 6, 7, 8], max_tokens=100, drafter=eager())
 
     drafting.run()
 
@@ -94,7 +100,7 @@ def test_text_that_repeats_takes_a_fraction_of_the_steps() -> None:
 
 def test_a_draft_gives_no_more_tokens_than_were_asked_for() -> None:
     drafting = loop(behavior=echo)
-    (sequence,) = drafting.submit([5, 6], max_tokens=31, drafter=Drafter())
+    (sequence,) = drafting.submit([5, 6], max_tokens=31, drafter=eager())
 
     drafting.run()
 
@@ -104,7 +110,7 @@ def test_a_draft_gives_no_more_tokens_than_were_asked_for() -> None:
 
 def test_nobody_is_preempted_for_a_draft() -> None:
     drafting = loop(num_blocks=12, behavior=echo)  # of four: two sequences of 24 tokens fill it
-    sequences = [drafting.submit([5, 6], max_tokens=22, drafter=Drafter())[0] for _ in range(2)]
+    sequences = [drafting.submit([5, 6], max_tokens=22, drafter=eager())[0] for _ in range(2)]
 
     drafting.run()
 
@@ -114,7 +120,7 @@ def test_nobody_is_preempted_for_a_draft() -> None:
 def test_drafts_stay_within_half_of_what_decoding_leaves_of_a_step() -> None:
     drafting = loop(behavior=echo, max_num_batched_tokens=24)
     for _ in range(4):
-        drafting.submit([5, 6], max_tokens=40, drafter=Drafter())
+        drafting.submit([5, 6], max_tokens=40, drafter=eager())
 
     drafting.run()
 
@@ -124,7 +130,7 @@ def test_drafts_stay_within_half_of_what_decoding_leaves_of_a_step() -> None:
 
 def test_an_engine_that_verifies_nothing_gets_no_drafts() -> None:
     plain = Loop(FakeEngine(LIMITS, echo))
-    plain.submit([5, 6], max_tokens=40, drafter=Drafter())
+    plain.submit([5, 6], max_tokens=40, drafter=eager())
 
     plain.run()
 
@@ -133,7 +139,7 @@ def test_an_engine_that_verifies_nothing_gets_no_drafts() -> None:
 
 def test_blocks_that_drafts_filled_are_found_by_those_who_come_after() -> None:
     drafting = loop(behavior=echo)
-    (first,) = drafting.submit([5, 6, 7, 8], max_tokens=40, drafter=Drafter())
+    (first,) = drafting.submit([5, 6, 7, 8], max_tokens=40, drafter=eager())
     drafting.run()
 
     (second,) = drafting.submit([*first.prompt_ids, *first.output_ids], max_tokens=4)
@@ -144,7 +150,7 @@ def test_blocks_that_drafts_filled_are_found_by_those_who_come_after() -> None:
 
 def test_a_stop_token_within_a_draft_ends_the_sequence_there() -> None:
     drafting = loop(behavior=echo)
-    (sequence,) = drafting.submit([5, 6, 7, 6, 7, 6, 7, 9], max_tokens=40, stop=frozenset({9}), drafter=Drafter())
+    (sequence,) = drafting.submit([5, 6, 7, 6, 7, 6, 7, 9], max_tokens=40, stop=frozenset({9}), drafter=eager())
 
     drafting.run()
 
@@ -156,38 +162,14 @@ def text(loop: Loop, token_ids: list[int]) -> Sequence:
     return loop.submit(token_ids, max_tokens=1)[0]
 
 
-def test_drafts_that_come_true_grow_and_others_shrink() -> None:
-    drafter, sequence = Drafter(), text(loop(), [1, 2] * 40)
-
-    depths = []
-    for num_accepted in (FIRST_DEPTH, 2 * FIRST_DEPTH, 3, 4, 8, MAX_DEPTH):
-        tree = drafter.draft(sequence, 64)
-        assert tree is not None
-        depths.append(depth_of(tree))
-        drafter.learn(depths[-1], num_accepted)
-
-    assert depths == [4, 8, 16, 4, 8, 16]
-
-
-def test_drafts_that_come_to_nothing_make_longer_and_longer_pauses() -> None:
-    drafter, sequence, steps = Drafter(), text(loop(), [1, 2] * 40), list[int]()
-    for step in range(200):
-        if (tree := drafter.draft(sequence, 64)) is not None:
-            steps.append(step)
-            drafter.learn(depth_of(tree), 0)
-
-    assert steps == [0, 2, 5, 10, 19, 36, 69, 134, 199]
-    assert steps[-1] - steps[-2] == MAX_PAUSE + 1
-
-
 def test_the_depth_of_a_tree_is_that_of_its_longest_branch() -> None:
-    assert depth_of(DraftTree((7, 8, 9, 10), (-1, 0, -1, 1))) == 3
+    assert depth_of((-1, 0, -1, 1)) == 3
 
 
-def test_a_draft_is_what_followed_the_same_tokens_before() -> None:
-    drafting = loop(behavior=counter)
-    sequence = text(drafting, [1, 2, 3, 4, 5, 6, 7, 2, 3])
+def test_a_guess_is_what_followed_the_same_tokens_before() -> None:
+    sequence = text(loop(behavior=counter), [1, 2, 3, 4, 5, 6, 7, 2, 3])
 
-    tree = Drafter().draft(sequence, 3)
+    guess = eager().guess(sequence, 3)
 
-    assert tree == DraftTree((4, 5, 6), (-1, 0, 1))
+    assert guess is not None
+    assert guess.tree == DraftTree((4, 5, 6), (-1, 0, 1))

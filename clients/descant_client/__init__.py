@@ -14,9 +14,21 @@ if TYPE_CHECKING:
     from descant_client.adapters import Adapter
     from descant_client.client import Client, connect
     from descant_client.lifecycle import Combination
+    from descant_client.speculation import Speculation
     from descant_client.stream import Choice, Result, Stream
 
-__all__ = ["Adapter", "Choice", "Client", "Combination", "Result", "Stream", "connect", "errors", "protocol"]
+__all__ = [
+    "Adapter",
+    "Choice",
+    "Client",
+    "Combination",
+    "Result",
+    "Speculation",
+    "Stream",
+    "connect",
+    "errors",
+    "protocol",
+]
 
 _MODULE_OF_NAME = {
     "Adapter": "adapters",
@@ -24,6 +36,7 @@ _MODULE_OF_NAME = {
     "Client": "client",
     "Combination": "lifecycle",
     "Result": "stream",
+    "Speculation": "speculation",
     "Stream": "stream",
     "connect": "client",
 }

@@ -27,6 +27,7 @@ from descant_client.protocol import (
     SamplingParams,
 )
 from descant_client.question import Question
+from descant_client.speculation import SpeculationChoice
 from descant_client.stream import Stream
 from descant_client.transcript import Transcript
 from descant_client.wire import AdapterSource
@@ -83,6 +84,7 @@ class Client:
         prompt_logprobs: int | None = None,
         queue_timeout_s: float | None = None,
         timeout_s: float | None = None,
+        speculation: SpeculationChoice | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
         """Start a generation and return its stream; the request is on its way when this returns.
@@ -109,6 +111,7 @@ class Client:
             prompt_logprobs=prompt_logprobs,
             queue_timeout_s=queue_timeout_s,
             timeout_s=timeout_s,
+            speculation=speculation,
         )
         return self._start(_with_prompt(request, prompt))
 

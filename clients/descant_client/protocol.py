@@ -16,6 +16,7 @@ import msgspec
 
 from descant_client.errors import InvalidRequest
 from descant_client.lifecycle import AdapterChange, Adapters, Combination, Members
+from descant_client.speculation import SpeculationChoice
 from descant_client.wire import (
     AdapterSource,
     ClientMessageBase,
@@ -102,6 +103,7 @@ class Generate(ClientMessageBase, frozen=True):
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None  # likewise per prompt token
     queue_timeout_s: Seconds | None = None  # until it first runs; None: the server's
     timeout_s: Seconds | None = None  # until its end; None: the server's
+    speculation: SpeculationChoice | None = None  # None: the server's
 
 
 class Cancel(ClientMessageBase, frozen=True):
@@ -214,7 +216,8 @@ class Delta(ServerMessageBase, frozen=True):
     """New tokens of one choice; `index` is the offset of the first of them in its output.
 
     `text` is what they complete: it may be empty while a UTF-8 character or a possible stop string is open, and may
-    hold text of earlier tokens. Concatenated texts, with that of `ChoiceEnd`, are the choice's whole text.
+    hold text of earlier tokens. Concatenated texts, with that of `ChoiceEnd`, are the choice's whole text. With
+    `Speculation.mark`, `guessed` are the indices in the output of those tokens that came true in drafts.
     """
 
     request_id: str
@@ -223,6 +226,7 @@ class Delta(ServerMessageBase, frozen=True):
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
+    guessed: list[int] | None = None
 
 
 class ChoiceEnd(Wire, frozen=True):
@@ -250,6 +254,9 @@ class Timings(Wire, frozen=True):
     e2e_s: float
     num_preemptions: int = 0
     is_cold: bool = False  # it had to wait for its adapter to come to the device
+    num_drafts: int = 0  # steps that verified a guess
+    num_drafted: int = 0  # tokens guessed in them, one after the other
+    num_accepted: int = 0  # of these came true: so many steps were saved
 
 
 class Done(ServerMessageBase, frozen=True):

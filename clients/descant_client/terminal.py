@@ -26,6 +26,7 @@ from descant_client.stream import Result, Stream
 
 _MIN_COLUMN_WIDTH = 24
 _FRAME_S = 1 / 15
+_GUESSED_STYLE = "bold green"
 _CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 _HELP = """\
 /adapter NAME  answer with this adapter; without NAME, with the base model
@@ -41,20 +42,45 @@ def printable(text: str) -> str:
     return text.translate(_CONTROL)
 
 
-async def print_stream(stream: Stream, console: Console) -> Result:
+async def print_stream(stream: Stream, console: Console, *, shows_speculation: bool = False) -> Result:
     """Print the first choice as it comes and further choices after it, each below a line with its number.
 
-    Cancelling cancels the request. Raises what the stream raises.
+    With `shows_speculation` tokens that came true in drafts are colored, and a line at the end says how many did; the
+    request asks for that by `Speculation.mark` and `logprobs`. Cancelling cancels the request. Raises what the stream
+    raises.
     """
     async for delta in stream:
-        if delta.choice == 0:
+        if delta.choice == 0 and shows_speculation:
+            console.print(_marked(delta), end="", soft_wrap=True)
+        elif delta.choice == 0:
             _write(console, delta.text)
     console.print()
     result = await stream.result()
+    if shows_speculation:
+        console.print(_saved(result), style="dim", highlight=False)
     for index, choice in enumerate(result.choices[1:], start=1):
         console.rule(f"choice {index}")
         _write(console, choice.text + "\n")
     return result
+
+
+def _marked(delta: Delta) -> Text:
+    """The text of a delta, its guessed tokens colored; colored as a whole where it cannot be told token from token."""
+    guessed, texts = set(delta.guessed or ()), [token.text for token in delta.logprobs or ()]
+    if "".join(texts) != delta.text:
+        return Text(printable(delta.text), style=_GUESSED_STYLE if guessed else "")
+    marked = Text()
+    for index, text in enumerate(texts, start=delta.index):
+        marked.append(printable(text), style=_GUESSED_STYLE if index in guessed else "")
+    return marked
+
+
+def _saved(result: Result) -> str:
+    timings = result.timings
+    return (
+        f"{result.usage.num_output_tokens} tokens, {timings.num_accepted} of them guessed: of {timings.num_drafted} "
+        f"guesses in {timings.num_drafts} steps"
+    )
 
 
 def _write(console: Console, text: str) -> None:

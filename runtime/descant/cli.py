@@ -24,6 +24,7 @@ from descant.cli_options import WeightedName, asyncly, connection_options
 from descant.config import AdapterEntry, Config, hash_key, load_config
 from descant_client.client import connect
 from descant_client.errors import ConfigInvalid, DescantError
+from descant_client.speculation import Speculation
 from descant_client.terminal import chat as converse
 from descant_client.terminal import print_stream
 
@@ -155,17 +156,26 @@ async def chat(uri: str, token: str | None, adapter: str | None, is_plain: bool,
 @click.argument("prompt")
 @connection_options
 @_sampling_options
+@click.option("--show-speculation", "shows_speculation", is_flag=True, help="Color the tokens that were guessed ahead.")
 @click.option(
     "--blend", multiple=True, type=WeightedName(), help="In place of --adapter: a member of a weighted sum; repeatable."
 )
 @asyncly
 async def generate(
-    prompt: str, uri: str, token: str | None, blend: tuple[tuple[str, float], ...], **options: Any
+    prompt: str,
+    uri: str,
+    token: str | None,
+    blend: tuple[tuple[str, float], ...],
+    shows_speculation: bool,
+    **options: Any,
 ) -> None:
     """Stream the answer to PROMPT; - reads it from standard input."""
     text = sys.stdin.read() if prompt == "-" else prompt
+    if shows_speculation:
+        options |= {"speculation": Speculation(mark=True), "logprobs": 0}
     async with connect(uri, token) as client:
-        await print_stream(client.generate(text, adapters=blend or None, **options), Console())
+        stream = client.generate(text, adapters=blend or None, **options)
+        await print_stream(stream, Console(), shows_speculation=shows_speculation)
 
 
 cli.add_command(adapter)

@@ -17,6 +17,7 @@ import platformdirs
 from descant.engine.arch import Dtype
 from descant.references import NAME
 from descant_client.errors import ConfigInvalid
+from descant_client.speculation import Speculation, SpeculationChoice
 
 EngineKind = Literal["model", "dummy"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -63,6 +64,7 @@ class SchedulingConfig(Section, frozen=True):
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 1024
     cache_scope: Literal["principal", "shared"] = "principal"
+    speculation: SpeculationChoice = "auto"  # of requests that do not say
     max_executor_restarts: Positive = 5  # lives in a row that complete no step
     max_queued: Positive = 4096  # sequences of one principal that wait for their turn; more are refused
     queue_timeout_s: Seconds | None = None  # until a request first runs, unless it says otherwise
@@ -136,8 +138,8 @@ def check_config(config: Config) -> None:
     """Check what spans several keys.
 
     Raises:
-        ConfigInvalid: reachable from other machines without API keys, two keys or adapters of one name, or an adapter
-            under a name that no request can say.
+        ConfigInvalid: reachable from other machines without API keys, two keys or adapters of one name, an adapter
+            under a name that no request can say, or shortest n-grams longer than the longest.
     """
     if not config.keys and not is_loopback(config.server.host):
         raise ConfigInvalid(
@@ -155,6 +157,9 @@ def check_config(config: Config) -> None:
     for entry in config.adapters.entries:
         if not NAME.fullmatch(entry.name):
             raise ConfigInvalid("adapters.entries", f"{entry.name!r} is no name of an adapter ({NAME.pattern}).")
+    speculation = config.scheduling.speculation
+    if isinstance(speculation, Speculation) and speculation.min_ngram > speculation.max_ngram:
+        raise ConfigInvalid("scheduling.speculation", "min_ngram is greater than max_ngram.")
 
 
 def is_loopback(host: str) -> bool:

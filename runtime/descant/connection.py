@@ -65,6 +65,7 @@ FEATURES = [
     "merges",
     "prompt_logprobs",
     "resume",
+    "speculation",
     "weighted_sums",
 ]
 ASK_TIMEOUT_S = 30.0

@@ -19,6 +19,7 @@ from descant.actor import ActorError, AskTimeout
 from descant.combination import check, from_lorax
 from descant.messages import CancelRequest, Principal, ResolveAdapters, Submit
 from descant.outgoing import Outgoing
+from descant.scheduling.drafting import drafter_for
 from descant.scheduling.plan import NO_LOGPROBS
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion
@@ -30,6 +31,7 @@ from descant.tokenizer import StopStrings
 from descant_client.errors import DeadlineExceeded, DescantError, InternalError, InvalidRequest
 from descant_client.lifecycle import Combination
 from descant_client.protocol import Accepted, Generate, Progress
+from descant_client.speculation import Speculation
 from descant_client.wire import WeightedAdapter
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,9 @@ def check_request(request: Generate, max_choices: int) -> None:
     if len(given) != 1:
         raise InvalidRequest("prompt", f"give exactly one of prompt, token_ids and messages, not {given or 'none'}.")
     members, combination = _members(request)
+    speculation = request.speculation
+    if isinstance(speculation, Speculation) and speculation.min_ngram > speculation.max_ngram:
+        raise InvalidRequest("speculation", "min_ngram is greater than max_ngram.")
     if request.n > max_choices:
         raise InvalidRequest("n", f"at most {max_choices} choices per request.")
     if any(len(stop) > MAX_STOP_CHARS for stop in request.stop):
@@ -192,6 +197,8 @@ def _sequences(
     stop_token_ids = set(request.stop_token_ids)
     if not request.ignore_eos:
         stop_token_ids |= set(services.model.eos_token_ids)
+    speculation = request.speculation or services.config.scheduling.speculation
+    is_marked = isinstance(speculation, Speculation) and speculation.mark
     scope = principal.name if services.config.scheduling.cache_scope == "principal" else ""
     return [
         Sequence(
@@ -213,6 +220,8 @@ def _sequences(
             principal=principal.name,
             weight=principal.weight,
             max_queued=principal.max_queued,
+            drafter=drafter_for(speculation),
+            guessed=[] if is_marked else None,
             received_s=time_limits.received_s,
             queue_deadline_s=time_limits.queue_deadline_s,
             deadline_s=time_limits.deadline_s,

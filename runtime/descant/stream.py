@@ -6,6 +6,7 @@ each sequence's own tokens behind a cursor, so a slow reader gets larger deltas,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
@@ -239,7 +240,14 @@ class _Choice:
             text=self._text(start, end),
             token_ids=self.sequence.output_ids[start:end],
             logprobs=self._logprobs(start, end),
+            guessed=self._guessed(start, end),
         )
+
+    def _guessed(self, start: int, end: int) -> list[int] | None:
+        guessed = self.sequence.guessed
+        if guessed is None:
+            return None
+        return guessed[bisect_left(guessed, start) : bisect_left(guessed, end)]
 
     def rewind(self, num_tokens: int) -> None:
         self._sent = num_tokens
@@ -294,10 +302,14 @@ def _timings(sequences: Sequence[TokenSequence]) -> Timings:
     end_s = max(sequence.finished_s or arrival_s for sequence in sequences)
     scheduled = [sequence.first_scheduled_s for sequence in sequences if sequence.first_scheduled_s is not None]
     first = [sequence.first_token_s for sequence in sequences if sequence.first_token_s is not None]
+    drafters = [sequence.drafter for sequence in sequences if sequence.drafter is not None]
     return Timings(
         queue_s=min(scheduled, default=end_s) - arrival_s,
         ttft_s=min(first, default=end_s) - arrival_s,
         e2e_s=end_s - arrival_s,
         num_preemptions=sum(sequence.num_preemptions for sequence in sequences),
         is_cold=any(sequence.is_cold for sequence in sequences),
+        num_drafts=sum(drafter.num_drafts for drafter in drafters),
+        num_drafted=sum(drafter.num_drafted for drafter in drafters),
+        num_accepted=sum(drafter.num_accepted for drafter in drafters),
     )

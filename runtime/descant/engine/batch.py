@@ -14,7 +14,7 @@ from torch import Tensor
 from descant.engine.sampling import SamplingRow
 from descant.engine.tree import TokenTree, ancestors
 from descant.engine.uploads import upload
-from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row, TokenDraft
+from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row
 from descant_client.protocol import SamplingParams
 from descant_kernels import AttentionBatch, Segments
 
@@ -275,8 +275,8 @@ def _schedule(rows: Sequence[tuple[EngineRow, Row]]) -> tuple[ScheduledRow, ...]
     scheduled, first_token = [], 0
     for state, planned in ordered:
         end = state.num_computed + planned.num_new_tokens
-        draft = planned.draft if isinstance(planned.draft, TokenDraft) else None
-        scheduled.append(ScheduledRow(state, planned, state.num_computed, end, first_token, TokenTree.of(draft)))
+        tree = TokenTree.of(planned.draft)
+        scheduled.append(ScheduledRow(state, planned, state.num_computed, end, first_token, tree))
         first_token += scheduled[-1].num_packed
     return tuple(scheduled)
 

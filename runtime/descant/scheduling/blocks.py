@@ -36,7 +36,8 @@ def hash_of(sequence: Sequence, index: int, block_size: int) -> bytes:
     hashes = sequence.block_hashes
     while len(hashes) <= index:
         start = len(hashes) * block_size
-        digest = sequence.adapter.digest if sequence.adapter else ""
+        version = sequence.adapter
+        digest = version.digest if version is not None and version.num_modules else ""  # heads alone change nothing
         parent = hashes[-1] if hashes else root_hash(sequence.cache_scope, digest)
         hashes.append(block_hash(parent, sequence.tokens(start, start + block_size)))
     return hashes[index]

@@ -1,24 +1,31 @@
-"""`Drafter`: what a sequence may say next, guessed from what it has said, and whether guessing pays.
+"""`Drafter`: what a sequence may say next, guessed from its own text and by the draft heads of its adapter.
 
-A draft is verified beside the sequence's last token, at the price of its nodes in the step's products. So its depth
-follows what was accepted: twice as deep after a draft that came true as a whole, no deeper than what came true plus one
-after any other. Drafts that come to nothing make pauses, each twice as long as the one before, until one comes true.
+It learns from the text alone how far it is to be believed: whenever a token comes, it looks whether that is the one it
+would have guessed, whether or not the guess was verified. So it knows at once when a text begins to repeat itself.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Protocol
 
-from descant.scheduling.ngram import DraftTree, NgramIndex
+from descant.scheduling.guess import Guess, merged, of_heads, of_text, second_chance
+from descant.scheduling.ngram import NgramIndex
+from descant.scheduling.plan import HeadCandidates, unpack_floats, unpack_ints
+from descant_client.speculation import Speculation, SpeculationChoice
 
-MIN_NGRAM, MAX_NGRAM = 2, 4  # tokens that must have been said before for what followed them to be guessed again
-MAX_WIDTH = 2  # continuations that differ
-FIRST_DEPTH, MAX_DEPTH = 4, 16
-MAX_PAUSE = 64  # steps
+MAX_CATCH_UP = 256  # tokens indexed in one step: a long prompt shall not hold up everybody's
+NUM_CANDIDATES = 4  # that each head is asked for
+_KEPT = 0.95  # of the weight of what was seen earlier, with each new token
+AUTO = Speculation()
 
 
 class Spoken(Protocol):
     """A sequence, as far as drafting goes."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
 
     @property
     def num_tokens(self) -> int:
@@ -30,40 +37,113 @@ class Spoken(Protocol):
         ...
 
 
+class _Record:
+    """How often something came true, of late, against how often it was to be expected."""
+
+    def __init__(self, hits: float, expected: float) -> None:
+        self._hits, self._expected = hits, expected
+
+    def add(self, is_hit: bool, expected: float = 1.0) -> None:
+        self._hits = _KEPT * self._hits + is_hit
+        self._expected = _KEPT * self._expected + expected
+
+    @property
+    def rate(self) -> float:
+        return min(1.0, self._hits / self._expected)
+
+
 class Drafter:
-    """Guesses for one sequence, by looking up its last tokens in its own text (Saxena 2023, prompt lookup)."""
+    """Guesses for one sequence. What came of those that were verified is counted here."""
 
-    def __init__(self) -> None:
-        self.num_drafted = 0  # depth of all drafts that were verified
+    def __init__(self, settings: Speculation = AUTO) -> None:
+        self.settings = settings
+        self.num_drafts = 0  # verified
+        self.num_drafted = 0  # tokens on the longest way through each
         self.num_accepted = 0  # tokens of drafts that came true: each is a step saved
-        self._index = NgramIndex(MIN_NGRAM, MAX_NGRAM)
-        self._depth = FIRST_DEPTH
-        self._pause = 0  # steps without a draft after one that came to nothing
-        self._num_steps_left = 0  # of the present pause
+        self.num_unasked = 0  # steps in a row that heads were not run for
+        self.heads_gain = 1.0  # tokens that the heads' likeliest chain is good for, of late
+        self._index = NgramIndex(settings.min_ngram, max(settings.min_ngram, settings.max_ngram))
+        self._expected: int | None = None  # what the text's index says comes next
+        self._text_record = _Record(1.0, 2.0)
+        self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
+        self._heads_record = _Record(2.0, 2.0)
 
-    def draft(self, sequence: Spoken, max_nodes: int) -> DraftTree | None:
-        """Return a guess of at most `max_nodes` nodes; None: there is none, or it would not pay."""
-        self._index.extend(sequence.tokens(self._index.num_tokens, sequence.num_tokens))
-        if self._num_steps_left:
-            self._num_steps_left -= 1
-            return None
-        return self._index.propose(self._depth, MAX_WIDTH, max_nodes)
+    def guess(self, sequence: Spoken, max_nodes: int, least: float = 0.0) -> Guess | None:
+        """Return a guess of what follows the sequence's last token; None: there is none.
+
+        Args:
+          least: likelihood below which nodes need not be named.
+        """
+        self._catch_up(sequence)
+        max_nodes = min(max_nodes, self.settings.max_nodes)
+        found = (self._text_guess(sequence, max_nodes, least), self._heads_guess(sequence, max_nodes, least))
+        guesses = [guess for guess in found if guess is not None]
+        return merged(guesses) if len(guesses) > 1 else guesses[0] if guesses else None
+
+    def take_candidates(self, position: int, candidates: HeadCandidates) -> None:
+        """Keep what the heads propose from `position` on; it is good until another token is there."""
+        width, ids = candidates.num_candidates, unpack_ints(candidates.token_ids)
+        odds = unpack_floats(candidates.probabilities)
+        starts = range(0, len(ids), width)
+        self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
+        gain, likelihood = 0.0, 1.0
+        for at in starts:
+            likelihood *= odds[at] * self._heads_record.rate
+            gain += likelihood
+        self.heads_gain += 0.2 * (gain - self.heads_gain)
 
     def learn(self, depth: int, num_accepted: int) -> None:
-        """A draft of so many tokens was verified, and so many of them came true."""
+        """A draft of so many tokens, one after the other, was verified, and so many of them came true."""
+        self.num_drafts += 1
         self.num_drafted += depth
         self.num_accepted += num_accepted
-        if num_accepted == depth:
-            self._depth = min(MAX_DEPTH, 2 * self._depth)
-        else:
-            self._depth = num_accepted + 1
-        self._pause = 0 if num_accepted else min(MAX_PAUSE, 2 * self._pause or 1)
-        self._num_steps_left = self._pause
+
+    def _catch_up(self, sequence: Spoken) -> None:
+        known = self._index.num_tokens
+        new = sequence.tokens(known, min(sequence.num_tokens, known + MAX_CATCH_UP))
+        if self._candidates is not None and self._candidates[0] < sequence.num_tokens:
+            position, ids, odds = self._candidates
+            (said,) = sequence.tokens(position, position + 1)
+            self._heads_record.add(said == ids[0][0], odds[0][0])
+            self._candidates = None
+        if not self.settings.ngram:
+            return
+        num_prompt = max(0, sequence.num_prompt_tokens - known)
+        self._index.extend(new[:num_prompt])
+        for token_id in new[num_prompt:]:
+            if self._expected is not None:
+                self._text_record.add(token_id == self._expected)
+            self._index.extend((token_id,))
+            self._expected = self._index.following()
+
+    def _text_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
+        settings, rate = self.settings, self._text_record.rate
+        if rate < least or not settings.ngram or self._index.num_tokens < sequence.num_tokens:
+            return None
+        depth = settings.max_depth if least <= 0 or rate >= 1 else int(math.log(least) / math.log(rate))
+        width = 1 if second_chance(rate) < least else settings.max_width
+        tree = self._index.propose(min(settings.max_depth, depth), width, max_nodes)
+        return None if tree is None else of_text(tree, rate)
+
+    def _heads_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
+        if self._candidates is None or self._candidates[0] != sequence.num_tokens or least > 1:
+            return None
+        _, ids, odds = self._candidates
+        trust = 1.0 if self.settings.always else self._heads_record.rate
+        weighed = [[trust * likelihood for likelihood in one] for one in odds[: self.settings.max_depth]]
+        return of_heads(ids[: self.settings.max_depth], weighed, self.settings.max_width, max_nodes)
 
 
-def depth_of(tree: DraftTree) -> int:
+def drafter_for(choice: SpeculationChoice) -> Drafter | None:
+    """Return what drafts for a new sequence; None: nothing does."""
+    if choice == "off":
+        return None
+    return Drafter(choice if isinstance(choice, Speculation) else AUTO)
+
+
+def depth_of(parents: Iterable[int]) -> int:
     """Return the number of nodes on the longest way through a tree."""
     depths: list[int] = []
-    for parent in tree.parents:
+    for parent in parents:
         depths.append(1 if parent < 0 else depths[parent] + 1)
     return max(depths)

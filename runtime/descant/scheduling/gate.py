@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 
 from descant.scheduling.adapter_work import AdapterLoad, AdapterMove, AdapterWork
 from descant.scheduling.load_turns import LoadTurns
-from descant.scheduling.plan import NO_ADAPTER, AdapterSpan
+from descant.scheduling.plan import BASE_SPANS, NO_ADAPTER, AdapterSpan
 from descant.scheduling.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterTooLarge
 
 MAX_PASSES = 64  # sequences that may get an adapter while an earlier one waits for a place for its own
-BASE_SPANS = (AdapterSpan(0, NO_ADAPTER),)
 
 
 @dataclass(slots=True, eq=False)
@@ -292,7 +291,8 @@ class AdapterGate:
 
     def _hold(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
         """Give a sequence its place, and return whether the version is there."""
-        sequence.spans = (AdapterSpan(0, placement.adapter_slot),)
+        sequence.spans = (AdapterSpan(0, placement.adapter_slot),) if version.num_modules else BASE_SPANS
+        sequence.heads_slot = placement.adapter_slot if version.num_heads else NO_ADAPTER
         if placement.is_new:
             self._load(version, placement)
         if version.digest in self._loading:

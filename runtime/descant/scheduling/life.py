@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from descant.scheduling.blocks import BlockAllocator, hash_of
+from descant.scheduling.draft_choice import DraftChoice
 from descant.scheduling.gate import AdapterGate
 from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
@@ -20,6 +21,7 @@ class ExecutorLife:
         self.blocks = BlockAllocator(limits.num_blocks, limits.block_size)
         self.gate = AdapterGate(limits.num_adapter_slots, adapter_bytes, epoch)
         self.num_steps = 0  # completed
+        self.draft_choice = DraftChoice()
         self.max_steps_in_flight = limits.max_steps_in_flight
         self.max_draft_nodes = limits.max_draft_nodes
         # Tokens of a sequence, prompt and output: it must be able to run alone.

@@ -23,14 +23,19 @@ class DraftTree(NamedTuple):
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
 
+    def beginning(self, num_nodes: int) -> DraftTree | None:
+        """Return the tree of its first nodes; None if that is none."""
+        return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes]) if num_nodes > 0 else None
+
 
 class NgramIndex:
     """Where each n-gram of a sequence's tokens has occurred; grows with it, never rescans."""
 
     def __init__(self, min_n: int, max_n: int) -> None:
         assert 1 <= min_n <= max_n, f"no n-gram is between {min_n} and {max_n} tokens long"
-        self._lengths = range(min_n, max_n + 1)
+        self._lengths = range(max_n, min_n - 1, -1)
         self._tokens: list[int] = []
+        self._last: list[tuple[int, ...]] = []  # the n-grams that the text ends with, the longest first
         self._followers: dict[tuple[int, ...], tuple[int, ...]] = {}  # positions just after an n-gram, last first
 
     @property
@@ -40,9 +45,18 @@ class NgramIndex:
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Take the tokens that come next."""
+        tokens, followers = self._tokens, self._followers
         for token in token_ids:
-            self._enter(len(self._tokens))
-            self._tokens.append(token)
+            end = len(tokens)
+            for ngram in self._last:
+                followers[ngram] = (end, *followers.get(ngram, ())[: KEPT_OCCURRENCES - 1])
+            tokens.append(token)
+            self._last = [tuple(tokens[-n:]) for n in self._lengths if n <= end + 1]
+
+    def following(self) -> int | None:
+        """Return the token that `propose` begins with; None if it has nothing to say."""
+        starts = self._matches()
+        return self._tokens[starts[0]] if starts else None
 
     def propose(self, max_depth: int, max_width: int, max_nodes: int) -> DraftTree | None:
         """Return what followed the longest known n-gram that the text ends with; None if there is none or no room.
@@ -61,20 +75,11 @@ class NgramIndex:
             return None
         return DraftTree(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes))
 
-    def _enter(self, end: int) -> None:
-        """Enter the n-grams that end just before position `end`."""
-        for n in self._lengths:
-            if n > end:
-                break
-            ngram = tuple(self._tokens[end - n : end])
-            self._followers[ngram] = (end, *self._followers.get(ngram, ())[: KEPT_OCCURRENCES - 1])
-
     def _matches(self) -> tuple[int, ...]:
         """Return where the text went on after the longest n-gram that it also ends with, most recent first."""
-        end = len(self._tokens)
-        for n in reversed(self._lengths):
-            if n <= end and (starts := self._followers.get(tuple(self._tokens[end - n :]))):
-                return starts
+        for ngram in self._last:
+            if ngram in self._followers:
+                return self._followers[ngram]
         return ()
 
     def _continuation(self, start: int, depth: int) -> Iterable[int]:

@@ -63,20 +63,14 @@ class AdapterSpan(msgspec.Struct, frozen=True, array_like=True):
     adapter_slot: int
 
 
-class TokenDraft(msgspec.Struct, frozen=True, tag="tokens"):
+BASE_SPANS = (AdapterSpan(0, NO_ADAPTER),)
+
+
+class TokenDraft(msgspec.Struct, frozen=True):
     """A token tree to verify: `parents[i]` is the node before node i (smaller than i), -1 for the row's last token."""
 
     token_ids: bytes
     parents: bytes
-
-
-class HeadsDraft(msgspec.Struct, frozen=True, tag="heads"):
-    """The engine's own draft heads propose at most `max_nodes` nodes."""
-
-    max_nodes: int
-
-
-Draft = TokenDraft | HeadsDraft
 
 
 class Admit(msgspec.Struct, frozen=True):
@@ -106,18 +100,21 @@ class Row(msgspec.Struct, frozen=True):
     longest case. `num_prompt_logprobs` >= 0 asks for the log-probability of each token that follows a computed
     prompt position. A row with a draft computes nothing but its last known token and the draft's nodes, which lie
     in the cache behind it in their order, so its blocks must reach that far; its result carries every token that
-    was sampled on the way through the tree, and the K/V of that way is moved into place.
+    was sampled on the way through the tree, and the K/V of that way is moved into place. With `num_candidates` the
+    draft heads in `heads_slot` propose as many tokens each for what follows the one that is sampled.
     """
 
     row: int
     num_new_tokens: int
-    spans: tuple[AdapterSpan, ...] = (AdapterSpan(0, NO_ADAPTER),)
+    spans: tuple[AdapterSpan, ...] = BASE_SPANS
     blocks: bytes = b""
     input_ids: bytes = b""
-    draft: Draft | None = None
+    draft: TokenDraft | None = None
     positions: bytes | None = None
     allowed_tokens: bytes | None = None  # packed bit mask over the vocabulary, one per sampled node
     num_prompt_logprobs: int = NO_LOGPROBS
+    heads_slot: int = NO_ADAPTER
+    num_candidates: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -141,6 +138,14 @@ class LogprobRows(msgspec.Struct, frozen=True):
     top: bytes  # float32 [num_tokens, num_top]
 
 
+class HeadCandidates(msgspec.Struct, frozen=True):
+    """What draft heads propose: head i the token that comes i + 1 after the last one sampled, the likeliest first."""
+
+    num_candidates: int  # of each head
+    token_ids: bytes  # int32 [num_heads, num_candidates]
+    probabilities: bytes  # float32 likewise
+
+
 class RowResult(msgspec.Struct, frozen=True):
     """What a step did to a row. `num_computed` is the number of positions whose K/V is valid now."""
 
@@ -150,6 +155,7 @@ class RowResult(msgspec.Struct, frozen=True):
     logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None  # of the prompt tokens after the computed positions
     error: str | None = None
+    candidates: HeadCandidates | None = None
 
 
 class StepResult(msgspec.Struct, frozen=True):
@@ -220,10 +226,13 @@ def _validate_row(row: Row, limits: EngineLimits, where: str) -> None:
     for span in row.spans:
         if not NO_ADAPTER <= span.adapter_slot < limits.num_adapter_slots:
             raise InvalidRequest(where, f"adapter slot {span.adapter_slot} does not exist")
-    if isinstance(row.draft, TokenDraft):
+    if not NO_ADAPTER <= row.heads_slot < limits.num_adapter_slots or (row.num_candidates and row.heads_slot < 0):
+        raise InvalidRequest(where, f"there are no draft heads in slot {row.heads_slot}")
+    if not 0 <= row.num_candidates <= limits.vocab_size:
+        raise InvalidRequest(where, f"{row.num_candidates} candidates")
+    if row.draft is not None:
         _validate_draft(row.draft, limits, f"{where}.draft")
     unsupported = {
-        "draft": row.draft if isinstance(row.draft, HeadsDraft) else None,
         "positions": row.positions,
         "allowed_tokens": row.allowed_tokens,
         "input_ids": row.input_ids or None,
@@ -250,7 +259,7 @@ def _validate_draft(draft: TokenDraft, limits: EngineLimits, where: str) -> None
 
 def num_drafted(row: Row) -> int:
     """Return how many nodes of a draft the row verifies."""
-    return len(row.draft.token_ids) // 4 if isinstance(row.draft, TokenDraft) else 0
+    return len(row.draft.token_ids) // 4 if row.draft is not None else 0
 
 
 def _ints(data: bytes, where: str) -> list[int]:

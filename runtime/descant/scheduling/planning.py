@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
+from descant.scheduling.drafting import Drafter
 from descant.scheduling.fairness import Account
+from descant.scheduling.guess import Guess
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.lineup import Lineup
+from descant.scheduling.ngram import DraftTree
+from descant.scheduling.plan import NO_ADAPTER
 from descant.scheduling.preemption import (
     block_victims,
     blocks_held,
@@ -32,6 +36,8 @@ from descant.scheduling.preemption import (
 from descant.scheduling.rows import StepBuilder
 from descant.scheduling.sequence import Sequence, SequenceTable, by_arrival
 from descant_client.protocol import FinishReason
+
+_NO_DRAFTS: Mapping[int, DraftTree] = {}
 
 
 class Moves(NamedTuple):
@@ -87,9 +93,9 @@ class Planner:
     # ---- decodes --------------------------------------------------------------------------------------------------
 
     def _plan_decodes(self) -> None:
-        life, running, builder = self._life, self._running, self._builder
+        life, running = self._life, self._running
         block_size, index = life.blocks.block_size, 0
-        num_spare = (builder.num_tokens_left - len(running)) // (2 * max(1, len(running)))  # nodes of each draft
+        trees = self._drafts()
         while index < len(running):
             sequence = running[index]
             num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
@@ -99,24 +105,41 @@ class Planner:
             elif num_tokens >= sequence.token_limit and sequence.num_pending:
                 continue  # it ends with a token that is in flight
             elif num_tokens <= len(sequence.block_table) * block_size:
-                self._decode(sequence, [], num_spare)
+                self._decode(sequence, [], trees)
             elif (new_blocks := life.grow(sequence)) is not None:
-                self._decode(sequence, new_blocks, num_spare)
+                self._decode(sequence, new_blocks, trees)
             elif self._moves.may_preempt():
                 self._preempt(growth_victim(self._fairness, running, sequence))
                 index = bisect_left(running, sequence.id, key=by_arrival)  # it tries again, if it is still there
 
-    def _decode(self, sequence: Sequence, new_blocks: list[int], num_spare: int) -> None:
-        """Plan the sequence's next token, and a draft of those behind it where somebody guesses and there is room."""
-        drafter, life = sequence.drafter, self._life
-        limit = min(life.max_draft_nodes, num_spare, sequence.token_limit - sequence.num_tokens - 1)
-        tree = drafter.draft(sequence, limit) if drafter is not None and limit > 0 else None
+    def _drafts(self) -> Mapping[int, DraftTree]:
+        """Return what is to be verified, by sequence, of what sequences guess will follow their last tokens."""
+        life, running = self._life, self._running
+        num_spare = (self._builder.num_tokens_left - len(running)) // (2 * max(1, len(running)))  # nodes of each draft
+        max_nodes = min(life.max_draft_nodes, num_spare)
+        if max_nodes <= 0:
+            return _NO_DRAFTS
+        guesses: dict[int, tuple[Drafter, Guess]] = {}
+        least = life.draft_choice.least_likelihood(len(running))
+        for sequence in running:
+            drafter, num_left = sequence.drafter, sequence.token_limit - sequence.num_tokens - 1
+            if drafter is None or num_left <= 0 or sequence.num_computed + 1 != sequence.num_tokens:
+                continue
+            guess = drafter.guess(sequence, min(max_nodes, num_left), 0.0 if drafter.settings.always else least)
+            if guess is not None:
+                guesses[sequence.id] = drafter, guess
+        return life.draft_choice.choose(guesses, len(running)) if guesses else _NO_DRAFTS
+
+    def _decode(self, sequence: Sequence, new_blocks: list[int], trees: Mapping[int, DraftTree]) -> None:
+        """Plan the sequence's next token, with a draft of those behind it if there is one and room for it."""
+        life, tree, num_candidates = self._life, trees.get(sequence.id), 0
+        if sequence.drafter is not None and sequence.heads_slot != NO_ADAPTER and life.max_draft_nodes:
+            num_candidates = life.draft_choice.num_candidates(sequence.drafter, len(self._running))
         if tree is not None:
             new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
-            if sequence.num_tokens + len(tree.token_ids) <= len(sequence.block_table) * life.blocks.block_size:
-                self._builder.verify(sequence, tree, new_blocks)
-                return
-        self._builder.decode(sequence, new_blocks or None)
+            num_slots = len(sequence.block_table) * life.blocks.block_size - sequence.num_tokens
+            tree = tree if num_slots >= len(tree.token_ids) else tree.beginning(num_slots)
+        self._builder.decode(sequence, new_blocks or None, tree, num_candidates)
 
     # ---- prompts of running sequences -----------------------------------------------------------------------------
 

@@ -247,6 +247,7 @@ class Policy(Transitions):
             return
         self._in_flight.take(planned, result)
         life.num_steps += 1
+        life.draft_choice.learn(planned.plan, result.device_s)
         now = self._now()
         for sequence, row, row_result in zip(planned.sequences, planned.plan.rows, result.rows, strict=True):
             if sequence.status == "running":

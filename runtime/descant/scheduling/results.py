@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from descant.scheduling.drafting import depth_of
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import Draft, LogprobRows, Row, RowResult, TokenDraft, unpack_ints
+from descant.scheduling.plan import LogprobRows, Row, RowResult, TokenDraft, unpack_ints
 from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
 from descant_client.errors import InternalError
 
@@ -37,11 +36,10 @@ def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowR
     return is_sampled
 
 
-def _take_verdict(sequence: Sequence, draft: Draft, num_sampled: int) -> int:
+def _take_verdict(sequence: Sequence, draft: TokenDraft, num_sampled: int) -> int:
     """Tell the sequence's drafter how its draft fared; return how many of its tokens came true."""
-    assert isinstance(draft, TokenDraft), "nothing else is planned"
     assert sequence.drafter is not None, "who drafts has a drafter"
-    depth = depth_of(DraftTree(tuple(unpack_ints(draft.token_ids)), tuple(unpack_ints(draft.parents))))
+    depth = depth_of(unpack_ints(draft.parents))
     num_accepted = num_sampled - 1
     if num_accepted > depth:
         raise InternalError("the engine accepted more than was drafted")
@@ -57,9 +55,14 @@ def take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> i
     else:
         token_ids = unpack_ints(result.token_ids)
     logprobs: list[TokenLogprobs] = [] if result.logprobs is None else unpack_logprobs(result.logprobs, token_ids)
+    start = len(sequence.output_ids)
     num_new = sequence.append(token_ids, logprobs)
-    if num_new > 1:
+    if len(token_ids) > 1:
         life.register(sequence)  # what a draft has filled, now that its tokens are known
+        if sequence.guessed is not None:
+            sequence.guessed += range(start, start + min(num_new, len(token_ids) - 1))
+    if result.candidates is not None and sequence.drafter is not None:
+        sequence.drafter.take_candidates(sequence.num_tokens, result.candidates)
     return num_new
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import NO_LOGPROBS, Admit, Row, StepPlan, TokenDraft, num_drafted, pack_ints
+from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row, StepPlan, TokenDraft, num_drafted, pack_ints
 from descant.scheduling.sequence import Sequence
 
 
@@ -29,27 +29,33 @@ class StepBuilder:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def decode(self, sequence: Sequence, new_blocks: list[int] | None = None) -> None:
-        """Compute the sequence's last token."""
-        if new_blocks is None:
+    def decode(
+        self,
+        sequence: Sequence,
+        new_blocks: list[int] | None = None,
+        tree: DraftTree | None = None,
+        num_candidates: int = 0,
+    ) -> None:
+        """Compute the sequence's last token, and the nodes of a draft behind it.
+
+        Args:
+          num_candidates: that each of its draft heads shall propose.
+        """
+        assert sequence.spans is not None, "a running sequence has its adapter"
+        if new_blocks is None and tree is None and not num_candidates:
+            if sequence.decode_row is None:
+                sequence.decode_row = Row(sequence.id, 1, sequence.spans)
             row = sequence.decode_row
-            if row is None:
-                assert sequence.spans is not None, "a running sequence has its adapter"
-                row = sequence.decode_row = Row(sequence.id, 1, sequence.spans)
         else:
-            assert sequence.spans is not None, "a running sequence has its adapter"
-            row = Row(sequence.id, 1, sequence.spans, pack_ints(new_blocks))
+            draft = None if tree is None else TokenDraft(pack_ints(tree.token_ids), pack_ints(tree.parents))
+            slot = sequence.heads_slot if num_candidates else NO_ADAPTER
+            blocks = pack_ints(new_blocks or ())
+            row = Row(
+                sequence.id, 1, sequence.spans, blocks, draft=draft, heads_slot=slot, num_candidates=num_candidates
+            )
         self._rows.append(row)
         self._sequences.append(sequence)
-        self.num_tokens_left -= 1
-
-    def verify(self, sequence: Sequence, tree: DraftTree, new_blocks: list[int]) -> None:
-        """Compute the sequence's last token, and the nodes of a draft behind it."""
-        assert sequence.spans is not None, "a running sequence has its adapter"
-        draft = TokenDraft(pack_ints(tree.token_ids), pack_ints(tree.parents))
-        self._rows.append(Row(sequence.id, 1, sequence.spans, pack_ints(new_blocks), draft=draft))
-        self._sequences.append(sequence)
-        self.num_tokens_left -= 1 + len(tree.token_ids)
+        self.num_tokens_left -= 1 + num_drafted(row)
 
     def has_prompt_of(self, sequence: Sequence) -> bool:
         """Return whether `prefill` or `admit` was called with the sequence."""

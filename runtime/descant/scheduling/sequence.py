@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from descant.scheduling.drafting import Drafter
-from descant.scheduling.plan import NO_LOGPROBS, AdapterSpan, LogprobRows, Row, unpack_floats, unpack_ints
+from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, AdapterSpan, LogprobRows, Row, unpack_floats, unpack_ints
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError
 from descant_client.protocol import FinishReason, SamplingParams
@@ -77,6 +77,7 @@ class Sequence:
     weight: float = 1.0  # of the principal: its share against others'
     max_queued: int | None = None  # of the principal: sequences that may wait; None: the server's limit
     drafter: Drafter | None = None  # guesses what comes next; None: it decodes plainly
+    guessed: list[int] | None = None  # output tokens that came true in drafts, by index; None: nobody asks
     received_s: float = 0.0  # on the policy's clock: when the request came to the server
     queue_deadline_s: float | None = None  # by then it must have run
     deadline_s: float | None = None  # by then it must have ended
@@ -98,6 +99,7 @@ class Sequence:
     num_registered: int = 0  # blocks offered to the prefix cache
     is_row: bool = False  # the engine has a row for it
     spans: tuple[AdapterSpan, ...] | None = None  # None: its adapter has no slot
+    heads_slot: int = NO_ADAPTER  # its adapter's, if that has draft heads
     block_hashes: list[bytes] = field(default_factory=list[bytes])  # of its full blocks; kept, tokens do not change
     decode_row: Row | None = None  # its part in a step that needs no new block
     token_limit: int = 0  # prompt and output together, set at admission
@@ -176,6 +178,7 @@ class Sequence:
         self.num_computed = self.num_registered = self.num_planned = self.num_pending = self.last_step = 0
         self.is_row = False
         self.spans = self.decode_row = None
+        self.heads_slot = NO_ADAPTER
 
 
 def by_arrival(sequence: Sequence) -> int:

@@ -17,3 +17,4 @@ class AdapterVersion(msgspec.Struct, frozen=True):
     max_rank: int
     num_modules: int
     file_bytes: int = 0
+    num_heads: int = 0  # draft heads

@@ -1,0 +1,70 @@
+"""`StepCosts`: what a step takes, learned from steps that only decoded.
+
+A plain step is measured by how many rows it has. What verifying adds is fitted to the steps that verified, by least
+squares in which older steps count less: so much for having any draft, so much per node of a draft, so much per row
+whose draft heads ran. So it holds for any machine, a CPU as well, and follows what else the machine has to do.
+"""
+
+from __future__ import annotations
+
+from descant.scheduling.plan import NO_LOGPROBS, StepPlan, num_drafted
+
+_NEW_SHARE = 0.2  # of a new measurement in the average of plain steps
+_KEPT = 0.97  # of the weight of earlier steps, with each new one
+_PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
+_PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, a row with heads
+_MOST = 10.0  # plain steps: what takes longer was held up by something else
+
+
+class StepCosts:
+    """Seconds of decode steps. It knows nothing until it has seen a plain one."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, float] = {}  # by number of rows
+        self._products = [[0.0] * 3 for _ in range(3)]  # sums of products of what steps had
+        self._targets = [0.0] * 3  # and with what they took beyond a plain step
+        self.added = _PRIOR  # what any draft, a node, and a row with heads add to a step, in plain steps
+
+    def learn(self, plan: StepPlan, seconds: float) -> None:
+        """Take a step into account, if it only decoded."""
+        if seconds <= 0 or plan.admit or any(row.num_new_tokens > 1 for row in plan.rows):
+            return
+        if any(row.num_prompt_logprobs != NO_LOGPROBS for row in plan.rows):
+            return
+        num_rows = len(plan.rows)
+        num_nodes = sum(map(num_drafted, plan.rows))
+        num_heads = sum(row.num_candidates > 0 for row in plan.rows)
+        plain = self.plain(num_rows)
+        if num_nodes or num_heads:
+            if plain is not None:
+                self._fit((float(num_nodes > 0), float(num_nodes), float(num_heads)), min(seconds / plain, _MOST) - 1.0)
+        elif num_rows not in self._plain:
+            self._plain[num_rows] = seconds
+        else:
+            self._plain[num_rows] += _NEW_SHARE * (min(seconds, _MOST * self._plain[num_rows]) - self._plain[num_rows])
+
+    def plain(self, num_rows: int) -> float | None:
+        """Return the seconds of a plain step of so many rows, or of the nearest number seen; None: none was."""
+        if num_rows in self._plain or not self._plain:
+            return self._plain.get(num_rows)
+        return self._plain[min(self._plain, key=lambda known: abs(known - num_rows))]
+
+    def _fit(self, had: tuple[float, float, float], added: float) -> None:
+        for i, one in enumerate(had):
+            self._targets[i] = _KEPT * self._targets[i] + one * added
+            for j, other in enumerate(had):
+                self._products[i][j] = _KEPT * self._products[i][j] + one * other
+        self.added = self._solved()
+
+    def _solved(self) -> tuple[float, float, float]:
+        matrix = [[*row, target] for row, target in zip(self._products, self._targets, strict=True)]
+        for i, prior in enumerate(_PRIOR):
+            matrix[i][i] += _PRIOR_WEIGHT
+            matrix[i][3] += _PRIOR_WEIGHT * prior
+        for i in range(3):  # Gauss and Jordan: positive definite, so no pivot is zero
+            matrix[i] = [value / matrix[i][i] for value in matrix[i]]
+            for j in range(3):
+                if j != i:
+                    matrix[j] = [value - matrix[j][i] * own for value, own in zip(matrix[j], matrix[i], strict=True)]
+        any_draft, node, heads = (max(0.0, row[3]) for row in matrix)
+        return any_draft, node, heads

@@ -1,0 +1,119 @@
+"""Requests that guess ahead, on the demo model: what clients may ask for, and that they get the same tokens faster."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from descant.config import Config, SchedulingConfig, ServerConfig, check_config
+from descant.system import System
+from descant_client import connect
+from descant_client.client import Client
+from descant_client.errors import ConfigInvalid, InvalidRequest
+from descant_client.speculation import Speculation, SpeculationChoice
+from descant_client.terminal import print_stream
+from servers import kill_executor, results, serve
+
+pytestmark = pytest.mark.anyio
+
+TEXT = "sing la la la and then sing la la la and then sing la la la"
+EAGER = Speculation(always=True)
+
+
+def config(directory: Path, speculation: SpeculationChoice = "auto") -> Config:
+    """A server of the demo model."""
+    return Config(
+        data_dir=str(directory), server=ServerConfig(port=0), scheduling=SchedulingConfig(speculation=speculation)
+    )
+
+
+@pytest.fixture(scope="module")
+async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[System, str]]:
+    async with serve(config(tmp_path_factory.mktemp("data"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def client(server: tuple[System, str]) -> AsyncIterator[Client]:
+    async with connect(server[1]) as client:
+        yield client
+
+
+def ask(client: Client, speculation: SpeculationChoice | None, **options: Any) -> Any:
+    return client.generate(TEXT, **{"temperature": 0.0, "speculation": speculation, **options})
+
+
+async def test_guesses_change_no_token_and_say_what_they_saved(client: Client) -> None:
+    plain, eager = await results([ask(client, "off"), ask(client, EAGER)])
+
+    assert eager.choices == plain.choices
+    assert (plain.timings.num_drafts, plain.timings.num_accepted) == (0, 0)
+    timings = eager.timings
+    assert 0 < timings.num_drafts < len(eager.token_ids) / 2
+    assert timings.num_drafts <= timings.num_accepted <= timings.num_drafted
+
+
+async def test_a_request_that_says_nothing_gets_what_the_server_says(tmp_path: Path) -> None:
+    async with serve(config(tmp_path, EAGER)) as (_, uri), connect(uri) as client:
+        silent, plain = await results([ask(client, None), ask(client, "off")])
+
+    assert silent.timings.num_accepted > 0
+    assert plain.timings.num_accepted == 0
+    assert silent.token_ids == plain.token_ids
+
+
+async def test_marked_tokens_are_those_that_came_true_in_drafts(client: Client) -> None:
+    stream = ask(client, Speculation(always=True, mark=True), n=2)
+    guessed = {choice: list[int]() for choice in (0, 1)}
+    async for delta in stream:
+        guessed[delta.choice] += delta.guessed or ()
+    result = await stream.result()
+
+    assert sum(map(len, guessed.values())) == result.timings.num_accepted > 0
+    assert all(indices == sorted(set(indices)) for indices in guessed.values())
+    assert 0 not in guessed[0]  # the first token comes of the prompt
+
+
+async def test_a_stop_string_within_a_draft_ends_the_text_there(client: Client) -> None:
+    options = {"stop": ["then sing"], "logprobs": 2}
+    plain, eager = await results([ask(client, "off", **options), ask(client, EAGER, **options)])
+
+    assert eager.choices == plain.choices
+    assert eager.finish_reason == "stop"
+    assert eager.timings.num_accepted > 0
+
+
+async def test_guessing_goes_on_when_the_executor_is_killed(server: tuple[System, str], client: Client) -> None:
+    (plain,) = await results([ask(client, "off")])
+    streams = [ask(client, EAGER, adapter=None) for _ in range(8)]
+
+    await kill_executor(server[0])
+    finished = await results(streams)
+
+    assert [result.token_ids for result in finished] == [plain.token_ids] * 8
+
+
+async def test_shortest_ngrams_longer_than_the_longest_are_refused(client: Client, tmp_path: Path) -> None:
+    wrong = Speculation(min_ngram=5, max_ngram=4)
+
+    with pytest.raises(InvalidRequest, match="min_ngram"):
+        await ask(client, wrong).result()
+    with pytest.raises(ConfigInvalid, match="min_ngram"):
+        check_config(config(tmp_path, wrong))
+
+
+async def test_the_terminal_colors_what_was_guessed(client: Client) -> None:
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    stream = ask(client, Speculation(always=True, mark=True), logprobs=0)
+
+    result = await print_stream(stream, console, shows_speculation=True)
+
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "\x1b[1;32m" in shown
+    assert f"{result.timings.num_accepted} of them guessed" in shown

@@ -1,0 +1,182 @@
+"""What verifying costs, learned from steps, and which guesses are then worth it."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+
+from descant.scheduling.draft_choice import PROBE_EVERY, PROBE_NODES, DraftChoice
+from descant.scheduling.drafting import Drafter
+from descant.scheduling.guess import Guess
+from descant.scheduling.ngram import DraftTree
+from descant.scheduling.plan import Admit, HeadCandidates, Row, StepPlan, TokenDraft, pack_floats, pack_ints
+from descant.scheduling.step_costs import StepCosts
+from descant_client.protocol import SamplingParams
+from descant_client.speculation import Speculation
+from fake_engine import LIMITS, FakeEngine
+from fake_model import echo, hash_history
+from fakes import Loop
+
+
+def plan(num_rows: int, nodes: int = 0, with_heads: int = 0) -> StepPlan:
+    """A decode step whose first row has a draft."""
+    draft = TokenDraft(pack_ints([1] * nodes), pack_ints(range(-1, nodes - 1)))
+    return StepPlan(
+        0,
+        0,
+        rows=tuple(
+            Row(i, 1, draft=draft if nodes and not i else None, heads_slot=0, num_candidates=int(i < with_heads))
+            for i in range(num_rows)
+        ),
+    )
+
+
+def chain(*likelihoods: float) -> Guess:
+    depth = len(likelihoods)
+    return Guess(DraftTree(tuple(range(depth)), tuple(range(-1, depth - 1))), likelihoods)
+
+
+def taught(any_draft: float, node: float, num_rows: int = 1) -> DraftChoice:
+    """A choice that has seen what steps take, in shares of a plain step."""
+    choice = DraftChoice()
+    for _ in range(40):
+        for nodes in (1, 4, 0, 8, 0):
+            choice.learn(plan(num_rows, nodes), 1.0 + (any_draft + node * nodes if nodes else 0.0))
+    return choice
+
+
+def chosen(choice: DraftChoice, num_rows: int, *guesses: Guess) -> dict[int, int]:
+    trees = choice.choose({i: (Drafter(), guess) for i, guess in enumerate(guesses)}, num_rows)
+    return {key: len(tree.token_ids) for key, tree in trees.items()}
+
+
+def test_what_verifying_adds_is_found_under_noise() -> None:
+    costs, dice = StepCosts(), random.Random(1)
+    for _ in range(500):
+        nodes, with_heads = dice.choice([0, 0, 1, 3, 8, 16]), dice.choice([0, 2])
+        added = 0.1 * (nodes > 0) + 0.02 * nodes + 0.05 * with_heads
+        costs.learn(plan(4, nodes, with_heads), 0.01 * (1 + added) * dice.uniform(0.97, 1.03))
+
+    assert costs.plain(4) == pytest.approx(0.01, rel=0.03)
+    assert costs.added == pytest.approx((0.1, 0.02, 0.05), abs=0.02)
+
+
+def test_steps_that_do_more_than_decode_teach_nothing() -> None:
+    costs = StepCosts()
+    admit = Admit(0, pack_ints([1]), 1, 0, pack_ints([0]), SamplingParams(), 0)
+
+    costs.learn(StepPlan(0, 0, admit=(admit,), rows=(Row(0, 1),)), 1.0)
+    costs.learn(StepPlan(0, 0, rows=(Row(0, 1), Row(1, 7))), 1.0)
+    costs.learn(plan(1), 0.0)
+
+    assert costs.plain(1) is None
+
+
+def test_a_number_of_rows_never_seen_is_taken_for_the_nearest() -> None:
+    costs = StepCosts()
+    costs.learn(plan(2), 1.0)
+    costs.learn(plan(8), 3.0)
+
+    assert (costs.plain(3), costs.plain(7), costs.plain(99)) == (1.0, 3.0, 3.0)
+
+
+def test_as_many_nodes_are_verified_as_make_the_step_better() -> None:
+    choice = taught(any_draft=0.05, node=0.1)
+
+    assert chosen(choice, 1, chain(0.9, 0.8, 0.6, 0.1, 0.05)) == {0: 3}
+
+
+def test_the_likeliest_nodes_are_taken_of_whatever_sequence() -> None:
+    choice = taught(any_draft=0.05, node=0.1, num_rows=2)
+
+    assert chosen(choice, 2, chain(0.9, 0.1), chain(0.15), chain(0.8, 0.7)) == {0: 1, 2: 2}
+
+
+def test_nothing_is_verified_where_it_would_cost_more_than_it_brings() -> None:
+    assert chosen(taught(any_draft=0.05, node=0.5), 1, chain(0.4, 0.3)) == {}
+    assert chosen(taught(any_draft=3.0, node=0.0), 1, chain(0.9, 0.8)) == {}
+
+
+def test_the_more_rows_wait_the_likelier_a_node_must_be() -> None:
+    assert chosen(taught(0.0, 0.1, num_rows=2), 2, chain(0.5)) == {0: 1}
+    assert chosen(taught(0.0, 0.1, num_rows=8), 8, chain(0.5)) == {}
+
+
+def test_nothing_is_verified_before_a_plain_step_was_measured() -> None:
+    assert chosen(DraftChoice(), 1, chain(0.9)) == {}
+
+
+def test_after_many_plain_steps_a_few_nodes_are_tried_again() -> None:
+    choice = taught(any_draft=5.0, node=1.0)
+    for _ in range(PROBE_EVERY - 1):
+        assert chosen(choice, 1, chain(*[0.9] * 9)) == {}
+        choice.learn(plan(1), 1.0)
+
+    assert chosen(choice, 1, chain(0.2), chain(*[0.9] * 9)) == {1: PROBE_NODES}
+
+
+def test_after_many_steps_with_drafts_a_plain_one_is_measured_again() -> None:
+    choice = taught(any_draft=0.0, node=0.01)
+    for _ in range(PROBE_EVERY):
+        assert chosen(choice, 1, chain(0.9)) == {0: 1}
+        choice.learn(plan(1, 1), 1.0)
+
+    assert choice.least_likelihood(1) > 1
+    choice.learn(plan(1), 1.0)
+    assert chosen(choice, 1, chain(0.9)) == {0: 1}
+
+
+def test_who_always_verifies_does_so_at_any_cost() -> None:
+    choice = taught(any_draft=9.0, node=9.0)
+
+    trees = choice.choose({7: (Drafter(Speculation(always=True)), chain(0.1, 0.1))}, 1)
+
+    assert len(trees[7].token_ids) == 2
+
+
+def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> None:
+    choice, drafter = DraftChoice(), Drafter()
+    for _ in range(40):
+        choice.learn(plan(1), 1.0)
+        choice.learn(plan(1, with_heads=1), 1.5)
+    for position in range(40):
+        drafter.take_candidates(position, HeadCandidates(1, pack_ints([1]), pack_floats([0.1])))
+
+    asked = [choice.num_candidates(drafter, 1) > 0 for _ in range(2 * PROBE_EVERY + 2)]
+
+    assert asked == [False] * PROBE_EVERY + [True] + [False] * PROBE_EVERY + [True]
+
+
+def test_heads_are_never_asked_where_nobody_wants_them() -> None:
+    assert DraftChoice().num_candidates(Drafter(Speculation(heads=False, always=True)), 1) == 0
+
+
+def steps(behavior: object, node: float, speculates: bool = True) -> tuple[list[int], int]:
+    """What four sequences say, and the steps it takes, where a node costs so much of a plain step."""
+
+    def seconds(plan: StepPlan) -> float:
+        return 1.0 + node * sum(len(row.draft.token_ids) // 4 for row in plan.rows if row.draft)
+
+    limits = msgspec.structs.replace(LIMITS, max_draft_nodes=16)
+    loop = Loop(FakeEngine(limits, behavior, seconds=seconds), max_num_batched_tokens=256)  # type: ignore[arg-type]
+    sequences = [
+        loop.submit([5, 6, 7, seed], seed=seed, max_tokens=40, drafter=Drafter() if speculates else None)[0]
+        for seed in range(4)
+    ]
+    loop.run()
+    return [token for one in sequences for token in one.output_ids], len(loop.engine.plans)
+
+
+def test_text_that_repeats_is_drafted_where_nodes_are_cheap_and_not_where_they_are_dear() -> None:
+    plain = steps(echo, 0.0, speculates=False)
+    cheap, dear = steps(echo, 0.01), steps(echo, 2.0)
+
+    assert cheap[0] == dear[0] == plain[0]
+    assert cheap[1] < 0.6 * plain[1]
+    assert dear[1] >= 0.9 * plain[1]
+
+
+def test_text_that_never_repeats_is_not_drafted() -> None:
+    assert steps(hash_history, 0.01)[1] == steps(hash_history, 0.01, speculates=False)[1]
