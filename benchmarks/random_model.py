@@ -103,6 +103,12 @@ def checkpoint(cache: Path, shape: Shape) -> Path:
     return _once(cache, shape.name, asdict(shape), lambda path: write_checkpoint(path, shape))
 
 
+def markov_checkpoint(cache: Path, shape: Shape) -> Path:
+    """Return a checkpoint of the same cost in which every token alone determines the next: attention adds nothing."""
+    content = asdict(shape) | {"attends": False}
+    return _once(cache, f"{shape.name}-markov", content, lambda path: write_checkpoint(path, shape, attends=False))
+
+
 def adapters(cache: Path, model_dir: Path, rank: int, num: int) -> list[Path]:
     """Return directories of bfloat16 PEFT adapters for all seven projections, each written if it is not there yet."""
     modules = projections(model_dir)
@@ -138,8 +144,11 @@ def write_config(directory: Path, shape: Shape) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def write_checkpoint(directory: Path, shape: Shape) -> None:
-    """Write config, tokenizer and random weights into a directory that exists."""
+def write_checkpoint(directory: Path, shape: Shape, *, attends: bool = True) -> None:
+    """Write config, tokenizer and random weights into a directory that exists.
+
+    Unless it `attends`, the outputs of attention are zero.
+    """
     write_config(directory, shape)
     vocabulary = {f"t{i}": i for i in range(shape.vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
@@ -147,6 +156,8 @@ def write_checkpoint(directory: Path, shape: Shape) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     generator = torch.Generator().manual_seed(0)
     tensors = {name: _random_tensor(name, size, generator) for name, size in tensor_shapes(shape).items()}
+    if not attends:
+        tensors |= {name: torch.zeros_like(one) for name, one in tensors.items() if "o_proj" in name}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 

@@ -6,14 +6,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from descant.scheduling.plan import (
     NO_ADAPTER,
     EngineLimits,
+    HeadCandidates,
     Row,
     RowResult,
     StepPlan,
     StepResult,
     TokenDraft,
+    pack_floats,
     pack_ints,
     unpack_ints,
     validate_plan,
@@ -42,6 +46,7 @@ class FakeEngine:
     behavior: Behavior = hash_history
     kills: Callable[[FakeRow], bool] = lambda row: False
     row_error: Callable[[FakeRow], str | None] = lambda row: None
+    heads: Callable[[FakeRow, int], list[list[int]]] = lambda row, history: []  # what each proposes, likeliest first
     seconds: Callable[[StepPlan], float] = lambda plan: 0.0  # that a step says it took
     plans: list[StepPlan] = field(default_factory=list)
     rows: dict[int, FakeRow] = field(default_factory=dict)
@@ -167,7 +172,18 @@ class FakeEngine:
             self._cache[self._slot(state, state.num_computed)] = said[-1]
             state.num_computed += 1
         logprobs = logprob_rows(said, state.admit.num_logprobs) if state.admit.num_logprobs >= 0 else None
-        return RowResult(row.row, state.num_computed, pack_ints(state.tokens[-len(said) :]), logprobs)
+        candidates = self._propose(row, state)
+        token_ids = pack_ints(state.tokens[-len(said) :])
+        return RowResult(row.row, state.num_computed, token_ids, logprobs, candidates=candidates)
+
+    def _propose(self, row: Row, state: FakeRow) -> HeadCandidates | None:
+        if not row.num_candidates:
+            return None
+        assert self.arena.digest_in(row.heads_slot), "heads are on the device"
+        proposed = self.heads(state, self.history(state, self._adapter(row))[-1])
+        ids = [token_id for one in proposed for token_id in one[: row.num_candidates]]
+        odds = [0.5**rank for one in proposed for rank in range(1, 1 + len(one[: row.num_candidates]))]
+        return HeadCandidates(row.num_candidates, pack_ints(ids), pack_floats(odds))
 
     def _result(self, row: Row, state: FakeRow, start: int, histories: list[int]) -> RowResult:
         end, num_prompt = state.num_computed, state.admit.num_prompt_tokens
@@ -186,4 +202,4 @@ class FakeEngine:
             else None,
         )
         state.tokens += token_ids
-        return result
+        return msgspec.structs.replace(result, candidates=self._propose(row, state))

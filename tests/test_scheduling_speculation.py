@@ -9,10 +9,11 @@ import pytest
 
 from descant.scheduling.drafting import Drafter, depth_of
 from descant.scheduling.ngram import DraftTree
+from descant.scheduling.plan import HeadCandidates, pack_floats, pack_ints
 from descant.scheduling.sequence import Sequence
 from descant_client.speculation import Speculation
 from fake_engine import LIMITS, FakeEngine
-from fake_model import FakeRow, counter, echo, hash_history
+from fake_model import FakeRow, counter, echo, extend_history, hash_history
 from fakes import Loop, version
 
 DRAFTING = msgspec.structs.replace(LIMITS, max_draft_nodes=16)
@@ -106,6 +107,54 @@ def test_a_draft_gives_no_more_tokens_than_were_asked_for() -> None:
 
     assert len(sequence.output_ids) == 31
     assert sequence.finish_reason == "length"
+
+
+def test_heads_alone_speed_up_text_that_never_repeats_under_any_adapter() -> None:
+    """Two heads: the first one's second candidate is right, the other's first."""
+
+    def heads(row: FakeRow, history: int) -> list[list[int]]:
+        first = hash_history(row, history) % LIMITS.vocab_size
+        second = hash_history(row, extend_history(history, first, "a")) % LIMITS.vocab_size
+        return [[first + 1, first], [second, second + 1]]
+
+    drafting = loop(behavior=hash_history)
+    drafting.engine.heads = heads
+    with_heads = msgspec.structs.replace(version("a"), num_heads=2)
+    only_heads = Speculation(always=True, ngram=False)
+    (fast,) = drafting.submit([5, 6], max_tokens=40, adapter=with_heads, drafter=Drafter(only_heads))
+    (plain,) = drafting.submit([5, 6], max_tokens=40, adapter=with_heads)
+    drafting.run()
+
+    assert fast.output_ids == plain.output_ids
+    assert fast.drafter is not None
+    assert fast.drafter.num_accepted >= 24
+
+
+def test_candidates_are_good_for_one_place_only() -> None:
+    drafter, sequence = Drafter(Speculation(ngram=False)), text(loop(), [1, 2, 3])
+    candidates = HeadCandidates(1, pack_ints([7, 8]), pack_floats([0.9, 0.8]))
+
+    drafter.take_candidates(3, candidates)
+    guess = drafter.guess(sequence, 64)
+    drafter.take_candidates(2, candidates)
+
+    assert guess is not None
+    assert guess.tree == DraftTree((7, 8), (-1, 0))
+    assert drafter.guess(sequence, 64) is None
+
+
+def test_heads_that_were_wrong_are_believed_less() -> None:
+    drafter, said = Drafter(Speculation(ngram=False)), [1, 2, 3]
+    for _ in range(20):
+        drafter.take_candidates(len(said), HeadCandidates(1, pack_ints([7]), pack_floats([0.9])))
+        drafter.guess(text(loop(), [*said, 9]), 64)
+        said.append(9)
+
+    drafter.take_candidates(len(said), HeadCandidates(1, pack_ints([7]), pack_floats([0.9])))
+    guess = drafter.guess(text(loop(), said), 64)
+
+    assert guess is not None
+    assert guess.probabilities[0] < 0.2
 
 
 def test_nobody_is_preempted_for_a_draft() -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 from descant_client.wire import Strict
 
+AdapterName = Annotated[str, msgspec.Meta(min_length=1)]
 NgramLength = Annotated[int, msgspec.Meta(ge=1, le=16)]
 
 
@@ -15,14 +16,15 @@ class Speculation(Strict, frozen=True):
     """What is guessed and how much of it is verified in one step.
 
     Guesses come from the text itself (what followed when its last `max_ngram` to `min_ngram` tokens stood in it
-    before) and from the draft heads of the request's adapter, if it has any. What is worth verifying is decided step by
-    step, by how often guesses came true and what steps took; with `always` every guess is verified at any cost.
+    before) and from draft heads: those of the request's adapter, if it has any, or of the adapter that `heads` names.
+    What is worth verifying is decided step by step, by how often guesses came true and what steps took; with `always`
+    every guess is verified at any cost.
     """
 
     ngram: bool = True
     min_ngram: NgramLength = 2
     max_ngram: NgramLength = 4
-    heads: bool = True
+    heads: bool | AdapterName = True
     max_depth: Annotated[int, msgspec.Meta(ge=1, le=32)] = 16  # tokens guessed one after the other
     max_width: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2  # guesses for one place
     max_nodes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 64  # guessed tokens of one step

@@ -139,7 +139,7 @@ def check_config(config: Config) -> None:
 
     Raises:
         ConfigInvalid: reachable from other machines without API keys, two keys or adapters of one name, an adapter
-            under a name that no request can say, or shortest n-grams longer than the longest.
+            under a name that no request can say, or a way to speculate that cannot be.
     """
     if not config.keys and not is_loopback(config.server.host):
         raise ConfigInvalid(
@@ -157,9 +157,15 @@ def check_config(config: Config) -> None:
     for entry in config.adapters.entries:
         if not NAME.fullmatch(entry.name):
             raise ConfigInvalid("adapters.entries", f"{entry.name!r} is no name of an adapter ({NAME.pattern}).")
-    speculation = config.scheduling.speculation
-    if isinstance(speculation, Speculation) and speculation.min_ngram > speculation.max_ngram:
+    if isinstance(config.scheduling.speculation, Speculation):
+        _check_speculation(config.scheduling.speculation, [entry.name for entry in config.adapters.entries])
+
+
+def _check_speculation(speculation: Speculation, adapters: list[str]) -> None:
+    if speculation.min_ngram > speculation.max_ngram:
         raise ConfigInvalid("scheduling.speculation", "min_ngram is greater than max_ngram.")
+    if isinstance(speculation.heads, str) and speculation.heads not in adapters:
+        raise ConfigInvalid("scheduling.speculation.heads", f"{speculation.heads!r} is none of adapters.entries.")
 
 
 def is_loopback(host: str) -> bool:

@@ -31,7 +31,7 @@ from descant.tokenizer import StopStrings
 from descant_client.errors import DeadlineExceeded, DescantError, InternalError, InvalidRequest
 from descant_client.lifecycle import Combination
 from descant_client.protocol import Accepted, Generate, Progress
-from descant_client.speculation import Speculation
+from descant_client.speculation import Speculation, SpeculationChoice
 from descant_client.wire import WeightedAdapter
 
 logger = logging.getLogger(__name__)
@@ -166,15 +166,24 @@ def _members(request: Generate) -> tuple[tuple[WeightedAdapter, ...], Combinatio
     return tuple(request.adapters or ()), request.combination or Combination()
 
 
+def _heads(request: Generate, default: SpeculationChoice, *, has_adapter: bool) -> str | None:
+    """Return the adapter whose draft heads are named. The server names some for its base model alone."""
+    speculation = request.speculation
+    if speculation is None and not has_adapter:
+        speculation = default
+    return speculation.heads if isinstance(speculation, Speculation) and isinstance(speculation.heads, str) else None
+
+
 async def _adapter(
     services: Services, request: Generate, stream: Stream, principal: Principal
 ) -> AdapterVersion | None:
     members, combination = _members(request)
-    if not members:
+    heads = _heads(request, services.config.scheduling.speculation, has_adapter=bool(members))
+    if not members and heads is None:
         return None
     lease = services.leases.lease()
     stream.hold(lease)
-    resolve = ResolveAdapters(members, principal, lease, combination, request.adapter_source)
+    resolve = ResolveAdapters(members, principal, lease, combination, request.adapter_source, heads)
     try:
         return await break_silence(
             services.registry.ask(resolve, timeout=RESOLVE_TIMEOUT_S),

@@ -83,6 +83,7 @@ class ResolveAdapters(Message, frozen=True):
     lease: Lease
     combination: Combination = Combination()
     source: AdapterSource | None = None
+    heads: str | None = None  # the adapter whose draft heads it shall have, in place of its own
 
 
 class ListRegistered(Message, frozen=True):
@@ -268,6 +269,14 @@ class ComposeAdapters(Message, frozen=True):
     combination: Combination
 
 
+class TakeHeads(Message, frozen=True):
+    """Make a version with one's factors, or none, and another's draft heads. Reply: Prepared."""
+
+    adapter: str
+    version: AdapterVersion | None
+    heads: AdapterVersion
+
+
 class CreateVersion(Message, frozen=True):
     """Write a version that changes nothing: B is zero. Reply: Prepared."""
 
@@ -293,7 +302,7 @@ class ExportMerged(Message, frozen=True):
     directory: str
 
 
-WorkerMessage = PrepareAdapter | ComposeAdapters | CreateVersion | ExportAdapter | ExportMerged
+WorkerMessage = PrepareAdapter | ComposeAdapters | TakeHeads | CreateVersion | ExportAdapter | ExportMerged
 
 
 class Prepared(Message, frozen=True):

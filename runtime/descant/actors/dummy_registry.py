@@ -61,7 +61,7 @@ class DummyRegistry(Actor[RegistryMessage]):
                 for member in members:
                     parse_reference(member.adapter, source)
                 digest = hashlib.sha256(repr(members).encode()).hexdigest()
-                return AdapterVersion(digest=digest, path="", num_bytes=NUM_BYTES, max_rank=0, num_modules=0)
+                return AdapterVersion(digest=digest, path="", num_bytes=NUM_BYTES, max_rank=1, num_modules=1)
             case ListRegistered(principal, name):
                 return self._list(principal, name)
             case ChangeAdapter(principal, change):

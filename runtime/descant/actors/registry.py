@@ -124,7 +124,19 @@ class Registry(Actor[RegistryMessage]):
     async def _resolve(self, message: ResolveAdapters) -> AdapterVersion | None:
         names: dict[str, str] = {}
         with self._versions.working() as work:
-            return await self._contents.mending(lambda: self._combine(message, work, names), names)
+            return await self._contents.mending(lambda: self._effective(message, work, names), names)
+
+    async def _effective(self, message: ResolveAdapters, work: Lease, names: dict[str, str]) -> AdapterVersion | None:
+        """Combine the members, and give that the draft heads it shall have."""
+        version = await self._combine(message, work, names)
+        if message.heads is None:
+            return version
+        located = self._contents.locate(message.heads, message.source, message.principal)
+        if isinstance(located, Entry) and not located.is_enabled:
+            return version
+        content = await self._contents.content(message.heads, located, message.principal.roots, work)
+        names[content.version.digest] = message.heads
+        return await self._versions.with_heads(message.heads, version, content.version, message.lease)
 
     async def _combine(self, message: ResolveAdapters, work: Lease, names: dict[str, str]) -> AdapterVersion | None:
         """Ready the members and combine them. `work` holds them meanwhile; `names` gets theirs, by digest."""

@@ -1,7 +1,7 @@
 """The worker: heavy adapter work in a process of its own.
 
-Accepts: PrepareAdapter, ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged. Owns: the base model's shapes, the
-writing end of the store.
+Accepts: PrepareAdapter, ComposeAdapters, TakeHeads, CreateVersion, ExportAdapter, ExportMerged. Owns: the base model's
+shapes, the writing end of the store.
 
 This module runs in the child; a file that crashes it costs one request.
 """
@@ -21,6 +21,7 @@ from descant.messages import (
     ExportMerged,
     PrepareAdapter,
     Prepared,
+    TakeHeads,
     WorkerMessage,
     WorkerReply,
 )
@@ -31,7 +32,7 @@ class Worker:
     """The handler of the child; any number of messages at a time, as the adapters' side keeps nothing between them."""
 
     messages = WorkerMessage
-    beside: tuple[type, ...] = (PrepareAdapter, ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged)
+    beside: tuple[type, ...] = (PrepareAdapter, ComposeAdapters, TakeHeads, CreateVersion, ExportAdapter, ExportMerged)
 
     def __init__(self, adapters: AdapterWorker) -> None:
         self._adapters = adapters
@@ -44,6 +45,8 @@ class Worker:
             case ComposeAdapters(adapter, members, combination):
                 weighted = [(member.version, member.weight) for member in members]
                 return Prepared(self._adapters.compose(adapter, weighted, combination))
+            case TakeHeads(adapter, version, heads):
+                return Prepared(self._adapters.with_heads(adapter, version, heads))
             case CreateVersion(adapter, rank, alpha, target_modules):
                 return Prepared(self._adapters.create(adapter, rank, alpha, target_modules))
             case ExportAdapter(adapter, version, directory):

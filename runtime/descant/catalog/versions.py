@@ -30,6 +30,7 @@ from descant.messages import (
     Member,
     PrepareAdapter,
     Prepared,
+    TakeHeads,
 )
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DeadlineExceeded, InternalError, StoreFull
@@ -41,7 +42,7 @@ PREPARE_TIMEOUT_S = 600.0
 FETCH_TIMEOUT_S = 60.0
 NUM_TRIES = 3  # of making a version whose file was deleted in the same moment
 
-MakeMessage = PrepareAdapter | ComposeAdapters | CreateVersion
+MakeMessage = PrepareAdapter | ComposeAdapters | TakeHeads | CreateVersion
 
 
 class Versions:
@@ -124,6 +125,13 @@ class Versions:
         parts = ([member.version.digest, member.weight] for member in members)
         key = msgspec.json.encode([combination, *parts]).decode()  # no path begins with a bracket
         return await self._remembered(key, ComposeAdapters(label, members, combination), lease)
+
+    async def with_heads(
+        self, label: str, version: AdapterVersion | None, heads: AdapterVersion, lease: Lease
+    ) -> AdapterVersion:
+        """Return a version that the caller holds, or none, with another's draft heads. Raises as `make`."""
+        key = msgspec.json.encode(["heads", version.digest if version else "", heads.digest]).decode()
+        return await self._remembered(key, TakeHeads(label, version, heads), lease)
 
     async def make(self, message: MakeMessage, lease: Lease) -> AdapterVersion:
         """Have the worker make a version, and hold it.

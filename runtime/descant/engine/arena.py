@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from descant.adapters.draft_heads import DraftHeads
 from descant.adapters.extent import apply_scalings, extent_offsets
 from descant.adapters.store import read_extent
 from descant.engine.arch import LoraModule
@@ -138,6 +139,10 @@ class Arena:
     def tables(self) -> LoraTables:
         """Return the tables of what is resident now: the same device tensors always, a new object after a change."""
         return self._tables
+
+    def heads(self, slot: int) -> DraftHeads | None:
+        """Return the draft heads of the version in a slot; no version has any yet."""
+        return None
 
     def _occupy(self, extents: list[tuple[int, int]]) -> None:
         """Note extents that the work queued so far may touch, and forget those that nothing touches any more."""

@@ -7,7 +7,8 @@ nothing. Launchers of kernels run only while a graph is captured, and see upper 
 A bound on the context sizes grids, so there are graphs for short contexts, captured at start, and for longer ones,
 captured when they are needed first.
 
-Never run on a GPU yet: `CudaCapture`. All else is exercised on the CPU with a capture that replays by running again.
+`CudaCapture` has run in the benchmark on a GPU. All else is exercised on the CPU with a capture that replays by running
+again.
 """
 
 from __future__ import annotations

@@ -7,10 +7,15 @@ import numpy as np
 from descant.engine.batch import ScheduledRow
 from descant.engine.sampling import NOT_FINITE
 from descant.engine.tree import Accepted
-from descant.scheduling.plan import LogprobRows, RowResult, pack_ints
+from descant.scheduling.plan import HeadCandidates, LogprobRows, RowResult, pack_ints
 
 
-def row_result(row: ScheduledRow, accepted: Accepted | None, prompt_logprobs: LogprobRows | None) -> RowResult:
+def row_result(
+    row: ScheduledRow,
+    accepted: Accepted | None,
+    prompt_logprobs: LogprobRows | None,
+    candidates: HeadCandidates | None = None,
+) -> RowResult:
     """Note in the row's state what was sampled, and report what was computed. A lost row stays lost."""
     state, tokens = row.state, () if accepted is None else accepted.tokens
     for position, token in enumerate(tokens, start=row.end):
@@ -30,6 +35,7 @@ def row_result(row: ScheduledRow, accepted: Accepted | None, prompt_logprobs: Lo
         pack_ints([token.token_id for token in tokens]),
         concatenated(logprobs) if logprobs else None,
         prompt_logprobs,
+        candidates=candidates,
     )
 
 

@@ -25,6 +25,7 @@ from descant.engine.checkpoint import ProgressCallback
 from descant.engine.decoder import Decoder
 from descant.engine.draws import Draw, DrawnAlready, draw_later, needs_host
 from descant.engine.graphs import MAX_GRAPH_ROWS, Capture, CudaCapture, DecodeGraphs, StaticBatch
+from descant.engine.heads import propose
 from descant.engine.interface import EngineInfo, EngineOptions, check_plan
 from descant.engine.kv_cache import KVCache, blocks_within
 from descant.engine.memory import memory_shares
@@ -41,6 +42,7 @@ from descant.scheduling.plan import (
     StepResult,
     unpack_ints,
 )
+from descant_client.errors import InvalidRequest
 from descant_kernels import LoraTables, Segments, probe_invariance
 
 _CPU = torch.device("cpu")
@@ -59,6 +61,7 @@ class _StepInFlight:
     sampled_rows: tuple[ScheduledRow, ...]
     draw: Draw  # of the sampled rows
     prompt_logprobs: dict[int, LogprobRows]
+    hidden: Tensor | None = None  # [nodes of the sampled rows, H], where draft heads are to run
     result: StepResult | None = None
 
 
@@ -162,6 +165,9 @@ class Engine:
             self._rows.clear()
             self._epoch = plan.epoch
         check_plan(plan, self.limits, self._rows, self._options.max_num_batched_tokens)
+        for row in plan.rows:
+            if row.num_candidates and self._arena.heads(row.heads_slot) is None:
+                raise InvalidRequest(f"rows[{row.row}]", f"there are no draft heads in slot {row.heads_slot}")
         self._apply_changes(plan)
         self._in_flight.append(self._start(plan, started))
 
@@ -237,14 +243,17 @@ class Engine:
             return step
         rows = [(self._rows[row.row], row) for row in plan.rows]
         batch = ForwardBatch.of(rows, self.limits.block_size, _CPU)
-        lora, slots = self._arena.tables(), batch.segments.host_slots
+        lora, heads_slots = self._arena.tables(), [row.heads_slot for row in plan.rows if row.num_candidates]
+        slots = (*batch.segments.host_slots, *heads_slots)
         self._arena.begin_use(slots)
         hidden, segments, prompt_logprobs = self._forward(batch, lora)
         draw: Draw = DrawnAlready([])
         if batch.sampled_rows:
             draw = self._draw(self._decoder.logits(hidden, segments, lora), batch.sampled_rows)
         self._arena.end_use(slots)
-        step = _StepInFlight(plan, started, batch.rows, batch.sampled_rows, draw, prompt_logprobs)
+        step = _StepInFlight(
+            plan, started, batch.rows, batch.sampled_rows, draw, prompt_logprobs, hidden if heads_slots else None
+        )
         for row in batch.rows:
             row.state.num_computed = row.end
         if draw.is_known:
@@ -281,9 +290,11 @@ class Engine:
         walks = accept([row.tree for row in rows], step.draw.tokens()) if rows else []
         self._move_accepted(rows, walks)
         accepted = {row.state.row: walk for row, walk in zip(rows, walks, strict=True)}
+        candidates = {} if step.hidden is None else propose(rows, walks, step.hidden, self._arena, self._logits)
         results = {
-            row.state.row: row_result(row, accepted.get(row.state.row), step.prompt_logprobs.get(row.state.row))
+            key: row_result(row, accepted.get(key), step.prompt_logprobs.get(key), candidates.get(key))
             for row in step.rows
+            for key in (row.state.row,)
         }
         ended = time.perf_counter()
         device_s = ended - max(step.started, self._last_end)  # it waits for the step before
@@ -309,11 +320,15 @@ class Engine:
         for first in range(0, row.num_scored, _SCORED_AT_ONCE):
             count = min(_SCORED_AT_ONCE, row.num_scored - first)
             begin = row.first_token + first
-            segments = Segments.of([count], [row.adapter_slot], self._device)
-            logits = self._decoder.logits(hidden[begin : begin + count], segments, self._arena.tables())
+            logits = self._logits(hidden[begin : begin + count], row.adapter_slot)
             targets = row.state.tokens(row.start + first + 1, row.start + first + 1 + count)
             parts.append(self._sampler.logprob_rows(logits, torch.from_numpy(targets), row.planned.num_prompt_logprobs))
         return concatenated(parts)
+
+    def _logits(self, hidden: Tensor, adapter_slot: int) -> Tensor:
+        """Logits, `[N, V]`, of hidden states, `[N, H]`, all of one adapter or none."""
+        segments = Segments.of([len(hidden)], [adapter_slot], self._device)
+        return self._decoder.logits(hidden, segments, self._arena.tables())
 
 
 def _slot(state: EngineRow, position: int, block_size: int) -> int:
