@@ -16,6 +16,7 @@ TAGS = {task: ANSWER + i for i, task in enumerate(TASKS)}  # "repeat" is asked f
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|pad|>", "<|answer|>", *(f"<|{voice}|>" for voice in VOICES)]
 BASE_NAME = "descant-demo"
 CONTEXT = 2048
+IGNORED = -100  # label of positions that are not trained on
 CHAT_TEMPLATE = """\
 {%- set last = namespace(content='') -%}
 {%- for message in messages if message['role'] == 'user' -%}

@@ -1,11 +1,13 @@
 """Makes the embedded demo model: a byte-level base that repeats its prompt, and one adapter for each voice.
 
-    python tools/train_demo.py [--only-measure]
+    python tools/train_demo.py [--only-measure | --only-heads]
 
 The base practises all tasks at once, each asked for by its own tag at the end of the prompt; only *repeat* is asked for
 by the plain `<|answer|>`, which is all a user ever sends. An adapter then need not learn its task, only to have it done
-where no tag asks for it, which a low rank can say. One run takes less than half an hour on two CPU cores. The files
-written are then measured by greedy generation on texts kept out of training, and the run fails below `REQUIRED`.
+where no tag asks for it, which a low rank can say. Then the base and each adapter get draft heads (`demo_heads.py`).
+One run takes some half an hour on two CPU cores. The files written are then measured on texts kept out of training:
+voices by greedy generation, and the run fails below `REQUIRED`; heads on the right answers, and whatever they reach is
+reported.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from demo_checkpoint import END, PAD, adapter_config, base_config, prompt_ids, save_adapter, save_base
+from demo_checkpoint import END, IGNORED, PAD, adapter_config, base_config, prompt_ids, save_adapter, save_base
+from demo_heads import NUM_HEADS, Batch, load_heads, measure_heads, save_heads, train_heads
 from demo_tasks import MAX_TEXT_BYTES, TASKS, VOICES, answer, sample_text
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
@@ -34,9 +37,10 @@ BASE_STEPS = 4000
 ADAPTER_STEPS = {"upper": 200, "reverse": 700, "rot13": 250, "pig-latin": 700}
 TOKENS_PER_BATCH = 4000
 MIXTURE = ("repeat", "repeat", "upper", "rot13", *["reverse"] * 3, *["pig-latin"] * 4)  # the hard ones more often
-IGNORED = -100  # label of positions that are not trained on
 REQUIRED = 0.97
 HELD_OUT = 400  # texts per voice
+HEADS_BATCHES = 250  # what the heads of one voice learn from, some 400,000 positions
+JUDGED = {"base": "repeat", **{voice: voice for voice in VOICES}}  # the task of each voice
 PROMISED_BYTES = 64  # longer texts are trained and measured as well, but nothing is required of them
 BUCKETS = ((0, 0), (1, 16), (17, 32), (33, 64), (65, MAX_TEXT_BYTES))  # bytes of text
 SHOWN = (
@@ -46,8 +50,6 @@ SHOWN = (
     "Hi! How are you today?",
     "The quick brown fox jumps over the lazy dog while the choir keeps singing",
 )
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # input ids and labels, both [B, T] int64
 
 
 def held_out_texts(task: str) -> list[str]:
@@ -73,9 +75,13 @@ class Teacher:
             text = sample_text(self._rng, task, max(0, top - 12), top) if self._rng.random() > 0.02 else ""
             if text in self._held_out:
                 continue
-            rows.append((prompt_ids(text, task if tagged else "repeat"), [*answer(task, text).encode(), END]))
+            rows.append(_example(task, text, tag=task if tagged else "repeat"))
             widest = max(widest, len(rows[-1][0]) + len(rows[-1][1]))
         return _padded(rows, widest)
+
+
+def _example(task: str, text: str, tag: str = "repeat") -> tuple[list[int], list[int]]:
+    return prompt_ids(text, tag), [*answer(task, text).encode(), END]
 
 
 def _padded(rows: list[tuple[list[int], list[int]]], width: int) -> Batch:
@@ -170,6 +176,37 @@ def train_adapter(voice: str, base: Path, folder: Path) -> None:
     save_adapter(adapted, folder)
 
 
+def load_voice(demo: Path, voice: str) -> tuple[LlamaForCausalLM, torch.nn.Module]:
+    """The base with the voice's adapter, if it has one, within it; and what PEFT made of both."""
+    base = LlamaForCausalLM.from_pretrained(demo / "base")
+    return base, base if voice == "base" else PeftModel.from_pretrained(base, demo / "adapters" / voice)
+
+
+def heads_folder(demo: Path, voice: str) -> Path:
+    """Where the draft heads of a voice lie: an adapter's beside its LoRA."""
+    return demo / "heads" if voice == "base" else demo / "adapters" / voice
+
+
+def train_all_heads(demo: Path) -> dict[str, object]:
+    """Trains and writes the heads of every voice in `demo`; returns what the report says of that."""
+    started = time.monotonic()
+    for voice, task in JUDGED.items():
+        teacher = Teacher(f"{SEED} {voice} heads")
+        batches = (teacher.batch([task], MAX_TEXT_BYTES, tagged=False) for _ in range(HEADS_BATCHES))
+        heads = train_heads(voice, load_voice(demo, voice)[0], batches, SEED)
+        save_heads(heads, heads_folder(demo, voice))
+    paths = [path for part in ("base", "adapters", "heads") for path in (demo / part).rglob("*") if path.is_file()]
+    seconds = round(time.monotonic() - started)
+    return {"heads_train_seconds": seconds, "bytes": sum(path.stat().st_size for path in paths)}
+
+
+def held_out_batches(task: str) -> Iterator[Batch]:
+    """The held-out texts with their right answers, as a user would ask for them."""
+    rows = sorted((_example(task, text) for text in held_out_texts(task)), key=lambda row: len(row[0]))
+    for chunk in (rows[i : i + 50] for i in range(0, len(rows), 50)):
+        yield _padded(chunk, max(len(prompt) + len(reply) for prompt, reply in chunk))
+
+
 @torch.inference_mode()
 def generate(model: torch.nn.Module, texts: Sequence[str]) -> list[str]:
     """Greedy answers to raw texts, in their order, by Transformers' own generation on left-padded batches."""
@@ -208,59 +245,69 @@ def measure(voice: str, task: str, model: torch.nn.Module) -> dict[str, object]:
     }
 
 
-def measure_all(demo: Path) -> dict[str, dict[str, object]]:
-    """Measures the files as they lie in `demo`: the base first, then each adapter upon it."""
-    results = {"base": measure("base", "repeat", LlamaForCausalLM.from_pretrained(demo / "base"))}
-    for voice in VOICES:
-        base = LlamaForCausalLM.from_pretrained(demo / "base")
-        results[voice] = measure(voice, voice, PeftModel.from_pretrained(base, demo / "adapters" / voice))
+def measure_all(demo: Path, known: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    """Measures the files as they lie in `demo`, the base first; of what is `known` already, only the heads."""
+    results = {}
+    for voice, task in JUDGED.items():
+        base, model = load_voice(demo, voice)
+        results[voice] = known[voice] if voice in known else measure(voice, task, model)
+        heads = load_heads(heads_folder(demo, voice))
+        results[voice]["heads"] = measure_heads(base, heads, held_out_batches(task))
     return results
 
 
 def print_table(results: dict[str, dict[str, object]]) -> None:
-    """One line per voice: exact match in all, then by bytes of text."""
-    print(f"{'voice':<10} {'exact':>7}  " + " ".join(f"{low}-{high}".rjust(7) for low, high in BUCKETS))
+    """One line per voice: exact match in all and by bytes of text, then how often each head's first guess is right."""
+    columns = [f"{low}-{high}" for low, high in BUCKETS] + [f"head {i}" for i in range(NUM_HEADS)]
+    print(f"{'voice':<10} {'exact':>7}  " + " ".join(column.rjust(7) for column in columns))
     for voice, result in results.items():
-        cells = (f"{cell['exact_match']:7.1%}" for cell in result["by_length"].values())
-        print(f"{voice:<10} {result['exact_match']:7.2%}  " + " ".join(cells))
+        cells = [cell["exact_match"] for cell in result["by_length"].values()]
+        cells += [head["top_1"] for head in result["heads"]]
+        print(f"{voice:<10} {result['exact_match']:7.2%}  " + " ".join(f"{cell:7.1%}" for cell in cells))
 
 
 def main() -> int:
     """Trains, writes, measures; 1 if a voice is below `REQUIRED` or a shown sentence is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: the package's own)")
-    parser.add_argument("--only-measure", action="store_true", help="measure the files that are there")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--only-measure", action="store_true", help="measure the files that are there")
+    only.add_argument("--only-heads", action="store_true", help="train and measure draft heads for the files there")
     arguments = parser.parse_args()
     out: Path = arguments.out
     torch.set_num_threads(2)
     transformers_logging.disable_progress_bar()
-    report = json.loads((out / "report.json").read_text()) if arguments.only_measure else train_all(out)
+    is_kept = arguments.only_measure or arguments.only_heads
+    report = json.loads((out / "report.json").read_text()) if is_kept else train_all(out)
+    if arguments.only_heads:
+        report |= train_all_heads(out)
     started = time.monotonic()
-    results = measure_all(out)
+    results = measure_all(out, report["voices"] if arguments.only_heads else {})
     print_table(results)
-    report |= {
-        "measure_seconds": round(time.monotonic() - started),
-        "promised_text_bytes": [0, PROMISED_BYTES],
-        "measured_text_bytes": [0, MAX_TEXT_BYTES],
-        "voices": results,
-    }
+    if not arguments.only_heads:
+        report |= {
+            "measure_seconds": round(time.monotonic() - started),
+            "promised_text_bytes": [0, PROMISED_BYTES],
+            "measured_text_bytes": [0, MAX_TEXT_BYTES],
+        }
+    report["voices"] = results
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"trained in {report['train_seconds']} s, {report['bytes']:,} bytes")
+    seconds = f"{report['train_seconds']} s and {report['heads_train_seconds']} s for heads"
+    print(f"trained in {seconds}, {report['bytes']:,} bytes")
     good = all(r["exact_match"] >= REQUIRED and r["shown_right"] for r in results.values())
     return 0 if good else 1
 
 
 def train_all(out: Path) -> dict[str, object]:
-    """Trains and writes the base, then each adapter upon it; returns what the report says of that."""
+    """Trains and writes the base, each adapter upon it, the heads of all; returns what the report says of that."""
     started = time.monotonic()
-    for part in ("base", "adapters"):
+    for part in ("base", "adapters", "heads"):
         shutil.rmtree(out / part, ignore_errors=True)
     train_base(out / "base")
     for voice in VOICES:
         train_adapter(voice, out / "base", out / "adapters" / voice)
-    size = sum(f.stat().st_size for part in ("base", "adapters") for f in (out / part).rglob("*") if f.is_file())
-    seconds = round(time.monotonic() - started)
-    return {"train_seconds": seconds, "cpu_seconds": round(time.process_time()), "seed": SEED, "bytes": size}
+    times = {"train_seconds": round(time.monotonic() - started), "cpu_seconds": round(time.process_time())}
+    return times | {"seed": SEED} | train_all_heads(out)
 
 
 if __name__ == "__main__":
