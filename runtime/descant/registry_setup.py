@@ -15,7 +15,7 @@ import msgspec
 
 from descant.actor import ActorStopped, MailboxFull, Ref
 from descant.actors.dummy_registry import DummyRegistry
-from descant.actors.fetch import DEMO_ADAPTERS
+from descant.actors.fetch import DEMO_ADAPTERS, DEMO_HEADS, DEMO_HEADS_DIRECTORY
 from descant.actors.registry import Registry
 from descant.adapters.limits import AdapterLimits
 from descant.catalog.configured import reconcile
@@ -110,8 +110,9 @@ def configured_adapters(config: Config) -> list[AdapterEntry]:
 
 
 def demo_adapters() -> list[AdapterEntry]:
-    """Return the adapters that come with the embedded model, by name."""
-    return [AdapterEntry(name=path.name, ref=f"local:{path}") for path in sorted(DEMO_ADAPTERS.iterdir())]
+    """Return the adapters that come with the embedded model, by name, and the draft heads of the base alone."""
+    directories = {path.name: path for path in sorted(DEMO_ADAPTERS.iterdir())} | {DEMO_HEADS: DEMO_HEADS_DIRECTORY}
+    return [AdapterEntry(name=name, ref=f"local:{path}") for name, path in directories.items()]
 
 
 def _itemsize(config: Config, model_dir: Path) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import anyio
 from rich.console import Console
 
+from descant.actors.fetch import DEMO_HEADS
 from descant.config import Config, ServerConfig
 from descant.serve import StartUp, banner
 from descant.system import System, running
@@ -40,12 +41,12 @@ async def show(console: Console, prompt: str | None) -> bool:
 
 
 async def _sing(system: System, client: Client, console: Console, prompt: str) -> bool:
-    adapters = [None, *[adapter.name for adapter in await client.adapters.list()]]
+    names = [adapter.name for adapter in await client.adapters.list()]
+    adapters = [None, *[name for name in names if name != DEMO_HEADS]]
     await _rehearse(client, adapters)
-    voices = [
-        (name or "base", client.generate(prompt, adapter=name, temperature=0.0, max_tokens=MAX_TOKENS))
-        for name in adapters
-    ]
+    # Without speculation, so that they sing in step and all are in the middle when the executor is killed.
+    options = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "speculation": "off"}
+    voices = [(name or "base", client.generate(prompt, adapter=name, **options)) for name in adapters]
     status = StatusLine()
     endings: list[Result | DescantError] = []
     async with anyio.create_task_group() as tasks:
