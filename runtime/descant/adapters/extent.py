@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from descant.adapters.low_rank import Factors, LowRankAdapter
+from descant.engine import pieces
 from descant.engine.arch import LoraModule
 from descant_kernels import PairLayout
 
@@ -80,9 +81,7 @@ def apply_scalings(extent: Extent, modules: Sequence[LoraModule]) -> None:
             layout = _layout(rank, module)
             slices.append(extent.data[start + layout.b_start : start + layout.size])
             scalings.append(scaling)
-    if slices:
-        # One call: it runs beside the step loop, which wants the interpreter.
-        torch._foreach_mul_(slices, scalings)  # pyright: ignore[reportPrivateImportUsage]
+    pieces.multiply(slices, scalings)  # it runs beside the step loop
 
 
 def _layout(rank: int, module: LoraModule) -> PairLayout:

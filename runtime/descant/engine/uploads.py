@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from descant.engine import pieces
+
 _ALIGNMENT_BYTES = 16  # of every tensor in a packed upload: enough for any dtype
 
 # ---- small tensors ------------------------------------------------------------------------------------------------
@@ -108,7 +110,11 @@ class HostUploader:
 
     def stage(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Uploader`."""
-        return data.to(dtype)
+        if dtype == data.dtype:
+            return data
+        staged = torch.empty(data.shape, dtype=dtype)
+        pieces.copy(staged, data)
+        return staged
 
     def copy(self, target: Tensor, staged: Tensor, after: Sequence[Mark]) -> Mark:
         """See `Uploader`."""
@@ -131,7 +137,9 @@ class SideStreamUploader:
 
     def stage(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Uploader`."""
-        return torch.empty(data.shape, dtype=dtype, pin_memory=True).copy_(data)
+        staged = torch.empty(data.shape, dtype=dtype, pin_memory=True)
+        pieces.copy(staged, data)
+        return staged
 
     def copy(self, target: Tensor, staged: Tensor, after: Sequence[Mark]) -> Mark:
         """See `Uploader`."""
