@@ -69,7 +69,7 @@ def test_a_stored_file_says_what_it_is(tmp_path: Path) -> None:
         metadata, data = file.metadata(), file.get_tensor("data")
 
     modules = '{"0":[2,0.5],"2":[5,0.5]}'
-    assert metadata == {"format": "descant-version-3", "base": store.base_fingerprint(MODULES), "modules": modules}
+    assert metadata == {"format": "descant-version-4", "base": store.base_fingerprint(MODULES), "modules": modules}
     assert torch.equal(data[:48].view(6, 8)[:, :2].T, adapter.factors["q"].a)
     assert not data[48:64].any()
     assert torch.equal(data[128 + 64 : 128 + 64 + 80].view(5, 16)[:, :10].T, adapter.factors["head"].b)

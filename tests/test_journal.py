@@ -29,6 +29,7 @@ VERSIONS = st.builds(
     max_rank=COUNT,
     num_modules=COUNT,
     file_bytes=COUNT,
+    num_heads=COUNT,
 )
 ENTRIES = st.builds(
     Entry,
@@ -113,7 +114,7 @@ def _spoil(path: Path, statement: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
-        ("UPDATE schema SET version = 2", r"version 2.*Start the server it was written by"),
+        ("UPDATE schema SET version = 3", r"version 3.*Start the server it was written by"),
         ("UPDATE adapters SET sources = 'no list'", "damaged"),
         ("DROP TABLE adapters", "no such table"),
     ],
@@ -127,6 +128,22 @@ def test_a_journal_that_is_not_to_be_read_says_what_to_do(tmp_path: Path, statem
     for _ in range(2):  # the refusal holds no lock
         with pytest.raises(ConfigInvalid, match=reason):
             JournalFile(tmp_path, 4)
+
+
+def test_a_journal_from_before_there_were_draft_heads_is_read_and_kept_as_one_of_now(tmp_path: Path) -> None:
+    file = JournalFile(tmp_path, 4)
+    file.apply([entry("a", 0, digest="x"), entry("b", 1)])
+    file.close()
+    _spoil(tmp_path / FILE, "ALTER TABLE adapters DROP COLUMN num_heads")
+    _spoil(tmp_path / FILE, "UPDATE schema SET version = 1")
+
+    for name in ("c", "d"):
+        file = JournalFile(tmp_path, 4)
+        before = file.entries()
+        file.apply([entry(name, len(before), digest="y")])
+        file.close()
+
+    assert before == [entry("a", 0, digest="x"), entry("b", 1), entry("c", 2, digest="y")]
 
 
 def test_a_file_that_is_no_journal_is_damaged_and_a_file_in_the_way_is_in_the_way(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ def weighted_sum(members: Sequence[tuple[LowRankAdapter, float]]) -> LowRankAdap
     """Return the adapter whose update is the weighted sum of the members' updates, in every module.
 
     A = [A1; A2; ...], B = [w1 * s1 * B1, w2 * s2 * B2, ...] with s the members' scalings: its rank is the sum of
-    theirs, its scaling 1. Weights may be negative.
+    theirs, its scaling 1. Weights may be negative. Draft heads are left out, as `merge.combine` explains.
     """
     names = dict.fromkeys(name for member, _ in members for name in member.factors)
     factors: dict[str, Factors] = {}

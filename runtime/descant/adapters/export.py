@@ -1,4 +1,6 @@
-"""Writes an adapter as PEFT's own files, from which PEFT makes the same tensors and scalings again."""
+"""Writes an adapter as PEFT's own files, from which PEFT makes the same tensors and scalings again; its draft heads as
+Medusa's, beside them or alone.
+"""
 
 import re
 from collections import Counter
@@ -10,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from descant.adapters.base import BaseModel
+from descant.adapters.draft_heads import DraftHeads
+from descant.adapters.formats import medusa
 from descant.adapters.formats.peft import CONFIG_FILE, PICKLE_FILE, TENSOR_FILE
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant_client.errors import AdapterInvalid
 
-_ADAPTER_FILES = {CONFIG_FILE, TENSOR_FILE, PICKLE_FILE, "README.md"}
+_HEADS_FILES = {medusa.CONFIG_FILE, medusa.TENSOR_FILE}
+_ADAPTER_FILES = {CONFIG_FILE, TENSOR_FILE, PICKLE_FILE, "README.md"} | _HEADS_FILES
 _PREFIX = "base_model.model."
 
 
@@ -42,17 +47,29 @@ class _Config(msgspec.Struct, frozen=True):
 
 def is_adapter(file_names: Set[str]) -> bool:
     """Return whether a directory of just these files is an adapter, which another may replace."""
-    return CONFIG_FILE in file_names and file_names <= _ADAPTER_FILES
+    return file_names <= _ADAPTER_FILES and (CONFIG_FILE in file_names or file_names >= _HEADS_FILES)
 
 
 def check_exportable(name: str, adapter: LowRankAdapter) -> None:
-    """Raise AdapterInvalid if PEFT has no form for the adapter: one that touches no module."""
-    if not any(pair.rank for pair in adapter.factors.values()):
+    """Raise AdapterInvalid if there is no form for the adapter: one without draft heads that touches no module."""
+    if adapter.heads is None and not _touches_any(adapter):
         raise AdapterInvalid(name, "it changes no module at all, and PEFT has no files for such an adapter")
 
 
+def write_adapter(adapter: LowRankAdapter, base: BaseModel, directory: Path) -> None:
+    """Write all of an adapter that passes `check_exportable` into an empty directory; `read_adapter` gets it back.
+
+    Raises:
+        OSError, SafetensorError: the directory cannot be written to.
+    """
+    if _touches_any(adapter):
+        write_peft(adapter, base, directory)
+    if adapter.heads is not None:
+        _write_heads(adapter.heads, base, directory)
+
+
 def write_peft(adapter: LowRankAdapter, base: BaseModel, directory: Path) -> None:
-    """Write config and tensors (float32) into an empty directory.
+    """Write config and tensors (float32) of the factors, of which there are some, into an empty directory.
 
     Reading them again gives the adapter's very factors: `alpha = scaling * rank` is exact, as a scaling has 24 bits.
 
@@ -64,13 +81,28 @@ def write_peft(adapter: LowRankAdapter, base: BaseModel, directory: Path) -> Non
     factors = {
         name: adapter.factors[name] for name in modules if name in adapter.factors and adapter.factors[name].rank
     }
-    config = msgspec.json.format(msgspec.json.encode(_make_config(factors, base)), indent=2)
-    (directory / CONFIG_FILE).write_bytes(config + b"\n")
+    _write_json(directory / CONFIG_FILE, _make_config(factors, base))
     tensors: dict[str, Tensor] = {}
     for name, pair in factors.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.a.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.b.contiguous()
     save_file(tensors, directory / TENSOR_FILE, metadata={"format": "pt"})
+
+
+def _write_heads(heads: DraftHeads, base: BaseModel, directory: Path) -> None:
+    shape = heads.shape
+    version = 1 if shape.has_lm_heads else 2
+    config = medusa.MedusaConfig(shape.num_heads, shape.num_layers, version, str(base.directory))
+    _write_json(directory / medusa.CONFIG_FILE, config)
+    save_file(medusa.name_tensors(heads), directory / medusa.TENSOR_FILE, metadata={"format": "pt"})
+
+
+def _write_json(path: Path, config: msgspec.Struct) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
+
+
+def _touches_any(adapter: LowRankAdapter) -> bool:
+    return any(pair.rank for pair in adapter.factors.values())
 
 
 def _make_config(factors: Mapping[str, Factors], base: BaseModel) -> _Config:

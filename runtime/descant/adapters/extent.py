@@ -1,7 +1,7 @@
-"""How a version's factors lie in one flat tensor: the same in the store's files and in the arena, in every dtype.
+"""How a version lies in one flat tensor: the same in the store's files and in the arena, in every dtype.
 
-Module after module in the order of the LoRA tables, each pair as `descant_kernels.PairLayout` has it, the padding
-zeros. Modules that are not touched take no room.
+Module after module in the order of the LoRA tables, each pair as `descant_kernels.PairLayout` has it; then the draft
+heads, if there are any, as `HeadsLayout` has them. The padding is zeros. Modules that are not touched take no room.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from descant.adapters.draft_heads import HeadsLayout, HeadsShape
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.engine import pieces
 from descant.engine.arch import LoraModule
@@ -24,16 +25,29 @@ class Extent:
     data: Tensor  # [extent elements] float32 on the CPU; B as in `Factors`, without its scaling
     ranks: list[int]
     scalings: list[float]
+    heads: HeadsShape | None = None
 
 
 def extent_offsets(ranks: Sequence[int], modules: Sequence[LoraModule]) -> list[int]:
-    """Return where each module's pair begins, in elements, and at the end how many elements the extent has."""
+    """Return where each module's pair begins, in elements, and at the end where the heads do, if there are any."""
     return [0, *accumulate(_layout(rank, module).size for rank, module in zip(ranks, modules, strict=True))]
 
 
-def extent_bytes(ranks: Sequence[int], modules: Sequence[LoraModule], itemsize: int) -> int:
+def heads_layout(shape: HeadsShape, modules: Sequence[LoraModule]) -> HeadsLayout:
+    """Return the layout of heads on the base that has these modules, the last of which is its LM head."""
+    return HeadsLayout(shape, modules[-1].in_features, modules[-1].out_features)
+
+
+def extent_elements(ranks: Sequence[int], modules: Sequence[LoraModule], heads: HeadsShape | None = None) -> int:
+    """Return how many elements an extent has."""
+    return extent_offsets(ranks, modules)[-1] + (heads_layout(heads, modules).size if heads else 0)
+
+
+def extent_bytes(
+    ranks: Sequence[int], modules: Sequence[LoraModule], itemsize: int, heads: HeadsShape | None = None
+) -> int:
     """Return how many bytes a version takes in an arena whose elements have `itemsize` bytes."""
-    return extent_offsets(ranks, modules)[-1] * itemsize
+    return extent_elements(ranks, modules, heads) * itemsize
 
 
 def module_ranks(adapter: LowRankAdapter, modules: Sequence[LoraModule]) -> list[int]:
@@ -53,22 +67,28 @@ def pack(adapter: LowRankAdapter, modules: Sequence[LoraModule]) -> Extent:
     scalings = [
         adapter.factors[module.name].scaling if rank else 1.0 for module, rank in zip(modules, ranks, strict=True)
     ]
-    data = torch.zeros(extent_offsets(ranks, modules)[-1])
-    extent = Extent(data, ranks, scalings)
-    for name, views in unpack(extent, modules).factors.items():
+    shape = adapter.heads and adapter.heads.shape
+    extent = Extent(torch.zeros(extent_elements(ranks, modules, shape)), ranks, scalings, shape)
+    packed = unpack(extent, modules)
+    for name, views in packed.factors.items():
         views.a.copy_(adapter.factors[name].a)
         views.b.copy_(adapter.factors[name].b)
+    if packed.heads and adapter.heads:
+        for view, tensor in zip(packed.heads.tensors(), adapter.heads.tensors(), strict=True):
+            assert view.shape == tensor.shape, "heads are as wide as the base they were read for"
+            view.copy_(tensor)
     return extent
 
 
 def unpack(extent: Extent, modules: Sequence[LoraModule]) -> LowRankAdapter:
-    """Return the adapter an extent holds; its factors are views of the extent's data."""
-    starts = extent_offsets(extent.ranks, modules)[:-1]
+    """Return the adapter an extent holds; its factors and heads are views of the extent's data."""
+    *starts, heads_start = extent_offsets(extent.ranks, modules)
     factors: dict[str, Factors] = {}
     for module, rank, scaling, start in zip(modules, extent.ranks, extent.scalings, starts, strict=True):
         if rank:
             factors[module.name] = Factors(*_layout(rank, module).views(extent.data, start), scaling)
-    return LowRankAdapter(factors)
+    heads = heads_layout(extent.heads, modules).views(extent.data, heads_start) if extent.heads else None
+    return LowRankAdapter(factors, heads)
 
 
 def apply_scalings(extent: Extent, modules: Sequence[LoraModule]) -> None:

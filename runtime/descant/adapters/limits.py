@@ -7,7 +7,9 @@ class AdapterLimits(msgspec.Struct, frozen=True):
     """Limits on what comes from outside. `max_extent_bytes` None: only the arena's size limits a version."""
 
     max_rank: int = 1024  # of one module of one adapter; a sum may have more
-    max_file_bytes: int = 8 << 30
+    max_draft_heads: int = 16
+    max_draft_layers: int = 8  # residual blocks of one head
+    max_file_bytes: int = 8 << 30  # of all files with tensors together
     max_config_bytes: int = 4 << 20
     max_extent_bytes: int | None = None  # in the device arena
     pattern_budget_s: float = 5.0  # for all regular expressions of one adapter together

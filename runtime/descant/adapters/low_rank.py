@@ -1,10 +1,12 @@
-"""An adapter as the rest of this package sees it: low-rank factors per module of the base model."""
+"""An adapter as the rest of this package sees it: low-rank factors per module of the base model, and draft heads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from descant.adapters.draft_heads import DraftHeads
 
 
 def float32(value: float) -> float:
@@ -36,6 +38,10 @@ class Factors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankAdapter:
-    """Factors by module name, e.g. `model.layers.0.self_attn.q_proj`. Modules not named are untouched."""
+    """Factors by module name, e.g. `model.layers.0.self_attn.q_proj`, and draft heads. Either may be missing.
+
+    Modules not named are untouched.
+    """
 
     factors: Mapping[str, Factors]
+    heads: DraftHeads | None = None

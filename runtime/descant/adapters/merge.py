@@ -62,11 +62,21 @@ def combine(adapter: str, members: Sequence[tuple[LowRankAdapter, float]], how: 
     `how` has passed `combination.check`. A rank that a module has no room for is cut down to what it has. What `dare`
     drops depends on the seed, the member's position in `members`, the module, and A, B or update; on nothing else.
 
+    Draft heads are not combined: those of one member would draft badly for several, and as they never change a token,
+    leaving them out changes none. One member alone, with weight 1, keeps its own.
+
     Raises:
         AdapterInvalid: the type needs equal ranks and they are not, or values are too large to be decomposed.
     """
+    heads = members[0][0].heads if len(members) == 1 and members[0][1] == 1.0 else None
+    return LowRankAdapter(_combined_factors(adapter, members, how), heads)
+
+
+def _combined_factors(
+    adapter: str, members: Sequence[tuple[LowRankAdapter, float]], how: Combination
+) -> Mapping[str, Factors]:
     if how.type == "cat":
-        return weighted_sum(members)
+        return weighted_sum(members).factors
     rank = how.rank or max((pair.rank for member, _ in members for pair in member.factors.values()), default=1)
     factors: dict[str, Factors] = {}
     for module in dict.fromkeys(name for member, _ in members for name in member.factors):
@@ -76,7 +86,7 @@ def combine(adapter: str, members: Sequence[tuple[LowRankAdapter, float]], how: 
             if module in member.factors
         ]
         factors[module] = _combined(adapter, parts, how, rank)
-    return LowRankAdapter(factors)
+    return factors
 
 
 def _combined(adapter: str, parts: Sequence[_Part], how: Combination, rank: int) -> Factors:

@@ -31,13 +31,17 @@ _ROWS_AT_ONCE = 4096  # of one weight, in float32
 def write_merged(name: str, adapter: LowRankAdapter, base: BaseModel, directory: Path) -> None:
     """Write base and adapter merged into an empty directory. Errors call the adapter `name`.
 
-    A head that is adapted apart from the embedding it was tied to is written as a tensor of its own.
+    A head that is adapted apart from the embedding it was tied to is written as a tensor of its own. Draft heads are
+    left out: a checkpoint has no place for them.
 
     Raises:
-        AdapterInvalid: a sum leaves the range of its dtype. ModelInvalid: the base cannot be read, or lacks a tensor.
+        AdapterInvalid: it touches no module, or a sum leaves the range of its dtype.
+        ModelInvalid: the base cannot be read, or lacks a tensor.
         OSError, SafetensorError: the directory cannot be written to.
     """
     factors = {f"{module}.weight": pair for module, pair in adapter.factors.items() if pair.rank}
+    if not factors:
+        raise AdapterInvalid(name, "it changes no module at all: merged, the base would stay as it is")
     files = tensor_files(base.directory)
     places = {tensor: path for path in files for tensor in _tensor_names(base, path)}
     is_untied = base.config.tie_word_embeddings and _HEAD in factors

@@ -3,15 +3,17 @@ versions become directories again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from descant.adapters.base import BaseModel
 from descant.adapters.create import choose_targets, create
 from descant.adapters.directory import write_directory
-from descant.adapters.export import check_exportable, is_adapter, write_peft
+from descant.adapters.draft_heads import HeadsShape
+from descant.adapters.export import check_exportable, is_adapter, write_adapter
 from descant.adapters.extent import extent_bytes, module_ranks
 from descant.adapters.limits import AdapterLimits
 from descant.adapters.low_rank import LowRankAdapter
@@ -48,15 +50,16 @@ class AdapterWorker:
         """Read the adapter in `directory`, check it and put it into the store. Errors call it `name`.
 
         Raises:
-            AdapterInvalid, AdapterUnsupported: as `formats.peft`. AdapterTooLarge: the file, or its extent on the
-            device, is over the limit. OSError: the store cannot be written.
+            AdapterInvalid, AdapterUnsupported: as `read_adapter`. AdapterTooLarge: the files, or its extent on the
+            device, are over the limit. OSError: the store cannot be written.
         """
         return self._store(name, read_adapter(name, Path(directory), self._base, self._limits))
 
     def compose(self, name: str, members: Sequence[tuple[AdapterVersion, float]], how: Combination) -> AdapterVersion:
         """Put a combination of prepared versions with their weights into the store. Errors call it `name`.
 
-        The order of members does not matter: one combination is one version.
+        The order of members does not matter: one combination is one version. It has no draft heads but those of a
+        single member with weight 1.
 
         Raises:
             AdapterInvalid: a member's file is damaged, or a weight or a product with it is not finite; or as `combine`.
@@ -87,21 +90,38 @@ class AdapterWorker:
         self._check_size(name, [ranks.get(module.name, 0) for module in self._base.modules])
         return self._store(name, create(targets))
 
-    def export(self, name: str, version: AdapterVersion, directory: str | Path) -> int:
-        """Write a version as a PEFT directory, which may replace another; return the bytes of its files.
+    def with_heads(self, name: str, version: AdapterVersion | None, heads_version: AdapterVersion) -> AdapterVersion:
+        """Put the factors of one version, or none, with the draft heads of another into the store.
+
+        Heads that `version` has itself are left out. Errors call the result `name`.
 
         Raises:
-            AdapterInvalid: the version's file is damaged, or it touches no module. InvalidRequest: the directory may
+            AdapterInvalid: `heads_version` has no heads, or a file is damaged. AdapterTooLarge: its extent on the
+            device is over the limit. OSError: the store cannot be written.
+        """
+        heads = self._read(name, heads_version).heads
+        if heads is None:
+            raise AdapterInvalid(name, "the adapter whose draft heads are wanted has none")
+        factors = {} if version is None else self._read(name, version).factors
+        return self._store(name, LowRankAdapter(factors, heads))
+
+    def export(self, name: str, version: AdapterVersion, directory: str | Path) -> int:
+        """Write a version as a directory, which may replace another adapter's; return the bytes of its files.
+
+        The factors are PEFT's files, the draft heads Medusa's; what is not there has no files.
+
+        Raises:
+            AdapterInvalid: the version's file is damaged, or it has neither. InvalidRequest: the directory may
             not or cannot be written.
         """
         adapter = self._read(name, version)
         check_exportable(name, adapter)
         return write_directory(
-            Path(directory), lambda staging: write_peft(adapter, self._base, staging), self._kept(), is_adapter
+            Path(directory), lambda staging: write_adapter(adapter, self._base, staging), self._kept(), is_adapter
         )
 
     def export_merged(self, name: str, version: AdapterVersion, directory: str | Path) -> int:
-        """Write base and version merged as a Hugging Face checkpoint; return the bytes of its files.
+        """Write base and version merged as a Hugging Face checkpoint, without draft heads; return its files' bytes.
 
         Raises:
             AdapterInvalid, ModelInvalid: as `write_merged`; or the version's file is damaged. InvalidRequest: as
@@ -124,15 +144,16 @@ class AdapterWorker:
 
     def _store(self, name: str, adapter: LowRankAdapter) -> AdapterVersion:
         ranks = module_ranks(adapter, self._base.modules)
-        num_bytes = self._check_size(name, ranks)
+        heads = adapter.heads and adapter.heads.shape
+        num_bytes = self._check_size(name, ranks, heads)
         self._check_range(name, adapter)
-        stored = write_version(self._store_dir, adapter, self._base.modules)
-        num_modules = sum(rank > 0 for rank in ranks)
-        return AdapterVersion(stored.digest, str(stored.path), num_bytes, max(ranks), num_modules, stored.num_bytes)
+        digest, path, file_bytes = write_version(self._store_dir, adapter, self._base.modules)
+        num_modules, num_heads = sum(rank > 0 for rank in ranks), heads.num_heads if heads else 0
+        return AdapterVersion(digest, str(path), num_bytes, max(ranks), num_modules, file_bytes, num_heads)
 
-    def _check_size(self, name: str, ranks: Sequence[int]) -> int:
-        """Return the bytes on the device of a version of such ranks; refuse more than the limit."""
-        num_bytes = extent_bytes(ranks, self._base.modules, self._dtype.itemsize)
+    def _check_size(self, name: str, ranks: Sequence[int], heads: HeadsShape | None = None) -> int:
+        """Return the bytes on the device of a version of such ranks and heads; refuse more than the limit."""
+        num_bytes = extent_bytes(ranks, self._base.modules, self._dtype.itemsize, heads)
         max_bytes = self._limits.max_extent_bytes
         if max_bytes is not None and num_bytes > max_bytes:
             raise AdapterTooLarge(name, num_bytes, max_bytes)
@@ -141,6 +162,11 @@ class AdapterWorker:
     def _check_range(self, name: str, adapter: LowRankAdapter) -> None:
         """Refuse what leaves the range of the dtype it is served in: it would turn into infinities on the device."""
         for module, pair in adapter.factors.items():
-            for tensor in (pair.a, pair.scaled_b()):
-                if not bool(tensor.to(self._dtype).isfinite().all()):
-                    raise AdapterInvalid(name, f"values of {module} leave the range of {self._dtype}")
+            self._check_tensors(name, module, (pair.a, pair.scaled_b()))
+        for number, tensors in enumerate(zip(*adapter.heads.tensors(), strict=True) if adapter.heads else ()):
+            self._check_tensors(name, f"draft head {number}", tensors)
+
+    def _check_tensors(self, name: str, owner: str, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if not bool(tensor.to(self._dtype).isfinite().all()):
+                raise AdapterInvalid(name, f"values of {owner} leave the range of {self._dtype}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from descant.adapters.base import BaseModel
-from descant.adapters.formats import peft
+from descant.adapters.formats import medusa, peft
 from descant.adapters.limits import AdapterLimits
 from descant.adapters.low_rank import LowRankAdapter
 from descant_client.errors import AdapterInvalid
@@ -17,4 +17,10 @@ def read_adapter(adapter: str, directory: Path, base: BaseModel, limits: Adapter
     """
     if not directory.is_dir():
         raise AdapterInvalid(adapter, f"there is no directory {directory.name}")
-    return peft.read_peft(adapter, directory, base, limits)
+    config = medusa.read_config(adapter, directory, limits)
+    if config is None:
+        return peft.read_peft(adapter, directory, base, limits)
+    factors = {}
+    if (directory / peft.CONFIG_FILE).exists():
+        factors = peft.read_peft(adapter, directory, base, limits, is_foreign=medusa.is_head_tensor).factors
+    return LowRankAdapter(factors, medusa.read_heads(adapter, directory, config, base, limits))

@@ -1,9 +1,10 @@
 """The store of normalized versions: one safetensors file per effective version, named by the digest of its content.
 
 A file holds one flat float32 tensor `data`, laid out as in `extent`, so that reading a version is one read and one
-hash; its metadata say which modules of which base have factors. The header is canonical: content and file determine
-each other, byte by byte. A file is written under a temporary name, synced and renamed, so that a visible file is a
-whole one; should it be damaged all the same, it is written anew when its adapter is next prepared.
+hash; its metadata say which modules of which base have factors, and what draft heads there are. The header is
+canonical: content and file determine each other, byte by byte. A file is written under a temporary name, synced and
+renamed, so that a visible file is a whole one; should it be damaged all the same, it is written anew when its adapter
+is next prepared.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ from typing import Annotated, BinaryIO, NamedTuple
 import msgspec
 import torch
 
-from descant.adapters.extent import Extent, extent_offsets, pack, unpack
+from descant.adapters.draft_heads import HeadsShape
+from descant.adapters.extent import Extent, extent_elements, pack, unpack
 from descant.adapters.low_rank import LowRankAdapter
 from descant.engine.arch import LoraModule
 from descant_client.errors import AdapterInvalid
 
-FORMAT = "descant-version-3"
+FORMAT = "descant-version-4"
 ABANDONED_AFTER_S = 3600.0
 """Age from which a temporary file belongs to a writer that was killed: nobody writes one version for so long."""
 
@@ -54,9 +56,9 @@ def write_version(store_dir: Path, adapter: LowRankAdapter, modules: Sequence[Lo
     `store_dir` is created if need be. Raises OSError if it cannot be written.
     """
     extent, base = pack(adapter, modules), base_fingerprint(modules)
-    table = _encode_table(extent)
-    header = _encode_header(base, table, extent.data.numel())
-    digest = _content_digest(base, table, extent.data)
+    tables = _encode_tables(extent)
+    header = _encode_header(base, tables, extent.data.numel())
+    digest = _content_digest(base, tables, extent.data)
     path = store_dir / _FOLDER / f"{digest}.safetensors"
     if not _is_sound(path, modules):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def sweep(store_dir: Path) -> None:
 
 
 def read_version(path: Path, modules: Sequence[LoraModule], adapter: str | None = None) -> LowRankAdapter:
-    """Read a version as `read_extent`; its factors are views of one tensor."""
+    """Read a version as `read_extent`; its factors and heads are views of one tensor."""
     return unpack(read_extent(path, modules, adapter), modules)
 
 
@@ -91,15 +93,15 @@ def read_extent(path: Path, modules: Sequence[LoraModule], adapter: str | None =
         with path.open("rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
             header = _read_header(file)
-            table = _read_table(name, header, base)
-            extent = _allocate(name, table, modules, max_elements=num_bytes // 4)
+            tables = _read_tables(name, header, base)
+            extent = _allocate(name, tables, modules, max_elements=num_bytes // 4)
             is_whole = num_bytes == len(header) + extent.data.nbytes
-            if not is_whole or header != _encode_header(base, table, extent.data.numel()):
+            if not is_whole or header != _encode_header(base, tables, extent.data.numel()):
                 raise AdapterInvalid(name, _DAMAGED)
             is_whole = file.readinto(_bytes_of(extent.data)) == extent.data.nbytes
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise AdapterInvalid(name, f"its file in the store cannot be read: {exc}") from exc
-    if not is_whole or _content_digest(base, table, extent.data) != path.stem:
+    if not is_whole or _content_digest(base, tables, extent.data) != path.stem:
         raise AdapterInvalid(name, _DAMAGED)
     return extent
 
@@ -114,12 +116,20 @@ class _Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     scaling: float
 
 
-class _Metadata(msgspec.Struct, frozen=True):
-    """`modules` is a table in JSON, by module index: metadata of safetensors are strings."""
+class _Tables(NamedTuple):
+    """What the file has, in JSON."""
+
+    modules: str  # a table of entries by module index
+    heads: str  # a HeadsShape; empty if there are none
+
+
+class _Metadata(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Strings all of them, as metadata of safetensors are; the last two are `_Tables`."""
 
     format: str = ""
     base: str = ""
     modules: str = ""
+    heads: str = ""
 
 
 class _TensorInfo(msgspec.Struct, frozen=True):
@@ -133,15 +143,16 @@ class _Header(msgspec.Struct, frozen=True):
     data: _TensorInfo | None = None
 
 
-def _encode_table(extent: Extent) -> bytes:
-    entries = zip(extent.ranks, extent.scalings, strict=True)
-    return msgspec.json.encode({index: _Entry(*entry) for index, entry in enumerate(entries) if entry[0]})
+def _encode_tables(extent: Extent) -> _Tables:
+    entries = enumerate(zip(extent.ranks, extent.scalings, strict=True))
+    modules = msgspec.json.encode({index: _Entry(*entry) for index, entry in entries if entry[0]})
+    return _Tables(modules.decode(), msgspec.json.encode(extent.heads).decode() if extent.heads else "")
 
 
-def _encode_header(base: str, table: bytes, num_elements: int) -> bytes:
+def _encode_header(base: str, tables: _Tables, num_elements: int) -> bytes:
     """Return everything before the data."""
     info = _TensorInfo("F32", [num_elements], [0, 4 * num_elements])
-    text = msgspec.json.encode(_Header(_Metadata(FORMAT, base, table.decode()), info))
+    text = msgspec.json.encode(_Header(_Metadata(FORMAT, base, *tables), info))
     text += b" " * (-len(text) % _LENGTH_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
@@ -151,31 +162,35 @@ def _read_header(file: BinaryIO) -> bytes:
     return length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
 
 
-def _read_table(name: str, header: bytes, base: str) -> bytes:
+def _read_tables(name: str, header: bytes, base: str) -> _Tables:
     metadata = msgspec.json.decode(header[_LENGTH_BYTES:], type=_Header).metadata
     if (metadata.format, metadata.base) != (FORMAT, base):
         raise AdapterInvalid(name, "its file in the store was made for another base model or format")
-    return metadata.modules.encode()
+    return _Tables(metadata.modules, metadata.heads)
 
 
-def _allocate(name: str, table: bytes, modules: Sequence[LoraModule], max_elements: int) -> Extent:
-    """Return an extent for what the table promises, with memory not yet filled; nothing if the file has not so much."""
-    entries = msgspec.json.decode(table, type=dict[int, _Entry])
+def _allocate(name: str, tables: _Tables, modules: Sequence[LoraModule], max_elements: int) -> Extent:
+    """Return an extent for what the tables promise, with memory not yet filled; nothing if the file has not so much."""
+    entries = msgspec.json.decode(tables.modules, type=dict[int, _Entry])
+    heads = msgspec.json.decode(tables.heads, type=HeadsShape) if tables.heads else None
     ranks, scalings = [0] * len(modules), [1.0] * len(modules)
     for index, entry in entries.items():
         if not 0 <= index < len(modules):
             raise AdapterInvalid(name, f"its file in the store names a module {index} the base does not have")
         ranks[index], scalings[index] = entry.rank, entry.scaling
-    num_elements = extent_offsets(ranks, modules)[-1]
+    num_elements = extent_elements(ranks, modules, heads)
     if num_elements > max_elements:
         raise AdapterInvalid(name, _DAMAGED)
-    return Extent(torch.empty(num_elements), ranks, scalings)
+    return Extent(torch.empty(num_elements), ranks, scalings, heads)
 
 
-def _content_digest(base: str, table: bytes, data: torch.Tensor) -> str:
-    """sha256 over the base's fingerprint, the table and the data."""
-    digest = hashlib.sha256(f"{base}\n".encode())
-    digest.update(table + b"\n")
+def _content_digest(base: str, tables: _Tables, data: torch.Tensor) -> str:
+    """sha256 over the base's fingerprint, the tables and the data.
+
+    Without heads it is what it was before there were any: names keep their versions, whose files are written anew.
+    """
+    lines = (line for line in (base, *tables) if line)
+    digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode())
     digest.update(_bytes_of(data))
     return digest.hexdigest()
 

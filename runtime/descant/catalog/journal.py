@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from descant.catalog.entry import Entry, Key
-from descant.catalog.journal_rows import COLUMNS, SCHEMA, SCHEMA_VERSION, from_row, to_row
+from descant.catalog.journal_rows import COLUMNS, MIGRATIONS, SCHEMA, SCHEMA_VERSION, from_row, to_row
 from descant_client.errors import ConfigInvalid, InternalError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class JournalFile:
         dtype may be another at the next start. Files are journaled relative to `directory`.
 
         Raises:
-            ConfigInvalid: another server uses it, it is damaged, of a newer version, or cannot be written.
+            ConfigInvalid: another server uses it, it is damaged, of a newer version, or cannot be written. What an
+            older version wrote is made what this one writes.
         """
         self._directory = directory
         self._itemsize = itemsize
@@ -98,9 +99,14 @@ class JournalFile:
         if found is None:
             connection.execute("INSERT INTO schema VALUES (?)", (SCHEMA_VERSION,))
             connection.execute(SCHEMA)
+        version = SCHEMA_VERSION if found is None else found[0]
+        while version in MIGRATIONS:
+            connection.execute(MIGRATIONS[version])
+            version += 1
+            connection.execute("UPDATE schema SET version = ?", (version,))
         connection.execute("COMMIT")
-        if found is not None and found[0] != SCHEMA_VERSION:
-            reason = f"{self._path} is of version {found[0]}, this server reads {SCHEMA_VERSION}. Start the server it "
+        if version != SCHEMA_VERSION:
+            reason = f"{self._path} is of version {version}, this server reads {SCHEMA_VERSION}. Start the server it "
             raise ConfigInvalid("data_dir", reason + "was written by, or give another directory.")
         if (health := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(health)

@@ -11,17 +11,20 @@ import msgspec
 from descant.catalog.entry import Entry
 from descant.scheduling.version import AdapterVersion
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE adapters (
     owner TEXT NOT NULL, name TEXT NOT NULL, position INTEGER NOT NULL UNIQUE,
     source TEXT NOT NULL, reference TEXT, sources TEXT NOT NULL, configured TEXT,
     is_replaced INTEGER NOT NULL, is_pinned INTEGER NOT NULL, is_enabled INTEGER NOT NULL,
     digest TEXT, file TEXT, num_elements INTEGER, max_rank INTEGER, num_modules INTEGER, file_bytes INTEGER,
+    num_heads INTEGER,
     PRIMARY KEY (owner, name),
     CHECK ((digest IS NULL) = (file IS NULL) AND (digest IS NULL) = (num_elements IS NULL))
 ) WITHOUT ROWID
 """
+MIGRATIONS = {1: "ALTER TABLE adapters ADD COLUMN num_heads INTEGER"}
+"""What makes a table of that version one of the next."""
 _OF_NAME = (
     "owner",
     "name",
@@ -34,7 +37,7 @@ _OF_NAME = (
     "is_pinned",
     "is_enabled",
 )
-_OF_VERSION = ("digest", "file", "num_elements", "max_rank", "num_modules", "file_bytes")
+_OF_VERSION = ("digest", "file", "num_elements", "max_rank", "num_modules", "file_bytes", "num_heads")
 COLUMNS = (*_OF_NAME, *_OF_VERSION)
 
 
@@ -47,8 +50,8 @@ def to_row(entry: Entry, directory: Path, itemsize: int) -> tuple[Any, ...]:
     path = Path(version.path)
     file = os.path.relpath(path, directory) if path.is_relative_to(directory) else str(path)
     num_elements = -(-version.num_bytes // itemsize)
-    of_version = (version.digest, file, num_elements, version.max_rank, version.num_modules, version.file_bytes)
-    return (*(values[name] for name in _OF_NAME), *of_version)
+    values |= msgspec.structs.asdict(version) | {"file": file, "num_elements": num_elements}
+    return tuple(values[name] for name in COLUMNS)
 
 
 def from_row(row: tuple[Any, ...], directory: Path, itemsize: int) -> Entry:
@@ -67,6 +70,7 @@ def from_row(row: tuple[Any, ...], directory: Path, itemsize: int) -> Entry:
             max_rank=values["max_rank"],
             num_modules=values["num_modules"],
             file_bytes=values["file_bytes"],
+            num_heads=values["num_heads"] or 0,  # null: journaled before there were any
         )
     fields = {name: values[name] for name in _OF_NAME} | {"sources": msgspec.json.decode(values["sources"])}
     flags = {name: bool(values[name]) for name in ("is_replaced", "is_pinned", "is_enabled")}

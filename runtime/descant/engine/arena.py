@@ -1,6 +1,7 @@
 """The adapter arena: one tensor on the device that holds every resident adapter version, and the tables kernels read.
 
-A version is one contiguous extent. Where extents lie is the scheduler's decision; this module only fills them.
+A version is one contiguous extent, its draft heads included. Where extents lie is the scheduler's decision; this module
+only fills them.
 
 Versions may arrive beside the steps (`uploads`): a step that uses a slot waits for what was put there, and an extent is
 overwritten only after the steps that were launched with what was in it. Tables change in the order of the steps.
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from descant.adapters.draft_heads import DraftHeads
-from descant.adapters.extent import apply_scalings, extent_offsets
+from descant.adapters.draft_heads import DraftHeads, HeadsShape
+from descant.adapters.extent import apply_scalings, extent_offsets, heads_layout
 from descant.adapters.store import read_extent
 from descant.engine.arch import LoraModule
 from descant.engine.uploads import Mark, Uploader, upload, uploader_for
@@ -31,6 +32,7 @@ class StagedVersion:
     data: Tensor  # [extent elements] dtype of the arena, on the CPU
     ranks: list[int]  # per module
     offsets: list[int]  # per module, in elements from the beginning of the extent
+    heads: HeadsShape | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +64,9 @@ class Arena:
         self._host_offsets = [empty] * num_slots
         self._host_ranks = [empty] * num_slots
         self._host_row_scales = [[-1] * len(modules)] * num_slots
-        self._sizes = [0] * num_slots  # of each slot's extent, in elements
+        self._starts = [0] * num_slots  # of each slot's extent, in elements
+        self._sizes = [0] * num_slots
+        self._heads: list[DraftHeads | None] = [None] * num_slots
         self._arrivals: list[Mark] = [None] * num_slots  # when each slot's version is there, unless a step has waited
         self._last_arrival: Mark = None
         self._busy: list[tuple[int, int, Mark]] = []  # elements that work in the order of the steps may still touch
@@ -91,7 +95,7 @@ class Arena:
         extent = read_extent(Path(path), self._modules)
         apply_scalings(extent, self._modules)
         data = self._uploader.stage(extent.data, self._data.dtype)
-        return StagedVersion(data, extent.ranks, extent_offsets(extent.ranks, self._modules)[:-1])
+        return StagedVersion(data, extent.ranks, extent_offsets(extent.ranks, self._modules)[:-1], extent.heads)
 
     def commit(self, slot: int, offset_bytes: int, staged: StagedVersion) -> None:
         """Copy a staged version into the extent at `offset_bytes` and put it in the slot.
@@ -102,28 +106,33 @@ class Arena:
         after = [mark for first, last, mark in self._busy if first < end and start < last]
         arrival = self._uploader.copy(self._data[start:end], staged.data, after)
         self._arrivals[slot] = self._last_arrival = arrival
-        self._sizes[slot] = end - start
+        self._starts[slot], self._sizes[slot] = start, end - start
         self._set_row(slot, [start + offset for offset in staged.offsets], staged.ranks)
+        self._view_heads(slot, staged.heads)
 
     def move(self, slot: int, offset_bytes: int) -> None:
         """Move the version in the slot to the extent at `offset_bytes`, which may overlap the one it is in."""
-        size, offsets, ranks = self._sizes[slot], self._host_offsets[slot], self._host_ranks[slot]
+        source, size, heads = self._starts[slot], self._sizes[slot], self._heads[slot]
         self._uploader.wait(self._last_arrival)  # copies arrive in order: now all are there that were begun
         self._arrivals[slot] = None
-        source, (start, _) = offsets[0], self._place(offset_bytes, size)
+        start, _ = self._place(offset_bytes, size)
         at_once = _MOVED_AT_ONCE_BYTES // self._itemsize
         pieces = [(at, min(at + at_once, size)) for at in range(0, size, at_once)]
         # From the end it moves towards, so that no piece is overwritten before its turn; a piece may overlap itself.
         for begin, end in pieces if start < source else reversed(pieces):
             self._data[start + begin : start + end].copy_(self._data[source + begin : source + end].clone())
         self._occupy([(source, source + size), (start, start + size)])
-        self._set_row(slot, [offset + start - source for offset in offsets], ranks)
+        self._starts[slot] = start
+        offsets = [offset + start - source for offset in self._host_offsets[slot]]
+        self._set_row(slot, offsets, self._host_ranks[slot])
+        self._view_heads(slot, heads and heads.shape)
 
     def unload(self, slot: int) -> None:
         """Empty a slot. Its extent may be overwritten from now on."""
-        self._sizes[slot] = 0
-        if any(self._host_ranks[slot]):
+        if self._sizes[slot]:
             self._set_row(slot, [0] * len(self._modules), [0] * len(self._modules))
+        self._starts[slot] = self._sizes[slot] = 0
+        self._heads[slot] = None
 
     def begin_use(self, slots: Iterable[int]) -> None:
         """Let the step that is launched next wait for the versions in its slots. Call before it is launched."""
@@ -133,16 +142,26 @@ class Arena:
 
     def end_use(self, slots: Iterable[int]) -> None:
         """Keep what the step launched last reads until it is done. Call after it was launched."""
-        starts = [(self._host_offsets[slot][0], self._sizes[slot]) for slot in slots if self._sizes[slot]]
-        self._occupy([(start, start + size) for start, size in starts])
+        extents = [(self._starts[slot], self._sizes[slot]) for slot in slots if self._sizes[slot]]
+        self._occupy([(start, start + size) for start, size in extents])
 
     def tables(self) -> LoraTables:
         """Return the tables of what is resident now: the same device tensors always, a new object after a change."""
         return self._tables
 
     def heads(self, slot: int) -> DraftHeads | None:
-        """Return the draft heads of the version in a slot; no version has any yet."""
-        return None
+        """Return the draft heads of the version in a slot; None if it has none, or the slot is empty.
+
+        They are views of the arena, in its dtype, as good until the slot is loaded, moved or emptied; a step reads them
+        between `begin_use` and `end_use` of the slot.
+        """
+        return self._heads[slot]
+
+    def _view_heads(self, slot: int, shape: HeadsShape | None) -> None:
+        self._heads[slot] = None
+        if shape is not None:
+            start = self._starts[slot] + extent_offsets(self._host_ranks[slot], self._modules)[-1]
+            self._heads[slot] = heads_layout(shape, self._modules).views(self._data, start)
 
     def _occupy(self, extents: list[tuple[int, int]]) -> None:
         """Note extents that the work queued so far may touch, and forget those that nothing touches any more."""

@@ -8,7 +8,7 @@ class AdapterVersion(msgspec.Struct, frozen=True):
 
     `digest` (sha256, hex) identifies its content, whatever name or source it came from; the file's name is the
     digest. `num_bytes` is its extent in the device arena, in the dtype the model is served in; `file_bytes` is what
-    the file takes in the store.
+    the file takes in the store. `num_heads` is how many draft heads it has; one with heads alone touches no module.
     """
 
     digest: str

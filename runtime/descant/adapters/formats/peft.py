@@ -5,16 +5,12 @@ PEFT itself drops what it does not match and keeps random values for what it mis
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from descant.adapters.base import BaseModel
+from descant.adapters.formats.files import open_tensors, read_tensor, tensor_names
 from descant.adapters.formats.peft_config import TargetModule, read_config, select_targets
 from descant.adapters.limits import AdapterLimits
 from descant.adapters.low_rank import Factors, LowRankAdapter, float32
@@ -24,7 +20,6 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
-_MAX_NAME_CHARS = 512
 _BASE_COPY = re.compile(r"(?P<module>model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 
 # Some producers leave the prefix out or write it twice, or leave the adapter's name in the key.
@@ -48,8 +43,17 @@ class _Key(NamedTuple):
     side: Literal["A", "B"]
 
 
-def read_peft(adapter: str, directory: Path, base: BaseModel, limits: AdapterLimits) -> LowRankAdapter:
+def read_peft(
+    adapter: str,
+    directory: Path,
+    base: BaseModel,
+    limits: AdapterLimits,
+    is_foreign: Callable[[str], bool] = lambda name: False,
+) -> LowRankAdapter:
     """Read a PEFT LoRA directory for a base model.
+
+    Args:
+      is_foreign: whether a tensor of that name belongs to another format, whose reader looks at it.
 
     Raises:
         AdapterInvalid: damaged, contradicting its config, not finite, or made for another base.
@@ -58,8 +62,9 @@ def read_peft(adapter: str, directory: Path, base: BaseModel, limits: AdapterLim
     """
     config = read_config(adapter, directory / CONFIG_FILE, limits)
     _check_files(adapter, directory, limits)
-    with _open(adapter, directory / TENSOR_FILE) as file:
-        keys = _sort_keys(adapter, file.keys(), file, base)
+    with open_tensors(adapter, directory / TENSOR_FILE) as file:
+        names = [name for name in tensor_names(adapter, file) if not is_foreign(name)]
+        keys = _sort_keys(adapter, names, file, base)
         targets = select_targets(adapter, config, base.modules, limits)
         _check_completeness(adapter, keys, targets, base)
         factors = {target.module.name: _read_factors(adapter, file, keys, target) for target in targets}
@@ -76,22 +81,10 @@ def _check_files(adapter: str, directory: Path, limits: AdapterLimits) -> None:
         raise AdapterTooLarge(adapter, num_bytes, limits.max_file_bytes)
 
 
-@contextmanager
-def _open(adapter: str, path: Path) -> Iterator[Any]:
-    """Open the tensors; what is wrong with the file at any time while it is open is the adapter's fault."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as exc:
-        raise AdapterInvalid(adapter, f"{path.name} is no readable safetensors file: {exc}") from exc
-
-
 def _sort_keys(adapter: str, names: Sequence[str], file: Any, base: BaseModel) -> dict[_Key, str]:
     """Tensor name by module and side. Whatever is not a factor is refused by name."""
     keys: dict[_Key, str] = {}
     for name in names:
-        if len(name) > _MAX_NAME_CHARS:
-            raise AdapterInvalid(adapter, f"a tensor's name has {len(name)} characters")
         bare = _PREFIX.sub("", name, count=1)
         if (match := _FACTOR.fullmatch(bare)) is None:
             _accept_or_refuse(adapter, name, bare, file, base)
@@ -129,27 +122,9 @@ def _check_completeness(adapter: str, keys: dict[_Key, str], targets: list[Targe
 
 def _read_factors(adapter: str, file: Any, keys: dict[_Key, str], target: TargetModule) -> Factors:
     module, rank = target.module, target.rank
-    a = _read_tensor(adapter, file, keys[_Key(module.name, "A")], (rank, module.in_features))
-    b = _read_tensor(adapter, file, keys[_Key(module.name, "B")], (module.out_features, rank))
+    a = read_tensor(adapter, file, keys[_Key(module.name, "A")], (rank, module.in_features))
+    b = read_tensor(adapter, file, keys[_Key(module.name, "B")], (module.out_features, rank))
     pair = Factors(a, b, float32(target.scaling))
     if not bool(pair.scaled_b().isfinite().all()):
         raise AdapterInvalid(adapter, f"lora_B of {module.name} times its scaling {target.scaling} is not finite")
     return pair
-
-
-def _read_tensor(adapter: str, file: Any, name: str, shape: tuple[int, int]) -> Tensor:
-    """Read a tensor as float32, having checked its shape before any of it is read."""
-    found = tuple(file.get_slice(name).get_shape())
-    if found != shape:
-        raise AdapterInvalid(
-            adapter, f"tensor {name} has shape {list(found)}; its config and this base model need {list(shape)}"
-        )
-    tensor: Tensor = file.get_tensor(name)
-    if not tensor.dtype.is_floating_point:
-        raise AdapterInvalid(
-            adapter, f"tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, not floating point"
-        )
-    values = tensor.to(torch.float32)
-    if not bool(values.isfinite().all()):
-        raise AdapterInvalid(adapter, f"tensor {name} holds values that are not finite")
-    return values

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from descant.adapters.formats.files import read_config_bytes
 from descant.adapters.limits import AdapterLimits
 from descant.adapters.patterns import Patterns
 from descant.engine.arch import LoraModule
@@ -91,17 +92,12 @@ def read_config(adapter: str, path: Path, limits: AdapterLimits) -> PeftConfig:
     Raises:
         AdapterInvalid: not readable, or contradicting itself. AdapterUnsupported: more than plain LoRA.
     """
+    data = read_config_bytes(adapter, path, limits)
     try:
-        with path.open("rb") as file:
-            data = file.read(limits.max_config_bytes + 1)
-        if len(data) > limits.max_config_bytes:
-            raise AdapterInvalid(adapter, f"{_FILE} has more than {limits.max_config_bytes} bytes")
         keys = msgspec.json.decode(data, type=dict[str, Any])
         _refuse_features(adapter, keys)
         config = msgspec.json.decode(data, type=PeftConfig)
-    except FileNotFoundError as exc:
-        raise AdapterInvalid(adapter, f"there is no {_FILE}") from exc
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise AdapterInvalid(adapter, f"{_FILE} cannot be read: {exc}") from exc
     _check_layers(adapter, config)
     return config
