@@ -66,7 +66,7 @@ async def test_the_command_takes_the_servers_adapters_that_fit(tmp_path: Path) -
 
     assert (status, noise, refused) == (0, "", 1)
     assert decode_report(out.read_bytes()).plan.adapters == ["reverse", "rot13"]
-    assert "fits none of the server's adapters (pig-latin, reverse, rot13, upper)" in reason
+    assert "fits none of the server's adapters (pig-latin, reverse, rot13, upper, base-heads)" in reason
 
 
 async def test_of_several_keys_adapters_those_are_used_that_every_key_sees(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ async def test_of_several_keys_adapters_those_are_used_that_every_key_sees(tmp_p
         refused, _, reason = await _run_command(*options, "--adapter-pattern", "h*")
 
     assert (status, noise, refused) == (0, "", 1)
-    assert decode_report(out.read_bytes()).plan.adapters == ["pig-latin", "reverse", "rot13", "upper", "both"]
+    assert decode_report(out.read_bytes()).plan.adapters == ["pig-latin", "reverse", "rot13", "upper", "base-heads", "both"]
     assert "'h*' fits none of the server's adapters" in reason
 
 

@@ -62,5 +62,5 @@ async def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
         )
         result = await anyio.run_process([sys.executable, "-c", script])
 
-    assert result.stdout.decode().startswith("['pig-latin', 'reverse', 'rot13', 'upper']")
+    assert result.stdout.decode().startswith("['pig-latin', 'reverse', 'rot13', 'upper', 'base-heads']")
     assert result.stdout.decode().count("length") == 2

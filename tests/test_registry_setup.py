@@ -26,7 +26,7 @@ def test_the_demo_models_adapters_come_first_and_give_way_to_those_of_the_same_n
 
     found = configured_adapters(Config(adapters=adapters))
 
-    assert [entry.name for entry in found] == ["pig-latin", "reverse", "rot13", "mine", "upper"]
+    assert [entry.name for entry in found] == ["pig-latin", "reverse", "rot13", "base-heads", "mine", "upper"]
     assert configured_adapters(Config(adapters=adapters, model=ModelConfig(path="/model"))) == entries
 
 
@@ -35,7 +35,7 @@ def test_the_registry_is_told_of_every_configured_name() -> None:
 
     told = registry_config(Config(adapters=adapters))
 
-    assert [entry.name for entry in told.entries] == ["pig-latin", "reverse", "rot13", "upper", "mine"]
+    assert [entry.name for entry in told.entries] == ["pig-latin", "reverse", "rot13", "upper", "base-heads", "mine"]
     assert told.max_rank == 7
 
 

@@ -1,0 +1,151 @@
+"""Draft heads in the engine propose what their formula gives on Transformers' and PEFT's hidden states."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tiny_models
+from descant.adapters.prepare import AdapterWorker
+from descant.engine.runner import Engine
+from descant.scheduling.plan import (
+    NO_ADAPTER,
+    AdapterSpan,
+    Row,
+    StepPlan,
+    TokenDraft,
+    pack_ints,
+    unpack_floats,
+    unpack_ints,
+)
+from descant_client.errors import InvalidRequest
+from engine_driver import Driver, Voice, engine_for
+
+NUM_HEADS, NUM_LAYERS = 3, 2
+V2, V1, LORA, NONE = range(4)  # slots: heads alone, heads with LM heads of their own, heads beside LoRA, LoRA alone
+
+
+class Rig(NamedTuple):
+    """An engine with heads in its slots, and what judges them."""
+
+    engine: Engine
+    tensors: dict[int, dict[str, Tensor]]  # of the heads, by slot
+    models: dict[int, Any]  # base, or base with LoRA
+
+
+def random_heads(directory: Path, hidden: int, vocab: int, seed: int, *, has_lm_heads: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for i in range(NUM_HEADS):
+        for j in range(NUM_LAYERS):
+            tensors[f"{i}.{j}.linear.weight"] = torch.randn(hidden, hidden, generator=generator) * hidden**-0.5
+            tensors[f"{i}.{j}.linear.bias"] = torch.randn(hidden, generator=generator) * 0.1
+        if has_lm_heads:
+            tensors[f"{i}.{NUM_LAYERS}.weight"] = torch.randn(vocab, hidden, generator=generator)
+    directory.mkdir(exist_ok=True)
+    save_file(tensors, directory / "medusa_lm_head.safetensors")
+    config = {"medusa_num_heads": NUM_HEADS, "medusa_num_layers": NUM_LAYERS, "version": 1 if has_lm_heads else 2}
+    (directory / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    directory = tmp_path_factory.mktemp("heads")
+    base = directory / "base"
+    tiny_models.save_model(base, tiny_models.tiny_config("llama"))
+    engine = engine_for(base, num_adapter_bytes=2**24)
+    hidden, vocab = engine.config.hidden_size, engine.config.vocab_size
+    tensors: dict[int, dict[str, Tensor]] = {}
+    for slot, name in ((V2, "v2"), (V1, "v1"), (LORA, "lora")):
+        if slot == LORA:
+            tiny_models.save_adapter(directory / name, base, seed=1, r=4)
+        tensors[slot] = random_heads(directory / name, hidden, vocab, slot, has_lm_heads=slot == V1)
+    tiny_models.save_adapter(directory / "none", base, seed=2, r=4)
+    worker, offset = AdapterWorker(base, directory / "store", "float32"), 0
+    for slot, name in ((V2, "v2"), (V1, "v1"), (LORA, "lora"), (NONE, "none")):
+        version = worker.prepare(name, directory / name)
+        engine.load_adapter(slot, offset, version.path)
+        offset += version.num_bytes
+    plain = tiny_models.load_model(base)
+    adapted = tiny_models.load_adapted(base, directory / "lora")
+    return Rig(engine, tensors, {V2: plain, V1: plain, LORA: adapted})
+
+
+@torch.inference_mode()
+def judged(rig: Rig, slot: int, token_ids: list[int]) -> Tensor:
+    """Log-probabilities of every head, `[heads, V]`, after the last of some tokens, by the formula."""
+    model, tensors = rig.models[slot], rig.tensors[slot]
+    output = model(input_ids=torch.tensor([token_ids]), output_hidden_states=True)
+    found: list[Tensor] = []
+    for i in range(NUM_HEADS):
+        x = output.hidden_states[-1][0, -1]
+        for j in range(NUM_LAYERS):
+            x = x + F.silu(tensors[f"{i}.{j}.linear.weight"] @ x + tensors[f"{i}.{j}.linear.bias"])
+        own = tensors.get(f"{i}.{NUM_LAYERS}.weight")
+        logits = model.get_output_embeddings()(x) if own is None else own @ x
+        found.append(logits.float().log_softmax(dim=-1))
+    return torch.stack(found)
+
+
+class Asking(Driver):
+    """Asks the heads in each voice's slot for three tokens each, after every step; may give a draft as well."""
+
+    draft: TokenDraft | None = None
+
+    def row(self, row: int, num_new_tokens: int) -> Row:
+        """See `Driver`."""
+        slot = self._voices[row].adapter_slot
+        spans = (AdapterSpan(0, slot if slot == LORA else NO_ADAPTER),)
+        draft = self.draft if num_new_tokens == 1 else None
+        return Row(row, num_new_tokens, spans, draft=draft, heads_slot=slot, num_candidates=3)
+
+
+def test_heads_of_all_kinds_in_one_batch_propose_what_their_formula_gives(rig: Rig) -> None:
+    voices = [
+        Voice(tiny_models.random_prompt(9 + i, seed=i), max_tokens=4, adapter_slot=slot)
+        for i, slot in enumerate((V2, LORA, V1, V2, V1, LORA))
+    ]
+
+    Asking(rig.engine).run(voices)
+
+    for voice in voices:
+        for step, result in enumerate(voice.results):
+            assert result.candidates is not None
+            expected = judged(rig, voice.adapter_slot, voice.tokens[: len(voice.prompt) + step])
+            ids = torch.tensor(unpack_ints(result.candidates.token_ids)).view(NUM_HEADS, 3)
+            odds = torch.tensor(unpack_floats(result.candidates.probabilities)).view(NUM_HEADS, 3)
+            assert torch.equal(ids, expected.topk(3).indices)
+            torch.testing.assert_close(odds, expected.gather(1, ids).exp(), rtol=1e-3, atol=1e-5)
+
+
+def test_after_a_draft_heads_go_on_from_where_it_was_left(rig: Rig) -> None:
+    voice = Voice(tiny_models.random_prompt(12), max_tokens=6, adapter_slot=V2)
+    (truth,) = Driver(rig.engine).run([Voice(voice.prompt, max_tokens=6)])
+    asking = Asking(rig.engine)
+    wrong = (truth.output[1] + 1) % rig.engine.config.vocab_size
+    asking.draft = TokenDraft(pack_ints([wrong, truth.output[1], truth.output[2]]), pack_ints([-1, -1, 1]))
+
+    asking.run([voice])
+
+    followed = voice.results[1]
+    assert unpack_ints(followed.token_ids) == truth.output[1:4]
+    assert followed.candidates is not None
+    expected = judged(rig, V2, voice.prompt + truth.output[:3])
+    assert unpack_ints(followed.candidates.token_ids)[::3] == expected.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("slot", [NONE, 7])
+def test_heads_that_are_not_there_are_refused(rig: Rig, slot: int) -> None:
+    driver = Driver(rig.engine)
+    admit = driver.admit(0, Voice([1, 2, 3]))
+
+    with pytest.raises(InvalidRequest, match="no draft heads"):
+        rig.engine.step(StepPlan(0, 0, admit=(admit,), rows=(Row(0, 3, heads_slot=slot, num_candidates=2),)))
