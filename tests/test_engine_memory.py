@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import tiny_models
+from descant.adapters.draft_heads import DraftHeads
 from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.adapters.store import write_version
 from descant.engine import memory
@@ -278,6 +279,20 @@ def test_an_extent_is_overwritten_after_the_steps_that_read_it(tmp_path: Path) -
     arena.commit(0, SIZE - ALIGNMENT_BYTES, staged)
 
     assert uploader.log == ["copy after work 2", "copy", "copy after work 6"]
+
+
+def test_draft_heads_alone_are_overwritten_after_the_steps_that_read_them(tmp_path: Path) -> None:
+    modules, uploader = (LoraModule("head", 16, 16),), FakeUploader()
+    arena = Arena(modules, num_slots=2, num_bytes=SIZE, dtype=torch.float32, uploader=uploader)
+    heads = LowRankAdapter({}, DraftHeads(torch.ones(1, 1, 16, 16), torch.ones(1, 1, 16), None))
+    staged = arena.stage(write_version(tmp_path, heads, modules).path)
+    arena.commit(0, ALIGNMENT_BYTES, staged)
+    arena.end_use([0])
+
+    arena.unload(0)
+    arena.commit(1, staged.num_bytes, staged)
+
+    assert uploader.log == ["copy", "copy after work 1"]
 
 
 def test_a_step_without_adapters_keeps_nothing(tmp_path: Path) -> None:
