@@ -81,7 +81,8 @@ async def test_of_several_keys_adapters_those_are_used_that_every_key_sees(tmp_p
         refused, _, reason = await _run_command(*options, "--adapter-pattern", "h*")
 
     assert (status, noise, refused) == (0, "", 1)
-    assert decode_report(out.read_bytes()).plan.adapters == ["pig-latin", "reverse", "rot13", "upper", "base-heads", "both"]
+    demo = ["pig-latin", "reverse", "rot13", "upper", "base-heads"]
+    assert decode_report(out.read_bytes()).plan.adapters == [*demo, "both"]
     assert "'h*' fits none of the server's adapters" in reason
 
 
