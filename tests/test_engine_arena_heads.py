@@ -222,6 +222,7 @@ LIES = {
     "beyond 64 bits": "[1" + "0" * 99 + ",1,true]",
     "no heads": "[0,1,true]",
     "negative": "[-2,-1,true]",
+    "half negative": "[-2,1,true]",
     "too short": "[2,1]",
     "too long": "[2,1,true,0]",
     "null": "null",
