@@ -144,7 +144,7 @@ def test_a_slot_has_the_heads_of_its_latest_version_only(tmp_path: Path) -> None
     arena, version = arena_of(), stored(tmp_path, [0, 0, 0], (2, 1, True))
     arena.load(1, 0, version.path)
 
-    arena.load(1, 0, stored(tmp_path, [3, 0, 0], None).path)
+    arena.commit(1, 0, arena.stage(stored(tmp_path, [3, 0, 0], None).path))
     assert arena.heads(1) is None
 
     arena.load(1, 0, version.path)
