@@ -97,7 +97,7 @@ CONFIGS = {
     "no object": b"[2]",
     "no text": b'{"medusa_num_heads": "\xff"}',
     "deep": b"[" * 4000,
-    "large": b'{"medusa_num_heads": 2}' + b" " * 4096,
+    "large": b'{"medusa_num_heads": 2, "medusa_num_layers": 2}' + b" " * 4096,
 }
 
 

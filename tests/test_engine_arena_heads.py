@@ -144,7 +144,7 @@ def test_a_slot_has_the_heads_of_its_latest_version_only(tmp_path: Path) -> None
     arena, version = arena_of(), stored(tmp_path, [0, 0, 0], (2, 1, True))
     arena.load(1, 0, version.path)
 
-    arena.load(1, 0, stored(tmp_path, [3, 0, 0], None).path)
+    arena.commit(1, 0, arena.stage(stored(tmp_path, [3, 0, 0], None).path))
     assert arena.heads(1) is None
 
     arena.load(1, 0, version.path)
@@ -222,6 +222,7 @@ LIES = {
     "beyond 64 bits": "[1" + "0" * 99 + ",1,true]",
     "no heads": "[0,1,true]",
     "negative": "[-2,-1,true]",
+    "half negative": "[-2,1,true]",
     "too short": "[2,1]",
     "too long": "[2,1,true,0]",
     "null": "null",
