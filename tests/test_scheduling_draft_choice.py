@@ -74,12 +74,12 @@ def test_steps_that_do_more_than_decode_teach_nothing() -> None:
     assert costs.plain(1) is None
 
 
-def test_a_number_of_rows_never_seen_is_taken_for_the_nearest() -> None:
+def test_a_number_of_rows_never_seen_is_taken_for_one_near_by() -> None:
     costs = StepCosts()
     costs.learn(plan(2), 1.0)
-    costs.learn(plan(8), 3.0)
+    costs.learn(plan(16), 3.0)
 
-    assert (costs.plain(3), costs.plain(7), costs.plain(99)) == (1.0, 3.0, 3.0)
+    assert (costs.plain(3), costs.plain(15), costs.plain(17), costs.plain(19)) == (None, 3.0, 3.0, None)
 
 
 def test_as_many_nodes_are_verified_as_make_the_step_better() -> None:
@@ -139,14 +139,31 @@ def test_who_always_verifies_does_so_at_any_cost() -> None:
 def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> None:
     choice, drafter = DraftChoice(), Drafter()
     for _ in range(40):
-        choice.learn(plan(1), 1.0)
         choice.learn(plan(1, with_heads=1), 1.5)
+        choice.learn(plan(1), 1.0)
     for position in range(40):
         drafter.take_candidates(position, HeadCandidates(1, pack_ints([1]), pack_floats([0.1])))
 
     asked = [choice.num_candidates(drafter, 1) > 0 for _ in range(2 * PROBE_EVERY + 2)]
 
     assert asked == [False] * PROBE_EVERY + [True] + [False] * PROBE_EVERY + [True]
+
+
+def test_heads_are_asked_once_a_plain_step_was_measured() -> None:
+    choice, drafter = DraftChoice(), Drafter()
+
+    assert choice.num_candidates(drafter, 1) == 0
+    choice.learn(plan(1), 1.0)
+    assert choice.num_candidates(drafter, 1) > 0
+
+
+def test_a_step_with_heads_is_no_plain_one() -> None:
+    choice = taught(any_draft=0.0, node=0.01)
+    for _ in range(PROBE_EVERY):
+        choice.learn(plan(1, with_heads=1), 1.1)
+
+    assert chosen(choice, 1, chain(0.9)) == {}
+    assert choice.num_candidates(Drafter(), 1) == 0
 
 
 def test_heads_are_never_asked_where_nobody_wants_them() -> None:

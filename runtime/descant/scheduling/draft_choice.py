@@ -17,7 +17,7 @@ from descant.scheduling.plan import StepPlan, num_drafted
 from descant.scheduling.step_costs import StepCosts
 
 MARGIN = 1.02  # by which verifying must promise to be faster
-PROBE_EVERY = 64  # steps without a draft, or with one: then the other is measured again
+PROBE_EVERY = 64  # steps without a draft, or without a plain step: then the other is measured again
 PROBE_NODES = 4
 PROBE_LEAST = 0.3  # likelihood of a node that a probe verifies
 
@@ -27,22 +27,23 @@ class DraftChoice:
 
     def __init__(self) -> None:
         self._costs = StepCosts()
-        self._num_plain = 0  # decode steps in a row without a draft
-        self._num_drafting = 0  # with one
+        self._num_undrafted = 0  # decode steps in a row without a draft
+        self._num_guessing = 0  # with one, or with heads
 
     def learn(self, plan: StepPlan, seconds: float) -> None:
         """Take note of what a step took."""
-        self._costs.learn(plan, seconds)
-        if any(map(num_drafted, plan.rows)):
-            self._num_plain, self._num_drafting = 0, self._num_drafting + 1
-        else:
-            self._num_plain, self._num_drafting = self._num_plain + 1, 0
+        if not self._costs.learn(plan, seconds):
+            return
+        has_draft = any(map(num_drafted, plan.rows))
+        is_plain = not has_draft and not any(row.num_candidates for row in plan.rows)
+        self._num_undrafted = 0 if has_draft else self._num_undrafted + 1
+        self._num_guessing = 0 if is_plain else self._num_guessing + 1
 
     def least_likelihood(self, num_rows: int) -> float:
         """Return how likely a node must be, at least, for a step of so many rows to verify it."""
-        if self._costs.plain(num_rows) is None or self._num_drafting >= PROBE_EVERY:
+        if self._is_plain_due(num_rows):
             return math.inf
-        dearest = PROBE_LEAST if self._num_plain >= PROBE_EVERY else math.inf
+        dearest = PROBE_LEAST if self._num_undrafted >= PROBE_EVERY else math.inf
         return min(dearest, self._costs.added[1] * num_rows)  # in tokens that all rows go without meanwhile
 
     def choose(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
@@ -56,7 +57,7 @@ class DraftChoice:
 
     def num_candidates(self, drafter: Drafter, num_rows: int) -> int:
         """Return how many tokens each draft head of a sequence is to propose after this step; 0: they need not run."""
-        if not drafter.settings.heads:
+        if not drafter.settings.heads or (self._is_plain_due(num_rows) and not drafter.settings.always):
             return 0
         price = self._costs.added[2] * num_rows  # in tokens, likewise
         if drafter.settings.always or drafter.heads_gain > price or drafter.num_unasked >= PROBE_EVERY:
@@ -65,11 +66,14 @@ class DraftChoice:
         drafter.num_unasked += 1
         return 0
 
+    def _is_plain_due(self, num_rows: int) -> bool:
+        return self._costs.plain(num_rows) is None or self._num_guessing >= PROBE_EVERY
+
     def _weigh(self, guesses: Mapping[int, Guess], num_rows: int) -> dict[int, DraftTree]:
         if math.isinf(self.least_likelihood(num_rows)):
             return {}
         least = self._least_chosen(guesses, num_rows)
-        if math.isinf(least) and self._num_plain >= PROBE_EVERY:
+        if math.isinf(least) and self._num_undrafted >= PROBE_EVERY:
             key, guess = max(guesses.items(), key=lambda one: one[1].probabilities[0])
             probe = pruned(guess, PROBE_LEAST, PROBE_NODES)
             return {} if probe is None else {key: probe}

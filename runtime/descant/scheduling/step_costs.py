@@ -7,12 +7,13 @@ whose draft heads ran. So it holds for any machine, a CPU as well, and follows w
 
 from __future__ import annotations
 
-from descant.scheduling.plan import NO_LOGPROBS, StepPlan, num_drafted
+from descant.scheduling.plan import StepPlan, num_drafted
 
 _NEW_SHARE = 0.2  # of a new measurement in the average of plain steps
 _KEPT = 0.97  # of the weight of earlier steps, with each new one
 _PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
 _PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, a row with heads
+_NEARLY = 0.125  # of a number of rows
 _MOST = 10.0  # plain steps: what takes longer was held up by something else
 
 
@@ -25,12 +26,10 @@ class StepCosts:
         self._targets = [0.0] * 3  # and with what they took beyond a plain step
         self.added = _PRIOR  # what any draft, a node, and a row with heads add to a step, in plain steps
 
-    def learn(self, plan: StepPlan, seconds: float) -> None:
-        """Take a step into account, if it only decoded."""
+    def learn(self, plan: StepPlan, seconds: float) -> bool:
+        """Take a step into account, if it only decoded; return whether it did."""
         if seconds <= 0 or plan.admit or any(row.num_new_tokens > 1 for row in plan.rows):
-            return
-        if any(row.num_prompt_logprobs != NO_LOGPROBS for row in plan.rows):
-            return
+            return False
         num_rows = len(plan.rows)
         num_nodes = sum(map(num_drafted, plan.rows))
         num_heads = sum(row.num_candidates > 0 for row in plan.rows)
@@ -42,12 +41,14 @@ class StepCosts:
             self._plain[num_rows] = seconds
         else:
             self._plain[num_rows] += _NEW_SHARE * (min(seconds, _MOST * self._plain[num_rows]) - self._plain[num_rows])
+        return True
 
     def plain(self, num_rows: int) -> float | None:
-        """Return the seconds of a plain step of so many rows, or of the nearest number seen; None: none was."""
+        """Return the seconds of a plain step of so many rows, or nearly so many; None: none was seen."""
         if num_rows in self._plain or not self._plain:
             return self._plain.get(num_rows)
-        return self._plain[min(self._plain, key=lambda known: abs(known - num_rows))]
+        nearest = min(self._plain, key=lambda known: abs(known - num_rows))
+        return self._plain[nearest] if abs(nearest - num_rows) <= num_rows * _NEARLY else None
 
     def _fit(self, had: tuple[float, float, float], added: float) -> None:
         for i, one in enumerate(had):
