@@ -144,7 +144,7 @@ def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> No
     for position in range(40):
         drafter.take_candidates(position, HeadCandidates(1, pack_ints([1]), pack_floats([0.1])))
 
-    asked = [choice.num_candidates(drafter, 1) > 0 for _ in range(2 * PROBE_EVERY + 2)]
+    asked = [choice.num_candidates(drafter, "v", 1) > 0 for _ in range(2 * PROBE_EVERY + 2)]
 
     assert asked == [False] * PROBE_EVERY + [True] + [False] * PROBE_EVERY + [True]
 
@@ -152,9 +152,19 @@ def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> No
 def test_heads_are_asked_once_a_plain_step_was_measured() -> None:
     choice, drafter = DraftChoice(), Drafter()
 
-    assert choice.num_candidates(drafter, 1) == 0
+    assert choice.num_candidates(drafter, "v", 1) == 0
     choice.learn(plan(1), 1.0)
-    assert choice.num_candidates(drafter, 1) > 0
+    assert choice.num_candidates(drafter, "v", 1) > 0
+
+
+def test_what_heads_were_good_for_is_known_of_the_next_sequence_with_them() -> None:
+    choice, drafter = DraftChoice(), Drafter()
+    choice.learn(plan(1), 1.0)
+    drafter.take_candidates(1, HeadCandidates(1, pack_ints([1]), pack_floats([0.01])))
+    choice.num_candidates(drafter, "poor", 1)
+
+    assert choice.num_candidates(Drafter(), "poor", 1) == 0
+    assert choice.num_candidates(Drafter(), "unknown", 1) > 0
 
 
 def test_a_step_with_heads_is_no_plain_one() -> None:
@@ -163,11 +173,11 @@ def test_a_step_with_heads_is_no_plain_one() -> None:
         choice.learn(plan(1, with_heads=1), 1.1)
 
     assert chosen(choice, 1, chain(0.9)) == {}
-    assert choice.num_candidates(Drafter(), 1) == 0
+    assert choice.num_candidates(Drafter(), "v", 1) == 0
 
 
 def test_heads_are_never_asked_where_nobody_wants_them() -> None:
-    assert DraftChoice().num_candidates(Drafter(Speculation(heads=False, always=True)), 1) == 0
+    assert DraftChoice().num_candidates(Drafter(Speculation(heads=False, always=True)), "v", 1) == 0
 
 
 def steps(behavior: object, node: float, speculates: bool = True) -> tuple[list[int], int]:

@@ -16,9 +16,10 @@ from descant.scheduling.ngram import DraftTree
 from descant.scheduling.plan import StepPlan, num_drafted
 from descant.scheduling.step_costs import StepCosts
 
-MARGIN = 1.02  # by which verifying must promise to be faster
+MARGIN = 1.05  # by which verifying must promise to be faster
 PROBE_EVERY = 64  # steps without a draft, or without a plain step: then the other is measured again
 PROBE_NODES = 4
+MAX_CHAINS = 1024  # versions whose heads are remembered
 PROBE_LEAST = 0.3  # likelihood of a node that a probe verifies
 
 
@@ -27,6 +28,7 @@ class DraftChoice:
 
     def __init__(self) -> None:
         self._costs = StepCosts()
+        self._chains: dict[str, list[float]] = {}  # `Drafter.chain` of late, by the version with the heads
         self._num_undrafted = 0  # decode steps in a row without a draft
         self._num_guessing = 0  # with one, or with heads
 
@@ -48,19 +50,33 @@ class DraftChoice:
 
     def choose(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
         """Return what to verify in a step of so many rows, by sequence."""
-        weighed = {key: guess for key, (drafter, guess) in guesses.items() if not drafter.settings.always}
-        chosen = self._weigh(weighed, num_rows) if weighed else {}
+        weighed = {key: one for key, one in guesses.items() if not one[0].settings.always}
+        least = math.inf if self._is_plain_due(num_rows) or not weighed else self._least_chosen(weighed, num_rows)
+        chosen: dict[int, DraftTree] = {}
         for key, (drafter, guess) in guesses.items():
             if drafter.settings.always:
                 chosen[key] = guess.tree
-        return chosen
+            elif (tree := pruned(guess, least / drafter.kept_share, len(guess.probabilities))) is not None:
+                chosen[key] = tree
+                drafter.promise(sum(one for one in guess.probabilities if one >= least / drafter.kept_share))
+        return chosen or self._probe(weighed, num_rows)
 
-    def num_candidates(self, drafter: Drafter, num_rows: int) -> int:
-        """Return how many tokens each draft head of a sequence is to propose after this step; 0: they need not run."""
+    def num_candidates(self, drafter: Drafter, digest: str, num_rows: int) -> int:
+        """Return how many tokens each draft head of a sequence is to propose after this step; 0: they need not run.
+
+        What heads were good for in one sequence is what they are taken for in the next; `digest` is their version's.
+        """
         if not drafter.settings.heads or (self._is_plain_due(num_rows) and not drafter.settings.always):
             return 0
-        price = self._costs.added[2] * num_rows  # in tokens, likewise
-        if drafter.settings.always or drafter.heads_gain > price or drafter.num_unasked >= PROBE_EVERY:
+        if drafter.chain:
+            self._chains[digest] = drafter.chain
+            while len(self._chains) > MAX_CHAINS:
+                del self._chains[next(iter(self._chains))]
+        else:
+            drafter.chain = self._chains.get(digest, [])
+        any_draft, node, heads = self._costs.added
+        gain = drafter.heads_gain(node * num_rows) - any_draft - heads * num_rows  # in tokens, likewise
+        if drafter.settings.always or gain > 0 or drafter.num_unasked >= PROBE_EVERY:
             drafter.num_unasked = 0
             return max(1, min(NUM_CANDIDATES, drafter.settings.max_width))
         drafter.num_unasked += 1
@@ -69,28 +85,25 @@ class DraftChoice:
     def _is_plain_due(self, num_rows: int) -> bool:
         return self._costs.plain(num_rows) is None or self._num_guessing >= PROBE_EVERY
 
-    def _weigh(self, guesses: Mapping[int, Guess], num_rows: int) -> dict[int, DraftTree]:
-        if math.isinf(self.least_likelihood(num_rows)):
-            return {}
-        least = self._least_chosen(guesses, num_rows)
-        if math.isinf(least) and self._num_undrafted >= PROBE_EVERY:
-            key, guess = max(guesses.items(), key=lambda one: one[1].probabilities[0])
-            probe = pruned(guess, PROBE_LEAST, PROBE_NODES)
-            return {} if probe is None else {key: probe}
-        trees = {key: pruned(guess, least, len(guess.probabilities)) for key, guess in guesses.items()}
-        return {key: tree for key, tree in trees.items() if tree is not None}
-
-    def _least_chosen(self, guesses: Mapping[int, Guess], num_rows: int) -> float:
+    def _least_chosen(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> float:
         """Return the likelihood of the last node that makes the step better; infinity: none does."""
         any_draft, node, _ = self._costs.added
+        likelihoods = [drafter.kept_share * one for drafter, guess in guesses.values() for one in guess.probabilities]
         best, least, gain = num_rows * MARGIN, math.inf, 0.0
-        for count, likelihood in enumerate(sorted(_all(guesses), reverse=True), start=1):
+        for count, likelihood in enumerate(sorted(likelihoods, reverse=True), start=1):
             gain += likelihood
             rate = (num_rows + gain) / (1.0 + any_draft + node * count)
             if rate > best:
                 best, least = rate, likelihood
         return least
 
-
-def _all(guesses: Mapping[int, Guess]) -> list[float]:
-    return [likelihood for guess in guesses.values() for likelihood in guess.probabilities]
+    def _probe(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
+        """Return a few nodes of the surest guess, if nothing was verified for long."""
+        if self._num_undrafted < PROBE_EVERY or self._is_plain_due(num_rows) or not guesses:
+            return {}
+        key, (drafter, guess) = max(guesses.items(), key=lambda one: one[1][1].probabilities[0])
+        tree = pruned(guess, PROBE_LEAST, PROBE_NODES)
+        if tree is None:
+            return {}
+        drafter.promise(sum(sorted(guess.probabilities, reverse=True)[: len(tree.token_ids)]))
+        return {key: tree}

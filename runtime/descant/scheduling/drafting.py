@@ -18,6 +18,7 @@ from descant_client.speculation import Speculation, SpeculationChoice
 MAX_CATCH_UP = 256  # tokens indexed in one step: a long prompt shall not hold up everybody's
 NUM_CANDIDATES = 4  # that each head is asked for
 _KEPT = 0.95  # of the weight of what was seen earlier, with each new token
+_NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
 AUTO = Speculation()
 
 
@@ -43,8 +44,8 @@ class _Record:
     def __init__(self, hits: float, expected: float) -> None:
         self._hits, self._expected = hits, expected
 
-    def add(self, is_hit: bool, expected: float = 1.0) -> None:
-        self._hits = _KEPT * self._hits + is_hit
+    def add(self, hits: float, expected: float = 1.0) -> None:
+        self._hits = _KEPT * self._hits + hits
         self._expected = _KEPT * self._expected + expected
 
     @property
@@ -61,12 +62,14 @@ class Drafter:
         self.num_drafted = 0  # tokens on the longest way through each
         self.num_accepted = 0  # tokens of drafts that came true: each is a step saved
         self.num_unasked = 0  # steps in a row that heads were not run for
-        self.heads_gain = 1.0  # tokens that the heads' likeliest chain is good for, of late
         self._index = NgramIndex(settings.min_ngram, max(settings.min_ngram, settings.max_ngram))
         self._expected: int | None = None  # what the text's index says comes next
         self._text_record = _Record(1.0, 2.0)
         self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
         self._heads_record = _Record(2.0, 2.0)
+        self.chain: list[float] = []  # how likely the heads' first choices are to come true, one after the other
+        self._promises = _Record(2.0, 2.0)
+        self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
 
     def guess(self, sequence: Spoken, max_nodes: int, least: float = 0.0) -> Guess | None:
         """Return a guess of what follows the sequence's last token; None: there is none.
@@ -74,11 +77,31 @@ class Drafter:
         Args:
           least: likelihood below which nodes need not be named.
         """
-        self._catch_up(sequence)
+        num_tokens = sequence.num_tokens
+        if self._candidates is not None and self._candidates[0] < num_tokens:
+            self._judge_heads(sequence)
+        if self.settings.ngram and self._index.num_tokens < num_tokens:
+            self._catch_up(sequence, num_tokens)
+        if least > 1 or max_nodes <= 0:
+            return None
         max_nodes = min(max_nodes, self.settings.max_nodes)
         found = (self._text_guess(sequence, max_nodes, least), self._heads_guess(sequence, max_nodes, least))
         guesses = [guess for guess in found if guess is not None]
         return merged(guesses) if len(guesses) > 1 else guesses[0] if guesses else None
+
+    @property
+    def kept_share(self) -> float:
+        """How much of what verified guesses promised came true, of late, from 0 to 1."""
+        return self._promises.rate
+
+    def promise(self, num_tokens: float) -> None:
+        """A draft will be verified whose nodes' likelihoods add up to so many tokens."""
+        self._promised = num_tokens
+
+    def heads_gain(self, least: float) -> float:
+        """Return how many tokens the heads are good for beyond what verifying them costs, `least` each, of late."""
+        chain = self.chain if self.chain else [1.0]
+        return sum(max(0.0, self.kept_share * likelihood - least) for likelihood in chain)
 
     def take_candidates(self, position: int, candidates: HeadCandidates) -> None:
         """Keep what the heads propose from `position` on; it is good until another token is there."""
@@ -86,35 +109,42 @@ class Drafter:
         odds = unpack_floats(candidates.probabilities)
         starts = range(0, len(ids), width)
         self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
-        gain, likelihood = 0.0, 1.0
+        chain, likelihood = list[float](), 1.0
         for at in starts:
             likelihood *= odds[at] * self._heads_record.rate
-            gain += likelihood
-        self.heads_gain += 0.2 * (gain - self.heads_gain)
+            chain.append(likelihood)
+        before = self.chain if len(self.chain) == len(chain) else chain
+        self.chain = [old + _NEW_SHARE * (new - old) for old, new in zip(before, chain, strict=True)]
 
     def learn(self, depth: int, num_accepted: int) -> None:
         """A draft of so many tokens, one after the other, was verified, and so many of them came true."""
         self.num_drafts += 1
         self.num_drafted += depth
         self.num_accepted += num_accepted
+        if self._promised:
+            self._promises.add(num_accepted, self._promised)
+            self._promised = 0.0
 
-    def _catch_up(self, sequence: Spoken) -> None:
-        known = self._index.num_tokens
-        new = sequence.tokens(known, min(sequence.num_tokens, known + MAX_CATCH_UP))
-        if self._candidates is not None and self._candidates[0] < sequence.num_tokens:
-            position, ids, odds = self._candidates
-            (said,) = sequence.tokens(position, position + 1)
-            self._heads_record.add(said == ids[0][0], odds[0][0])
-            self._candidates = None
-        if not self.settings.ngram:
-            return
-        num_prompt = max(0, sequence.num_prompt_tokens - known)
-        self._index.extend(new[:num_prompt])
-        for token_id in new[num_prompt:]:
+    def _judge_heads(self, sequence: Spoken) -> None:
+        assert self._candidates is not None, "there is something to judge"
+        position, ids, odds = self._candidates
+        (said,) = sequence.tokens(position, position + 1)
+        self._heads_record.add(said == ids[0][0], odds[0][0])
+        self._candidates = None
+
+    def _catch_up(self, sequence: Spoken, num_tokens: int) -> None:
+        index, known = self._index, self._index.num_tokens
+        new = sequence.tokens(known, min(num_tokens, known + MAX_CATCH_UP))
+        num_prompt = sequence.num_prompt_tokens - known
+        if num_prompt > 0:
+            index.extend(new[:num_prompt])
+            new = new[num_prompt:]
+            self._expected = None
+        for token_id in new:
             if self._expected is not None:
                 self._text_record.add(token_id == self._expected)
-            self._index.extend((token_id,))
-            self._expected = self._index.following()
+            index.extend((token_id,))
+            self._expected = index.following()
 
     def _text_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
         settings, rate = self.settings, self._text_record.rate
@@ -126,7 +156,7 @@ class Drafter:
         return None if tree is None else of_text(tree, rate)
 
     def _heads_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
-        if self._candidates is None or self._candidates[0] != sequence.num_tokens or least > 1:
+        if self._candidates is None or self._candidates[0] != sequence.num_tokens:
             return None
         _, ids, odds = self._candidates
         trust = 1.0 if self.settings.always else self._heads_record.rate

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 from typing import NamedTuple
 
-KEPT_OCCURRENCES = 4  # of an n-gram, the most recent ones
+MAX_OCCURRENCES = 4  # of an n-gram that are looked at, the most recent ones
+TOKEN_BITS = 32
 
 
 class DraftTree(NamedTuple):
@@ -29,14 +30,21 @@ class DraftTree(NamedTuple):
 
 
 class NgramIndex:
-    """Where each n-gram of a sequence's tokens has occurred; grows with it, never rescans."""
+    """Where each n-gram of a sequence's tokens has occurred; grows with it, never rescans.
+
+    An n-gram is an integer, and so is what is kept of it: containers, one for each token of each sequence, would have
+    the garbage collector go through all of them again and again.
+    """
 
     def __init__(self, min_n: int, max_n: int) -> None:
         assert 1 <= min_n <= max_n, f"no n-gram is between {min_n} and {max_n} tokens long"
-        self._lengths = range(max_n, min_n - 1, -1)
         self._tokens: list[int] = []
-        self._last: list[tuple[int, ...]] = []  # the n-grams that the text ends with, the longest first
-        self._followers: dict[tuple[int, ...], tuple[int, ...]] = {}  # positions just after an n-gram, last first
+        self._window = 0  # the last max_n tokens as one number, the last one lowest
+        # Per length, the longest first: a mask for the window; where the text went on after the latest occurrence of
+        # each n-gram; and, for each such position, after the one before, 0 if there is none.
+        self._kinds: list[tuple[int, int, dict[int, int], list[int]]] = [
+            (n, (1 << TOKEN_BITS * n) - 1, {}, []) for n in range(max_n, min_n - 1, -1)
+        ]
 
     @property
     def num_tokens(self) -> int:
@@ -45,18 +53,25 @@ class NgramIndex:
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Take the tokens that come next."""
-        tokens, followers = self._tokens, self._followers
+        tokens, window, widest = self._tokens, self._window, self._kinds[0][1]
         for token in token_ids:
             end = len(tokens)
-            for ngram in self._last:
-                followers[ngram] = (end, *followers.get(ngram, ())[: KEPT_OCCURRENCES - 1])
+            for n, mask, latest, earlier in self._kinds:
+                ngram = window & mask
+                earlier.append(latest.get(ngram, 0))
+                if n <= end:
+                    latest[ngram] = end
             tokens.append(token)
-            self._last = [tuple(tokens[-n:]) for n in self._lengths if n <= end + 1]
+            window = (window << TOKEN_BITS | token) & widest
+        self._window = window
 
     def following(self) -> int | None:
         """Return the token that `propose` begins with; None if it has nothing to say."""
-        starts = self._matches()
-        return self._tokens[starts[0]] if starts else None
+        window, num_tokens = self._window, len(self._tokens)
+        for n, mask, latest, _ in self._kinds:
+            if n <= num_tokens and (position := latest.get(window & mask)):
+                return self._tokens[position]
+        return None
 
     def propose(self, max_depth: int, max_width: int, max_nodes: int) -> DraftTree | None:
         """Return what followed the longest known n-gram that the text ends with; None if there is none or no room.
@@ -75,12 +90,17 @@ class NgramIndex:
             return None
         return DraftTree(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes))
 
-    def _matches(self) -> tuple[int, ...]:
+    def _matches(self) -> list[int]:
         """Return where the text went on after the longest n-gram that it also ends with, most recent first."""
-        for ngram in self._last:
-            if ngram in self._followers:
-                return self._followers[ngram]
-        return ()
+        for n, mask, latest, earlier in self._kinds:
+            position = latest.get(self._window & mask, 0) if n <= len(self._tokens) else 0
+            starts: list[int] = []
+            while position and len(starts) < MAX_OCCURRENCES:
+                starts.append(position)
+                position = earlier[position]
+            if starts:
+                return starts
+        return []
 
     def _continuation(self, start: int, depth: int) -> Iterable[int]:
         """Return `depth` tokens from `start` on. Past the end of the text the copy reads itself, so it repeats."""

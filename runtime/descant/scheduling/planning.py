@@ -22,7 +22,6 @@ from descant.scheduling.guess import Guess
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.lineup import Lineup
 from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import NO_ADAPTER
 from descant.scheduling.preemption import (
     block_victims,
     blocks_held,
@@ -133,8 +132,9 @@ class Planner:
     def _decode(self, sequence: Sequence, new_blocks: list[int], trees: Mapping[int, DraftTree]) -> None:
         """Plan the sequence's next token, with a draft of those behind it if there is one and room for it."""
         life, tree, num_candidates = self._life, trees.get(sequence.id), 0
-        if sequence.drafter is not None and sequence.heads_slot != NO_ADAPTER and life.max_draft_nodes:
-            num_candidates = life.draft_choice.num_candidates(sequence.drafter, len(self._running))
+        drafter, version = sequence.drafter, sequence.adapter
+        if drafter is not None and version is not None and version.num_heads and life.max_draft_nodes:
+            num_candidates = life.draft_choice.num_candidates(drafter, version.digest, len(self._running))
         if tree is not None:
             new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
             num_slots = len(sequence.block_table) * life.blocks.block_size - sequence.num_tokens

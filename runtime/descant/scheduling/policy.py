@@ -209,6 +209,7 @@ class Policy(Transitions):
 
     def plan(self) -> PlannedStep | None:
         """Decide the next step; None: nothing can run before the oldest step in flight is applied, or at all."""
+        begun_s = self._now()
         self.expire()
         life = self._life
         if life is None or len(self._in_flight) == life.max_steps_in_flight:
@@ -228,7 +229,7 @@ class Policy(Transitions):
             if not self._in_flight:
                 life.check_idle()
             return None
-        planned = builder.build(life.epoch, life.num_steps + len(self._in_flight) + 1, life.take_drops())
+        planned = builder.build(life.epoch, life.num_steps + len(self._in_flight) + 1, life.take_drops(), begun_s)
         self._in_flight.add(planned)
         return planned
 
@@ -247,7 +248,6 @@ class Policy(Transitions):
             return
         self._in_flight.take(planned, result)
         life.num_steps += 1
-        life.draft_choice.learn(planned.plan, result.device_s)
         now = self._now()
         for sequence, row, row_result in zip(planned.sequences, planned.plan.rows, result.rows, strict=True):
             if sequence.status == "running":
@@ -256,6 +256,7 @@ class Policy(Transitions):
                 self._release(sequence)
                 if sequence.status == "waiting":  # it was parked, and its sink has room again
                     self._enter(sequence)
+        life.draft_choice.learn(planned.plan, max(result.device_s, self._now() - planned.begun_s))
 
     # ---- applying -------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ from descant.scheduling.sequence import Sequence
 
 
 class PlannedStep(NamedTuple):
-    """A plan, and the sequences behind its rows, in the same order."""
+    """A plan, and the sequences behind its rows, in the same order; when planning began, on the policy's clock."""
 
     plan: StepPlan
     sequences: tuple[Sequence, ...]
+    begun_s: float = 0.0
 
 
 class StepBuilder:
@@ -105,7 +106,7 @@ class StepBuilder:
             self._admits = [admit for admit in self._admits if admit.row != sequence.id]
             sequence.is_row = False  # the engine never heard of it
 
-    def build(self, epoch: int, step: int, drop: list[int]) -> PlannedStep:
+    def build(self, epoch: int, step: int, drop: list[int], begun_s: float) -> PlannedStep:
         """Return the step."""
         plan = StepPlan(epoch, step, tuple(self._admits), tuple(self._rows), pack_ints(drop))
-        return PlannedStep(plan, tuple(self._sequences))
+        return PlannedStep(plan, tuple(self._sequences), begun_s)
