@@ -54,6 +54,7 @@ bench: setup
     {{python}} benchmarks/streaming.py
     {{python}} benchmarks/lora_tax.py
     {{python}} benchmarks/adapters.py
+    {{python}} benchmarks/speculation.py --shape demo
 
 # Descant against Transformers and PEFT (writes some 2 GB into the user's cache)
 bench-peft *ARGS: setup

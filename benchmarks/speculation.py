@@ -3,9 +3,9 @@
     python benchmarks/speculation.py [--shape demo qwen] [--batches 1 4 16] [--repeats 5]
 
 *Copying* text says again what the prompt says, *repeating* text says the same few words over and over, *free* text does
-neither. The demo model copies with its base voice and writes freely with `rot13`. The Qwen shape has random weights of
-which attention's outputs are zero: every token then determines the next, so that its texts can be planned, at the cost
-of the real one.
+neither. The demo model copies with its base voice and writes freely with `rot13`, both with their draft heads. The Qwen
+shape has random weights of which attention's outputs are zero: every token then determines the next, so that its texts
+can be planned, at the cost of the real one.
 
 A step gives every stream a token, and those of a draft that came true besides; so a stream without drafts takes one
 step per token. Every answer is checked to be the same in all modes, which take turns in an order drawn anew each time.
@@ -28,6 +28,7 @@ from batches import run, served
 from random_model import QWEN_05B, markov_checkpoint
 from report import RESULTS, Report, figures, median, paired_ratio, stage, table
 
+from descant.actors.fetch import DEMO_HEADS
 from descant_client.client import Client
 from descant_client.speculation import Speculation, SpeculationChoice
 from descant_client.stream import Result
@@ -98,8 +99,8 @@ def sentences(count: int, seed: int) -> list[str]:
 def demo_texts(count: int) -> list[Text]:
     """Texts of the embedded model."""
     return [
-        Text("copying", sentences(count, 1)),
-        Text("repeating", [f"{word} " * (72 // (len(word) + 1)) for word in (WORDS * count)[:count]]),
+        Text("copying", sentences(count, 1), DEMO_HEADS),
+        Text("repeating", [f"{word} " * (72 // (len(word) + 1)) for word in (WORDS * count)[:count]], DEMO_HEADS),
         Text("free", sentences(count, 2), "rot13"),
     ]
 

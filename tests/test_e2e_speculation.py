@@ -7,14 +7,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
-from descant.config import Config, SchedulingConfig, ServerConfig, check_config
+from descant.actors.fetch import DEMO_HEADS_DIRECTORY
+from descant.config import AdapterConfig, AdapterEntry, Config, SchedulingConfig, ServerConfig, check_config
 from descant.system import System
 from descant_client import connect
 from descant_client.client import Client
-from descant_client.errors import ConfigInvalid, InvalidRequest
+from descant_client.errors import AdapterInvalid, AdapterNotFound, ConfigInvalid, InvalidRequest
 from descant_client.speculation import Speculation, SpeculationChoice
 from descant_client.terminal import print_stream
 from servers import kill_executor, results, serve
@@ -96,6 +98,54 @@ async def test_guessing_goes_on_when_the_executor_is_killed(server: tuple[System
     finished = await results(streams)
 
     assert [result.token_ids for result in finished] == [plain.token_ids] * 8
+
+
+HEADS = Speculation(ngram=False, always=True)
+
+
+@pytest.mark.parametrize("adapter", [None, "upper", "rot13"])
+async def test_heads_of_another_adapter_can_be_named(client: Client, adapter: str | None) -> None:
+    named = msgspec.structs.replace(HEADS, heads="base-heads")
+    plain, guided = await results([ask(client, one, adapter=adapter) for one in ("off", named)])
+
+    assert guided.choices == plain.choices
+    assert guided.timings.num_accepted > 0
+
+
+async def test_an_adapter_that_is_heads_alone_is_the_base(client: Client) -> None:
+    plain, guided = await results([ask(client, "off"), ask(client, HEADS, adapter="base-heads")])
+
+    assert guided.choices == plain.choices
+    assert guided.timings.num_accepted > 0
+
+
+async def test_heads_that_are_not_there_are_refused(client: Client, tmp_path: Path) -> None:
+    await client.adapters.create("headless", rank=1)
+
+    with pytest.raises(AdapterNotFound):
+        await ask(client, Speculation(heads="nobody")).result()
+    with pytest.raises(AdapterInvalid, match="has none"):
+        await ask(client, Speculation(heads="headless"), adapter="upper").result()
+    with pytest.raises(ConfigInvalid, match="nobody"):
+        check_config(config(tmp_path, Speculation(heads="nobody")))
+
+
+async def test_heads_that_the_server_names_go_with_the_base_alone(tmp_path: Path) -> None:
+    entry = AdapterEntry(name="mine", ref=f"local:{DEMO_HEADS_DIRECTORY}")
+    named = config(tmp_path, msgspec.structs.replace(HEADS, heads="mine"))
+    named = msgspec.structs.replace(named, adapters=AdapterConfig(entries=[entry]))
+    check_config(named)
+
+    async with serve(named) as (_, uri), connect(uri) as client:
+        await client.adapters.create("headless", rank=1)
+        base, headless, upper = await results(
+            [ask(client, None), ask(client, None, adapter="headless"), ask(client, None, adapter="upper")]
+        )
+
+    assert base.timings.num_accepted > 0
+    assert headless.token_ids == base.token_ids
+    assert headless.timings.num_accepted == 0
+    assert upper.timings.num_accepted > 0  # its own heads
 
 
 async def test_shortest_ngrams_longer_than_the_longest_are_refused(client: Client, tmp_path: Path) -> None:
