@@ -157,6 +157,7 @@ class FakeEngine:
 
     def _verify(self, row: Row, draft: TokenDraft, state: FakeRow, histories: list[int]) -> RowResult:
         ids, parents = unpack_ints(draft.token_ids), unpack_ints(draft.parents)
+        assert state.num_computed + len(ids) <= self.limits.max_context, "a draft goes beyond the context"
         assert state.num_computed == len(state.tokens), "a draft follows the last token"
         for node in range(len(ids)):
             self._cache[self._slot(state, state.num_computed + node)] = -1  # until it is accepted and moved

@@ -136,6 +136,25 @@ def test_who_always_verifies_does_so_at_any_cost() -> None:
     assert len(trees[7].token_ids) == 2
 
 
+def test_a_single_node_that_pays_is_never_lost_to_rounding() -> None:
+    choice, dice = taught(any_draft=0.0, node=0.01), random.Random(2)
+    for _ in range(500):
+        drafter = Drafter()
+        drafter.promise(dice.uniform(1, 3))
+        drafter.learn(3, 1)
+
+        assert choice.choose({0: (drafter, chain(dice.uniform(0.5, 1)))}, 1)
+
+
+def test_who_always_verifies_holds_up_nobody_else() -> None:
+    choice, always = taught(any_draft=0.0, node=0.01, num_rows=2), Drafter(Speculation(always=True))
+    for _ in range(3 * PROBE_EVERY):
+        trees = choice.choose({0: (always, chain(0.9)), 1: (Drafter(), chain(0.9))}, 2)
+        choice.learn(plan(2, 2), 1.02)
+
+        assert len(trees) == 2
+
+
 def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> None:
     choice, drafter = DraftChoice(), Drafter()
     for _ in range(40):

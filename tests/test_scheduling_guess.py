@@ -86,14 +86,14 @@ def test_what_is_merged_has_every_way_once_at_its_surest(several: list[Guess]) -
 def test_what_is_pruned_keeps_the_likeliest_ways(guess: Guess, least: float, max_nodes: int) -> None:
     likely = sorted((one for one in guess.probabilities if one >= least), reverse=True)[:max_nodes]
 
-    tree = pruned(guess, least, max_nodes)
+    kept = pruned(guess, least, max_nodes)
 
-    if tree is None:
+    if kept is None:
         assert likely == []
     else:
         before = ways(guess)
-        kept = ways(Guess(tree, (0.0,) * len(tree.token_ids)))
-        assert sorted((before[way] for way in kept), reverse=True) == likely
+        assert all(before[way] == likelihood for way, likelihood in ways(kept).items())
+        assert sorted(kept.probabilities, reverse=True) == likely
 
 
 def test_a_later_continuation_is_less_likely_than_what_the_first_one_leaves() -> None:

@@ -130,6 +130,42 @@ def test_heads_alone_speed_up_text_that_never_repeats_under_any_adapter() -> Non
     assert fast.drafter.num_accepted >= 24
 
 
+@pytest.mark.parametrize("settings", [Speculation(always=True), Speculation(always=True, max_nodes=5), Speculation()])
+def test_text_and_heads_together_keep_to_every_limit(settings: Speculation) -> None:
+    drafting = loop(max_num_batched_tokens=1024)
+    drafting.engine.heads = lambda row, history: [[500 + 10 * i + j for j in range(4)] for i in range(5)]
+    drafting.engine.seconds = lambda plan: 1.0  # nodes cost nothing
+    with_heads = msgspec.structs.replace(version("a"), num_heads=5)
+    (sequence,) = drafting.submit(
+        [1, 2, 3, 1, 2, 0, 1, 2], max_tokens=500, adapter=with_heads, drafter=Drafter(settings)
+    )
+
+    drafting.run()
+
+    assert len(sequence.output_ids) == LIMITS.max_context - 8
+    nodes = [len(row.draft.token_ids) // 4 for plan in drafting.engine.plans for row in plan.rows if row.draft]
+    assert 0 < max(nodes) <= min(DRAFTING.max_draft_nodes, settings.max_nodes)
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        HeadCandidates(0, b"", b""),
+        HeadCandidates(2, pack_ints([1]), pack_floats([0.5])),
+        HeadCandidates(1, pack_ints([1, 2]), pack_floats([0.5])),
+        HeadCandidates(1, pack_ints([1]), pack_floats([float("nan")])),
+        HeadCandidates(1, pack_ints([1]), pack_floats([2.0])),
+    ],
+)
+def test_candidates_that_make_no_sense_are_dropped(candidates: HeadCandidates) -> None:
+    drafter = Drafter(Speculation(ngram=False))
+
+    drafter.take_candidates(3, candidates)
+
+    assert drafter.guess(text(loop(), [1, 2, 3]), 64) is None
+    assert drafter.chain == []
+
+
 def test_candidates_are_good_for_one_place_only() -> None:
     drafter, sequence = Drafter(Speculation(ngram=False)), text(loop(), [1, 2, 3])
     candidates = HeadCandidates(1, pack_ints([7, 8]), pack_floats([0.9, 0.8]))

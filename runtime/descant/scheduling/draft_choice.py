@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from descant.scheduling.drafting import NUM_CANDIDATES, Drafter
-from descant.scheduling.guess import Guess, pruned
+from descant.scheduling.guess import Guess, believed, pruned
 from descant.scheduling.ngram import DraftTree
 from descant.scheduling.plan import StepPlan, num_drafted
 from descant.scheduling.step_costs import StepCosts
@@ -29,6 +29,7 @@ class DraftChoice:
     def __init__(self) -> None:
         self._costs = StepCosts()
         self._chains: dict[str, list[float]] = {}  # `Drafter.chain` of late, by the version with the heads
+        self._is_forced = False  # somebody verifies at any cost: no step can be plain
         self._num_undrafted = 0  # decode steps in a row without a draft
         self._num_guessing = 0  # with one, or with heads
 
@@ -36,6 +37,8 @@ class DraftChoice:
         """Take note of what a step took."""
         if not self._costs.learn(plan, seconds):
             return
+        if self._is_forced:
+            return  # no plain step could have been
         has_draft = any(map(num_drafted, plan.rows))
         is_plain = not has_draft and not any(row.num_candidates for row in plan.rows)
         self._num_undrafted = 0 if has_draft else self._num_undrafted + 1
@@ -50,15 +53,19 @@ class DraftChoice:
 
     def choose(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
         """Return what to verify in a step of so many rows, by sequence."""
-        weighed = {key: one for key, one in guesses.items() if not one[0].settings.always}
+        weighed = {
+            key: (drafter, believed(guess, drafter.kept_share))
+            for key, (drafter, guess) in guesses.items()
+            if not drafter.settings.always
+        }
+        self._is_forced = len(weighed) < len(guesses)
         least = math.inf if self._is_plain_due(num_rows) or not weighed else self._least_chosen(weighed, num_rows)
-        chosen: dict[int, DraftTree] = {}
-        for key, (drafter, guess) in guesses.items():
-            if drafter.settings.always:
-                chosen[key] = guess.tree
-            elif (tree := pruned(guess, least / drafter.kept_share, len(guess.probabilities))) is not None:
-                chosen[key] = tree
-                drafter.promise(sum(one for one in guess.probabilities if one >= least / drafter.kept_share))
+        chosen = {key: guess.tree for key, (_, guess) in guesses.items() if key not in weighed}
+        for key, (drafter, guess) in weighed.items():
+            worthy = pruned(guess, least, len(guess.probabilities))
+            if worthy is not None:
+                chosen[key] = worthy.tree
+                drafter.promise(sum(worthy.probabilities) / drafter.kept_share)
         return chosen or self._probe(weighed, num_rows)
 
     def num_candidates(self, drafter: Drafter, digest: str, num_rows: int) -> int:
@@ -88,7 +95,7 @@ class DraftChoice:
     def _least_chosen(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> float:
         """Return the likelihood of the last node that makes the step better; infinity: none does."""
         any_draft, node, _ = self._costs.added
-        likelihoods = [drafter.kept_share * one for drafter, guess in guesses.values() for one in guess.probabilities]
+        likelihoods = [one for _, guess in guesses.values() for one in guess.probabilities]
         best, least, gain = num_rows * MARGIN, math.inf, 0.0
         for count, likelihood in enumerate(sorted(likelihoods, reverse=True), start=1):
             gain += likelihood
@@ -101,9 +108,9 @@ class DraftChoice:
         """Return a few nodes of the surest guess, if nothing was verified for long."""
         if self._num_undrafted < PROBE_EVERY or self._is_plain_due(num_rows) or not guesses:
             return {}
-        key, (drafter, guess) = max(guesses.items(), key=lambda one: one[1][1].probabilities[0])
-        tree = pruned(guess, PROBE_LEAST, PROBE_NODES)
-        if tree is None:
+        key, (drafter, guess) = max(guesses.items(), key=lambda one: max(one[1][1].probabilities))
+        probe = pruned(guess, PROBE_LEAST, PROBE_NODES)
+        if probe is None:
             return {}
-        drafter.promise(sum(sorted(guess.probabilities, reverse=True)[: len(tree.token_ids)]))
-        return {key: tree}
+        drafter.promise(sum(probe.probabilities) / drafter.kept_share)
+        return {key: probe.tree}

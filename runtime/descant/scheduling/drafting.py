@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Protocol
 
-from descant.scheduling.guess import Guess, merged, of_heads, of_text, second_chance
+from descant.scheduling.guess import Guess, merged, of_heads, of_text, pruned, second_chance
 from descant.scheduling.ngram import NgramIndex
 from descant.scheduling.plan import HeadCandidates, unpack_floats, unpack_ints
 from descant_client.speculation import Speculation, SpeculationChoice
@@ -18,6 +18,7 @@ from descant_client.speculation import Speculation, SpeculationChoice
 MAX_CATCH_UP = 256  # tokens indexed in one step: a long prompt shall not hold up everybody's
 NUM_CANDIDATES = 4  # that each head is asked for
 _KEPT = 0.95  # of the weight of what was seen earlier, with each new token
+_LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
 _NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
 AUTO = Speculation()
 
@@ -50,7 +51,7 @@ class _Record:
 
     @property
     def rate(self) -> float:
-        return min(1.0, self._hits / self._expected)
+        return min(1.0, max(_LEAST_RATE, self._hits / self._expected))
 
 
 class Drafter:
@@ -87,7 +88,8 @@ class Drafter:
         max_nodes = min(max_nodes, self.settings.max_nodes)
         found = (self._text_guess(sequence, max_nodes, least), self._heads_guess(sequence, max_nodes, least))
         guesses = [guess for guess in found if guess is not None]
-        return merged(guesses) if len(guesses) > 1 else guesses[0] if guesses else None
+        both = merged(guesses) if len(guesses) > 1 else None  # each has as many nodes as there may be
+        return pruned(both, 0.0, max_nodes) if both is not None else guesses[0] if guesses else None
 
     @property
     def kept_share(self) -> float:
@@ -107,6 +109,8 @@ class Drafter:
         """Keep what the heads propose from `position` on; it is good until another token is there."""
         width, ids = candidates.num_candidates, unpack_ints(candidates.token_ids)
         odds = unpack_floats(candidates.probabilities)
+        if width <= 0 or not ids or len(ids) % width or len(ids) != len(odds) or not all(0 <= one <= 1 for one in odds):
+            return  # of no use; what they are for is only speed
         starts = range(0, len(ids), width)
         self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
         chain, likelihood = list[float](), 1.0

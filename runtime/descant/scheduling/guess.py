@@ -90,7 +90,12 @@ def merged(guesses: Iterable[Guess]) -> Guess | None:
     return Guess(DraftTree(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes)), tuple(weights))
 
 
-def pruned(guess: Guess, least: float, max_nodes: int) -> DraftTree | None:
+def believed(guess: Guess, share: float) -> Guess:
+    """Return a guess of which only so much is believed, from 0 to 1."""
+    return Guess(guess.tree, tuple(share * likelihood for likelihood in guess.probabilities))
+
+
+def pruned(guess: Guess, least: float, max_nodes: int) -> Guess | None:
     """Return the nodes that are at least as likely as `least`, at most `max_nodes`, the likeliest; None: none is."""
     order = sorted(range(len(guess.probabilities)), key=lambda node: (-guess.probabilities[node], node))
     kept = sorted(node for node in order[:max_nodes] if guess.probabilities[node] >= least)
@@ -99,4 +104,5 @@ def pruned(guess: Guess, least: float, max_nodes: int) -> DraftTree | None:
     places = {node: place for place, node in enumerate(kept)}  # a parent is as likely and comes first, so it is kept
     places[-1] = -1
     token_ids, parents = guess.tree
-    return DraftTree(tuple(token_ids[node] for node in kept), tuple(places[parents[node]] for node in kept))
+    tree = DraftTree(tuple(token_ids[node] for node in kept), tuple(places[parents[node]] for node in kept))
+    return Guess(tree, tuple(guess.probabilities[node] for node in kept))
