@@ -150,7 +150,7 @@ def test_who_always_verifies_holds_up_nobody_else() -> None:
     choice, always = taught(any_draft=0.0, node=0.01, num_rows=2), Drafter(Speculation(always=True))
     for _ in range(3 * PROBE_EVERY):
         trees = choice.choose({0: (always, chain(0.9)), 1: (Drafter(), chain(0.9))}, 2)
-        choice.learn(plan(2, 2), 1.02)
+        choice.learn(plan(2, 2), 1.02, is_forced=True)
 
         assert len(trees) == 2
 

@@ -166,6 +166,24 @@ def test_candidates_that_make_no_sense_are_dropped(candidates: HeadCandidates) -
     assert drafter.chain == []
 
 
+def test_others_are_guessed_for_again_once_who_always_verifies_has_gone() -> None:
+    for arrival in range(58, 70):  # among them when a plain step is due
+        drafting = loop(behavior=echo, max_num_batched_tokens=1024)
+        drafting.engine.seconds = lambda plan: 1.0
+        (steady,) = drafting.submit([5, 6, 7, 8], max_tokens=190, drafter=Drafter(Speculation(max_depth=1)))
+        for _ in range(arrival):
+            drafting.step()
+        (brief,) = drafting.submit([1, 2, 1, 2], max_tokens=6, drafter=eager())
+        while not brief.is_finished:
+            drafting.step()
+        num_before = num_drafted(drafting)
+
+        drafting.run()
+
+        assert steady.is_finished
+        assert num_drafted(drafting) > num_before + 5
+
+
 def test_candidates_are_good_for_one_place_only() -> None:
     drafter, sequence = Drafter(Speculation(ngram=False)), text(loop(), [1, 2, 3])
     candidates = HeadCandidates(1, pack_ints([7, 8]), pack_floats([0.9, 0.8]))

@@ -29,16 +29,13 @@ class DraftChoice:
     def __init__(self) -> None:
         self._costs = StepCosts()
         self._chains: dict[str, list[float]] = {}  # `Drafter.chain` of late, by the version with the heads
-        self._is_forced = False  # somebody verifies at any cost: no step can be plain
         self._num_undrafted = 0  # decode steps in a row without a draft
         self._num_guessing = 0  # with one, or with heads
 
-    def learn(self, plan: StepPlan, seconds: float) -> None:
-        """Take note of what a step took."""
-        if not self._costs.learn(plan, seconds):
+    def learn(self, plan: StepPlan, seconds: float, *, is_forced: bool = False) -> None:
+        """Take note of what a step took. `is_forced`: somebody in it verifies at any cost, so it could not be plain."""
+        if not self._costs.learn(plan, seconds) or is_forced:
             return
-        if self._is_forced:
-            return  # no plain step could have been
         has_draft = any(map(num_drafted, plan.rows))
         is_plain = not has_draft and not any(row.num_candidates for row in plan.rows)
         self._num_undrafted = 0 if has_draft else self._num_undrafted + 1
@@ -58,7 +55,6 @@ class DraftChoice:
             for key, (drafter, guess) in guesses.items()
             if not drafter.settings.always
         }
-        self._is_forced = len(weighed) < len(guesses)
         least = math.inf if self._is_plain_due(num_rows) or not weighed else self._least_chosen(weighed, num_rows)
         chosen = {key: guess.tree for key, (_, guess) in guesses.items() if key not in weighed}
         for key, (drafter, guess) in weighed.items():

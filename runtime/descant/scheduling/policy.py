@@ -256,7 +256,11 @@ class Policy(Transitions):
                 self._release(sequence)
                 if sequence.status == "waiting":  # it was parked, and its sink has room again
                     self._enter(sequence)
-        life.draft_choice.learn(planned.plan, max(result.device_s, self._now() - planned.begun_s))
+        if life.max_draft_nodes:
+            drafters = [sequence.drafter for sequence in planned.sequences if sequence.drafter is not None]
+            is_forced = any(drafter.settings.always for drafter in drafters)
+            seconds = max(result.device_s, self._now() - planned.begun_s)
+            life.draft_choice.learn(planned.plan, seconds, is_forced=is_forced)
 
     # ---- applying -------------------------------------------------------------------------------------------------
 
