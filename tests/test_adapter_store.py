@@ -20,6 +20,7 @@ from descant.engine.arch import LoraModule
 from descant.messages import ComposeAdapters, Member
 from descant_client.errors import AdapterInvalid, AdapterTooLarge
 from descant_client.lifecycle import Combination
+from medusa_fixture import random_heads
 
 MODULES = (LoraModule("q", 6, 4), LoraModule("k", 6, 2), LoraModule("head", 6, 10))
 
@@ -40,6 +41,12 @@ def random_adapter(ranks: dict[str, int], seed: int = 0, scaling: float = 1.0) -
             for name, rank in ranks.items()
         }
     )
+
+
+SMALL = {
+    "factors": random_adapter({"k": 1}),
+    "draft heads": LowRankAdapter({}, random_heads(1, 1, v1=False, hidden=6, vocab=10)),
+}
 
 
 def deltas(adapter: LowRankAdapter) -> dict[str, torch.Tensor]:
@@ -105,8 +112,9 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     assert list((tmp_path / "versions").iterdir()) == []
 
 
-def test_a_version_with_any_bit_flipped_is_invalid(tmp_path: Path) -> None:
-    _, path, _ = store.write_version(tmp_path, random_adapter({"k": 1}), MODULES)
+@pytest.mark.parametrize("adapter", SMALL.values(), ids=SMALL)
+def test_a_version_with_any_bit_flipped_is_invalid(adapter: LowRankAdapter, tmp_path: Path) -> None:
+    _, path, _ = store.write_version(tmp_path, adapter, MODULES)
     whole = path.read_bytes()
 
     for position in range(len(whole)):
@@ -117,8 +125,9 @@ def test_a_version_with_any_bit_flipped_is_invalid(tmp_path: Path) -> None:
             store.read_extent(path, MODULES)
 
 
-def test_a_version_cut_anywhere_or_with_more_behind_it_is_invalid(tmp_path: Path) -> None:
-    _, path, _ = store.write_version(tmp_path, random_adapter({"k": 1}), MODULES)
+@pytest.mark.parametrize("adapter", SMALL.values(), ids=SMALL)
+def test_a_version_cut_anywhere_or_with_more_behind_it_is_invalid(adapter: LowRankAdapter, tmp_path: Path) -> None:
+    _, path, _ = store.write_version(tmp_path, adapter, MODULES)
     whole = path.read_bytes()
 
     for size in range(len(whole)):

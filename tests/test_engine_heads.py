@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny_models
@@ -27,6 +24,7 @@ from descant.scheduling.plan import (
 )
 from descant_client.errors import InvalidRequest
 from engine_driver import Driver, Voice, engine_for
+from medusa_fixture import named, random_heads, save_heads
 
 NUM_HEADS, NUM_LAYERS = 3, 2
 V2, V1, LORA, NONE = range(4)  # slots: heads alone, heads with LM heads of their own, heads beside LoRA, LoRA alone
@@ -40,22 +38,6 @@ class Rig(NamedTuple):
     models: dict[int, Any]  # base, or base with LoRA
 
 
-def random_heads(directory: Path, hidden: int, vocab: int, seed: int, *, has_lm_heads: bool) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for i in range(NUM_HEADS):
-        for j in range(NUM_LAYERS):
-            tensors[f"{i}.{j}.linear.weight"] = torch.randn(hidden, hidden, generator=generator) * hidden**-0.5
-            tensors[f"{i}.{j}.linear.bias"] = torch.randn(hidden, generator=generator) * 0.1
-        if has_lm_heads:
-            tensors[f"{i}.{NUM_LAYERS}.weight"] = torch.randn(vocab, hidden, generator=generator)
-    directory.mkdir(exist_ok=True)
-    save_file(tensors, directory / "medusa_lm_head.safetensors")
-    config = {"medusa_num_heads": NUM_HEADS, "medusa_num_layers": NUM_LAYERS, "version": 1 if has_lm_heads else 2}
-    (directory / "config.json").write_text(json.dumps(config))
-    return tensors
-
-
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
     directory = tmp_path_factory.mktemp("heads")
@@ -67,7 +49,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
     for slot, name in ((V2, "v2"), (V1, "v1"), (LORA, "lora")):
         if slot == LORA:
             tiny_models.save_adapter(directory / name, base, seed=1, r=4)
-        tensors[slot] = random_heads(directory / name, hidden, vocab, slot, has_lm_heads=slot == V1)
+        heads = random_heads(NUM_HEADS, NUM_LAYERS, v1=slot == V1, seed=slot, hidden=hidden, vocab=vocab)
+        save_heads(directory / name, heads)
+        tensors[slot] = named(heads)
     tiny_models.save_adapter(directory / "none", base, seed=2, r=4)
     worker, offset = AdapterWorker(base, directory / "store", "float32"), 0
     for slot, name in ((V2, "v2"), (V1, "v1"), (LORA, "lora"), (NONE, "none")):

@@ -31,6 +31,10 @@ class Speculation(Strict, frozen=True):
     always: bool = False
     mark: bool = False  # say in each delta which of its tokens were guessed
 
+    def contradiction(self) -> str | None:
+        """Return what cannot be in it; None: it is sound."""
+        return "min_ngram is greater than max_ngram." if self.min_ngram > self.max_ngram else None
+
 
 SpeculationChoice = Literal["off", "auto"] | Speculation
 """`auto` is `Speculation()`."""

@@ -32,10 +32,10 @@ class PairLayout:
     @classmethod
     def of(cls, rank: int, in_size: int, out_size: int) -> "PairLayout":
         """Layout of a pair of true rank `rank`; of size 0 if that is 0."""
-        a_stride = _padded(rank, RANK_STEP)
-        b_stride = _padded(out_size, OUT_STEP)
-        b_start = _padded(in_size * a_stride, ALIGNMENT)
-        size = _padded(b_start + rank * b_stride, ALIGNMENT) if rank else 0
+        a_stride = padded(rank, RANK_STEP)
+        b_stride = padded(out_size, OUT_STEP)
+        b_start = padded(in_size * a_stride, ALIGNMENT)
+        size = padded(b_start + rank * b_stride, ALIGNMENT) if rank else 0
         return cls(rank, in_size, out_size, a_stride, b_start, b_stride, size)
 
     def views(self, flat: Tensor, offset: int) -> tuple[Tensor, Tensor]:
@@ -46,5 +46,6 @@ class PairLayout:
         return a[:, : self.rank].T, b[:, : self.out_size].T
 
 
-def _padded(size: int, step: int) -> int:
+def padded(size: int, step: int) -> int:
+    """Return the least multiple of `step` that is no less than `size`."""
     return -(-size // step) * step

@@ -162,8 +162,8 @@ def check_config(config: Config) -> None:
 
 
 def _check_speculation(speculation: Speculation, adapters: list[str]) -> None:
-    if speculation.min_ngram > speculation.max_ngram:
-        raise ConfigInvalid("scheduling.speculation", "min_ngram is greater than max_ngram.")
+    if reason := speculation.contradiction():
+        raise ConfigInvalid("scheduling.speculation", reason)
     if isinstance(speculation.heads, str) and speculation.heads not in adapters:
         raise ConfigInvalid("scheduling.speculation.heads", f"{speculation.heads!r} is none of adapters.entries.")
 

@@ -99,8 +99,8 @@ def check_request(request: Generate, max_choices: int) -> None:
         raise InvalidRequest("prompt", f"give exactly one of prompt, token_ids and messages, not {given or 'none'}.")
     members, combination = _members(request)
     speculation = request.speculation
-    if isinstance(speculation, Speculation) and speculation.min_ngram > speculation.max_ngram:
-        raise InvalidRequest("speculation", "min_ngram is greater than max_ngram.")
+    if isinstance(speculation, Speculation) and (reason := speculation.contradiction()):
+        raise InvalidRequest("speculation", reason)
     if request.n > max_choices:
         raise InvalidRequest("n", f"at most {max_choices} choices per request.")
     if any(len(stop) > MAX_STOP_CHARS for stop in request.stop):

@@ -131,31 +131,36 @@ class Registry(Actor[RegistryMessage]):
         version = await self._combine(message, work, names)
         if message.heads is None:
             return version
-        located = self._contents.locate(message.heads, message.source, message.principal)
-        if isinstance(located, Entry) and not located.is_enabled:
+        heads = await self._ready(message.heads, message, work, names)
+        if heads is None:
             return version
-        content = await self._contents.content(message.heads, located, message.principal.roots, work)
-        names[content.version.digest] = message.heads
-        return await self._versions.with_heads(message.heads, version, content.version, message.lease)
+        return await self._versions.with_heads(message.heads, version, heads, message.lease)
 
     async def _combine(self, message: ResolveAdapters, work: Lease, names: dict[str, str]) -> AdapterVersion | None:
         """Ready the members and combine them. `work` holds them meanwhile; `names` gets theirs, by digest."""
-        principal, lease = message.principal, message.lease
         members: list[Member] = []
         for member in message.members:
-            located = self._contents.locate(member.adapter, message.source, principal)
-            if isinstance(located, Entry) and not located.is_enabled:
-                continue
-            content = await self._contents.content(member.adapter, located, principal.roots, work)
-            members.append(Member(content.version, member.weight))
-            names[content.version.digest] = member.adapter
+            version = await self._ready(member.adapter, message, work, names)
+            if version is not None:
+                members.append(Member(version, member.weight))
         if not members:
             return None
         if len(members) == 1 and members[0].weight == 1.0 and message.combination.type == "cat":
-            self._versions.hold(members[0].version, lease)
+            self._versions.hold(members[0].version, message.lease)
             return members[0].version
         label = " + ".join(f"{member.weight:g}*{member.adapter}" for member in message.members)
-        return await self._versions.compose(label, tuple(members), message.combination, lease)
+        return await self._versions.compose(label, tuple(members), message.combination, message.lease)
+
+    async def _ready(
+        self, adapter: str, message: ResolveAdapters, work: Lease, names: dict[str, str]
+    ) -> AdapterVersion | None:
+        """Return the version of an adapter that the message names, held by `work`; None if it is disabled."""
+        located = self._contents.locate(adapter, message.source, message.principal)
+        if isinstance(located, Entry) and not located.is_enabled:
+            return None
+        content = await self._contents.content(adapter, located, message.principal.roots, work)
+        names[content.version.digest] = adapter
+        return content.version
 
     async def _change(self, message: ChangeAdapter) -> AdapterList:
         entry = await self._changes.carry_out(message.principal, message.change)

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from descant_kernels.pair import ALIGNMENT
+from descant_kernels.pair import ALIGNMENT, padded
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -60,7 +60,7 @@ class HeadsLayout:
     @property
     def size(self) -> int:
         """Of all tensors, in elements, a multiple of ALIGNMENT."""
-        return sum(_aligned(math.prod(dims)) for dims in self._dims())
+        return sum(padded(math.prod(dims), ALIGNMENT) for dims in self._dims())
 
     def views(self, flat: Tensor, offset: int) -> DraftHeads:
         """Return the heads at element `offset` of a flat tensor, as views of it."""
@@ -68,7 +68,7 @@ class HeadsLayout:
         for dims in self._dims():
             num_elements = math.prod(dims)
             tensors.append(flat[offset : offset + num_elements].view(dims))
-            offset += _aligned(num_elements)
+            offset += padded(num_elements, ALIGNMENT)
         return DraftHeads(tensors[0], tensors[1], tensors[2] if self.shape.has_lm_heads else None)
 
     def empty(self) -> DraftHeads:
@@ -79,7 +79,3 @@ class HeadsLayout:
         heads, blocks, hidden = self.shape.num_heads, self.shape.num_layers, self.hidden_size
         lm_heads = [(heads, self.vocab_size, hidden)] if self.shape.has_lm_heads else []
         return [(heads, blocks, hidden, hidden), (heads, blocks, hidden), *lm_heads]
-
-
-def _aligned(num_elements: int) -> int:
-    return -(-num_elements // ALIGNMENT) * ALIGNMENT

@@ -291,10 +291,10 @@ class Engine:
         self._move_accepted(rows, walks)
         accepted = {row.state.row: walk for row, walk in zip(rows, walks, strict=True)}
         candidates = {} if step.hidden is None else propose(rows, walks, step.hidden, self._arena, self._logits)
+        by_row = {row.state.row: row for row in step.rows}
         results = {
             key: row_result(row, accepted.get(key), step.prompt_logprobs.get(key), candidates.get(key))
-            for row in step.rows
-            for key in (row.state.row,)
+            for key, row in by_row.items()
         }
         ended = time.perf_counter()
         device_s = ended - max(step.started, self._last_end)  # it waits for the step before

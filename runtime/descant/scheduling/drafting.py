@@ -88,8 +88,9 @@ class Drafter:
         max_nodes = min(max_nodes, self.settings.max_nodes)
         found = (self._text_guess(sequence, max_nodes, least), self._heads_guess(sequence, max_nodes, least))
         guesses = [guess for guess in found if guess is not None]
-        both = merged(guesses) if len(guesses) > 1 else None  # each has as many nodes as there may be
-        return pruned(both, 0.0, max_nodes) if both is not None else guesses[0] if guesses else None
+        if len(guesses) > 1:
+            return pruned(merged(guesses), 0.0, max_nodes)  # each alone may have as many nodes as there may be
+        return guesses[0] if guesses else None
 
     @property
     def kept_share(self) -> float:

@@ -71,8 +71,8 @@ def of_heads(
     return Guess(DraftTree(tuple(nodes), tuple(parents)), tuple(weights)) if nodes else None
 
 
-def merged(guesses: Iterable[Guess]) -> Guess | None:
-    """Return one guess with the nodes of all; what several propose is as likely as the surest of them says."""
+def merged(guesses: Iterable[Guess]) -> Guess:
+    """Return one guess with the nodes of all, one at least; what several propose is as likely as the surest says."""
     nodes: dict[tuple[int, int], int] = {}  # parent and token → node
     weights: list[float] = []
     for guess in guesses:
@@ -85,9 +85,7 @@ def merged(guesses: Iterable[Guess]) -> Guess | None:
                 weights.append(weight)
             else:
                 weights[node] = max(weights[node], weight)
-    if not nodes:
-        return None
-    return Guess(DraftTree(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes)), tuple(weights))
+    return Guess(DraftTree.of(nodes), tuple(weights))
 
 
 def believed(guess: Guess, share: float) -> Guess:

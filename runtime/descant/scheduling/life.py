@@ -76,9 +76,9 @@ class ExecutorLife:
         is_ahead = other is not sequence and other.status == "running" and other.num_computed < num_sharable
         return is_ahead and not sequence.needs_prompt_logprobs
 
-    def grow(self, sequence: Sequence) -> list[int] | None:
-        """Give the sequence one more block and return it; None if none is left."""
-        new = self.blocks.allocate(1, after=sequence.block_table[-1])
+    def grow(self, sequence: Sequence, num_blocks: int = 1) -> list[int] | None:
+        """Give the sequence so many more blocks and return them; None if too few are left."""
+        new = self.blocks.allocate(num_blocks, after=sequence.block_table[-1])
         if new is not None:
             sequence.block_table += new
         return new
@@ -91,9 +91,8 @@ class ExecutorLife:
         num_missing = self.blocks.num_blocks_for(sequence.num_tokens + num_wanted) - len(sequence.block_table)
         if not 0 < num_missing <= self.blocks.num_available - num_running:
             return []
-        new = self.blocks.allocate(num_missing, after=sequence.block_table[-1])
+        new = self.grow(sequence, num_missing)
         assert new is not None, "as many blocks were available"
-        sequence.block_table += new
         return new
 
     def register(self, sequence: Sequence) -> None:

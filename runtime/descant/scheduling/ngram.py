@@ -24,6 +24,12 @@ class DraftTree(NamedTuple):
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
 
+    @classmethod
+    def of(cls, nodes: Iterable[tuple[int, int]]) -> DraftTree:
+        """Return the tree of a trie that is not empty: the parent and the token of each node, in the nodes' order."""
+        parents, token_ids = zip(*nodes, strict=True)
+        return cls(token_ids, parents)
+
     def beginning(self, num_nodes: int) -> DraftTree | None:
         """Return the tree of its first nodes; None if that is none."""
         return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes]) if num_nodes > 0 else None
@@ -83,12 +89,10 @@ class NgramIndex:
         nodes: dict[tuple[int, int], int] = {}
         num_branches = 0
         for start in self._matches():
-            num_branches += grow(nodes, self._continuation(start, max_depth), max_nodes)
+            num_branches += _grow(nodes, self._continuation(start, max_depth), max_nodes)
             if num_branches == max_width:
                 break
-        if not nodes:
-            return None
-        return DraftTree(tuple(token for _, token in nodes), tuple(parent for parent, _ in nodes))
+        return DraftTree.of(nodes) if nodes else None
 
     def _matches(self) -> list[int]:
         """Return where the text went on after the longest n-gram that it also ends with, most recent first."""
@@ -107,7 +111,7 @@ class NgramIndex:
         return islice(cycle(self._tokens[start : start + depth]), depth)
 
 
-def grow(nodes: dict[tuple[int, int], int], branch: Iterable[int], max_nodes: int) -> bool:
+def _grow(nodes: dict[tuple[int, int], int], branch: Iterable[int], max_nodes: int) -> bool:
     """Merge a branch into a trie, which maps parent and token to a node, in order. Return whether it added any."""
     num_before = len(nodes)
     parent = -1
