@@ -9,13 +9,13 @@ wide in its place was right 43%.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from demo_checkpoint import BASE_NAME, IGNORED
+from demo_descent import descend
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -68,7 +68,6 @@ def read_positions(model: LlamaForCausalLM, batches: Iterable[Batch]) -> tuple[t
 
 def train_heads(label: str, model: LlamaForCausalLM, batches: Iterable[Batch], seed: int) -> Heads:
     """Heads for `model` as it stands. The decoder reads each batch once; the heads then practise on what it made."""
-    started, losses = time.monotonic(), 0.0
     states, targets = read_positions(model, batches)
     reader = model.lm_head.weight.detach()
     heads = new_heads(states.shape[1])
@@ -79,22 +78,16 @@ def train_heads(label: str, model: LlamaForCausalLM, batches: Iterable[Batch], s
     ]
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS) for o in optimizers]
     generator = torch.Generator().manual_seed(seed)
-    for step in range(STEPS):
+
+    def loss_at(_: int) -> torch.Tensor:
         drawn = torch.randint(len(states), (POSITIONS_PER_STEP,), generator=generator)
         hidden, right = states[drawn], targets[drawn]
         loss = torch.zeros(())
         for i, head in enumerate(heads):
             loss = loss + DECAY**i * F.cross_entropy(head(hidden) @ reader.T, right[:, i], ignore_index=IGNORED)
-        loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        losses += loss.item()
-        if (step + 1) % 500 == 0:
-            seconds = time.monotonic() - started
-            print(f"{label} heads: step {step + 1} of {STEPS}, loss {losses / 500:.4f}, {seconds:.0f} s", flush=True)
-            losses = 0.0
+        return loss
+
+    descend(f"{label} heads", optimizers, schedules, loss_at, steps=STEPS, report_every=500)
     return heads
 
 

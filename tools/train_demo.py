@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from demo_checkpoint import END, IGNORED, PAD, adapter_config, base_config, prompt_ids, save_adapter, save_base
+from demo_descent import descend
 from demo_heads import NUM_HEADS, Batch, load_heads, measure_heads, save_heads, train_heads
 from demo_tasks import MAX_TEXT_BYTES, TASKS, VOICES, answer, sample_text
 from peft import PeftModel, get_peft_model
@@ -128,21 +129,12 @@ def train(
         return min((step + 1) / (0.04 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in optimizers]
-    started, losses = time.monotonic(), 0.0
-    for step in range(steps):
+
+    def loss_at(step: int) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = answer_loss(model, batch_at(step / steps))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        losses += loss.item()
-        if (step + 1) % 100 == 0:
-            seconds = time.monotonic() - started
-            print(f"{label}: step {step + 1} of {steps}, loss {losses / 100:.4f}, {seconds:.0f} s", flush=True)
-            losses = 0.0
+            return answer_loss(model, batch_at(step / steps))
+
+    descend(label, optimizers, schedules, loss_at, steps=steps, report_every=100, clipped=trained.parameters())
 
 
 def train_base(folder: Path) -> None:
