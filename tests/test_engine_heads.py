@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny_models
+from descant.adapters.draft_heads import DraftHeads
 from descant.adapters.prepare import AdapterWorker
+from descant.engine.heads import candidates_of
 from descant.engine.runner import Engine
 from descant.scheduling.plan import (
     NO_ADAPTER,
@@ -124,6 +126,16 @@ def test_after_a_draft_heads_go_on_from_where_it_was_left(rig: Rig) -> None:
     assert followed.candidates is not None
     expected = judged(rig, V2, voice.prompt + truth.output[:3])
     assert unpack_ints(followed.candidates.token_ids)[::3] == expected.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_heads_that_say_nothing_of_use_propose_it_with_likelihoods_all_the_same(value: float) -> None:
+    heads = DraftHeads(torch.full((2, 1, 8, 8), value), torch.zeros(2, 1, 8), None)
+
+    (candidates,) = candidates_of(torch.ones(1, 8), heads, lambda x: x.repeat(1, 2), 3)
+
+    assert all(0 <= token_id < 16 for token_id in unpack_ints(candidates.token_ids))
+    assert all(0 <= likelihood <= 1 for likelihood in unpack_floats(candidates.probabilities))
 
 
 @pytest.mark.parametrize("slot", [NONE, 7])

@@ -63,6 +63,14 @@ def test_what_verifying_adds_is_found_under_noise() -> None:
     assert costs.added == pytest.approx((0.1, 0.02, 0.05), abs=0.02)
 
 
+def test_a_step_that_was_held_up_counts_for_no_more_than_ten_plain_ones() -> None:
+    costs = StepCosts()
+    costs.learn(plan(1), 0.01)
+    costs.learn(plan(1, nodes=1), 100.0)
+
+    assert sum(costs.added[:2]) < 10.0
+
+
 def test_steps_that_do_more_than_decode_teach_nothing() -> None:
     costs = StepCosts()
     admit = Admit(0, pack_ints([1]), 1, 0, pack_ints([0]), SamplingParams(), 0)

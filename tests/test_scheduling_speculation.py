@@ -7,14 +7,16 @@ import random
 import msgspec
 import pytest
 
-from descant.scheduling.drafting import Drafter, depth_of
+from descant.scheduling.drafting import MAX_CATCH_UP, Drafter, depth_of
+from descant.scheduling.life import ExecutorLife
 from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import HeadCandidates, pack_floats, pack_ints
+from descant.scheduling.plan import BASE_SPANS, HeadCandidates, StepPlan, pack_floats, pack_ints
 from descant.scheduling.sequence import Sequence
+from descant_client.protocol import SamplingParams
 from descant_client.speculation import Speculation
 from fake_engine import LIMITS, FakeEngine
 from fake_model import FakeRow, counter, echo, extend_history, hash_history
-from fakes import Loop, version
+from fakes import FakeSink, Loop, version
 
 DRAFTING = msgspec.structs.replace(LIMITS, max_draft_nodes=16)
 
@@ -182,6 +184,51 @@ def test_others_are_guessed_for_again_once_who_always_verifies_has_gone() -> Non
 
         assert steady.is_finished
         assert num_drafted(drafting) > num_before + 5
+
+
+def test_heads_alone_share_blocks_with_the_base_and_run_without_an_adapter() -> None:
+    only_heads = msgspec.structs.replace(version("a"), num_modules=0, max_rank=0, num_heads=2)
+    drafting = loop(behavior=echo)
+    (base,) = drafting.submit([5, 6, 7, 8], max_tokens=20)
+    drafting.run()
+
+    (again,) = drafting.submit([*base.prompt_ids, *base.output_ids], max_tokens=4, adapter=only_heads)
+    drafting.run()
+
+    assert again.num_cached_tokens == 20
+    assert {row.spans for plan in drafting.engine.plans for row in plan.rows} == {BASE_SPANS}
+
+
+def test_a_draft_leaves_a_block_free_for_everybody_who_runs() -> None:
+    life = ExecutorLife(1, msgspec.structs.replace(DRAFTING, num_blocks=8), 1024)
+    sequence = text(loop(), [1, 2, 3, 4])
+    sequence.forget_device_state()
+    assert life.allocate(sequence, 0)
+
+    assert life.room_behind(sequence, 5 * 4, num_running=3) == []
+    assert len(life.room_behind(sequence, 4 * 4, num_running=3)) == 4
+
+
+def test_what_a_step_takes_is_seen_from_its_plan_to_its_result() -> None:
+    drafting = loop(behavior=echo)
+
+    def pass_a_second(plan: StepPlan) -> float:
+        drafting.clock += 1.0
+        return 0.0  # the engine says nothing
+
+    drafting.engine.seconds = pass_a_second
+    drafting.submit([5, 6, 7, 8], max_tokens=60, drafter=Drafter())
+    drafting.run()
+
+    assert num_drafted(drafting) > 0
+
+
+def test_a_long_prompt_is_indexed_part_by_part() -> None:
+    drafter, tokens = Drafter(), [7, *range(10, 10 + MAX_CATCH_UP), 7, *range(10, 13)]
+    sequence = Sequence(1, "", tokens, SamplingParams(), 0, FakeSink())
+
+    assert drafter.guess(sequence, 64) is None
+    assert drafter.guess(sequence, 64) is not None
 
 
 def test_candidates_are_good_for_one_place_only() -> None:
