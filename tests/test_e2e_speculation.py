@@ -11,8 +11,8 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from descant.actors.fetch import DEMO_HEADS_DIRECTORY
-from descant.config import AdapterConfig, AdapterEntry, Config, SchedulingConfig, ServerConfig, check_config
+from descant.config import Config, SchedulingConfig, ServerConfig, check_config
+from descant.registry_setup import registry_config
 from descant.system import System
 from descant_client import connect
 from descant_client.client import Client
@@ -70,7 +70,7 @@ async def test_a_request_that_says_nothing_gets_what_the_server_says(tmp_path: P
 
 
 async def test_marked_tokens_are_those_that_came_true_in_drafts(client: Client) -> None:
-    stream = ask(client, Speculation(always=True, mark=True), n=2)
+    stream = ask(client, EAGER, mark_guessed=True, n=2)
     guessed = {choice: list[int]() for choice in (0, 1)}
     async for delta in stream:
         guessed[delta.choice] += delta.guessed or ()
@@ -101,12 +101,12 @@ async def test_guessing_goes_on_when_the_executor_is_killed(server: tuple[System
 
 
 HEADS = Speculation(ngram=False, always=True)
+NAMED = msgspec.structs.replace(HEADS, heads="base-heads")
 
 
 @pytest.mark.parametrize("adapter", [None, "upper", "rot13"])
 async def test_heads_of_another_adapter_can_be_named(client: Client, adapter: str | None) -> None:
-    named = msgspec.structs.replace(HEADS, heads="base-heads")
-    plain, guided = await results([ask(client, one, adapter=adapter) for one in ("off", named)])
+    plain, guided = await results([ask(client, one, adapter=adapter) for one in ("off", NAMED)])
 
     assert guided.choices == plain.choices
     assert guided.timings.num_accepted > 0
@@ -127,25 +127,39 @@ async def test_heads_that_are_not_there_are_refused(client: Client, tmp_path: Pa
     with pytest.raises(AdapterInvalid, match="has none"):
         await ask(client, Speculation(heads="headless"), adapter="upper").result()
     with pytest.raises(ConfigInvalid, match="nobody"):
-        check_config(config(tmp_path, Speculation(heads="nobody")))
+        registry_config(config(tmp_path, Speculation(heads="nobody")))
 
 
 async def test_heads_that_the_server_names_go_with_the_base_alone(tmp_path: Path) -> None:
-    entry = AdapterEntry(name="mine", ref=f"local:{DEMO_HEADS_DIRECTORY}")
-    named = config(tmp_path, msgspec.structs.replace(HEADS, heads="mine"))
-    named = msgspec.structs.replace(named, adapters=AdapterConfig(entries=[entry]))
-    check_config(named)
-
-    async with serve(named) as (_, uri), connect(uri) as client:
+    async with serve(config(tmp_path, NAMED)) as (_, uri), connect(uri) as client:
         await client.adapters.create("headless", rank=1)
-        base, headless, upper = await results(
-            [ask(client, None), ask(client, None, adapter="headless"), ask(client, None, adapter="upper")]
+        base, auto, heads, headless, upper = await results(
+            [
+                *[ask(client, choice) for choice in (None, "auto", HEADS)],
+                *[ask(client, None, adapter=adapter) for adapter in ("headless", "upper")],
+            ]
         )
 
     assert base.timings.num_accepted > 0
+    assert base.timings.num_accepted == auto.timings.num_accepted == heads.timings.num_accepted
     assert headless.token_ids == base.token_ids
     assert headless.timings.num_accepted == 0
     assert upper.timings.num_accepted > 0  # its own heads
+
+
+async def test_the_base_goes_on_without_the_servers_heads_when_their_adapter_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve(config(tmp_path, NAMED)) as (_, uri), connect(uri) as client:
+        (guided,) = await results([ask(client, None)])
+        await (await client.adapters.open("base-heads")).destroy()
+        plain = await results([ask(client, None) for _ in range(4)])
+        with pytest.raises(AdapterNotFound):
+            await ask(client, NAMED).result()  # who names them has to hear of it
+
+    assert [result.token_ids for result in plain] == [guided.token_ids] * 4
+    assert [result.timings.num_accepted for result in plain] == [0] * 4
+    assert caplog.text.count("without the draft heads") == 1
 
 
 async def test_shortest_ngrams_longer_than_the_longest_are_refused(client: Client, tmp_path: Path) -> None:
@@ -159,7 +173,7 @@ async def test_shortest_ngrams_longer_than_the_longest_are_refused(client: Clien
 
 async def test_the_terminal_colors_what_was_guessed(client: Client) -> None:
     console = Console(file=io.StringIO(), width=200, force_terminal=True)
-    stream = ask(client, Speculation(always=True, mark=True), logprobs=0)
+    stream = ask(client, EAGER, mark_guessed=True, logprobs=0)
 
     result = await print_stream(stream, console, shows_speculation=True)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from descant.config import AdapterConfig, AdapterEntry, Config, KeyConfig, ModelConfig, hash_key
+from descant.config import AdapterConfig, AdapterEntry, Config, KeyConfig, ModelConfig, SchedulingConfig, hash_key
 from descant.registry_setup import configured_adapters, model_directory, registry_config
+from descant_client.errors import ConfigInvalid
+from descant_client.speculation import Speculation
 
 
 @pytest.mark.parametrize("model_id", ["org/model", "/srv/models/a", "../..", "", ".", "x" * 5000, "naïve\n", "a b"])
@@ -50,3 +52,16 @@ def test_one_principals_own_adapters_may_take_half_where_there_are_several(
     told = registry_config(Config(adapters=AdapterConfig(max_owner_share=given), keys=keys))
 
     assert told.max_owner_share == share
+
+
+def test_draft_heads_by_default_are_of_a_configured_name_or_of_one_that_comes_with_the_model() -> None:
+    def told(heads: str, model: ModelConfig) -> AdapterConfig:
+        speculation = SchedulingConfig(speculation=Speculation(heads=heads))
+        return registry_config(Config(adapters=adapters, model=model, scheduling=speculation))
+
+    adapters = AdapterConfig(entries=[AdapterEntry(name="mine", ref="/mine")])
+
+    assert len(told("mine", ModelConfig(path="/model")).entries) == 1
+    assert len(told("base-heads", ModelConfig()).entries) == 6
+    with pytest.raises(ConfigInvalid, match=r"base-heads.*mine"):
+        told("base-heads", ModelConfig(path="/model"))

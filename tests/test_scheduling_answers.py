@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from descant.scheduling.adapter_work import AdapterLoad
@@ -84,6 +85,18 @@ def test_a_version_whose_load_failed_may_be_tried_again() -> None:
     loop.run()
 
     assert seq.finish_reason == "length"
+
+
+@pytest.mark.parametrize("num_bytes", [64, 1025])  # what cannot be loaded, and what has no room
+def test_who_has_an_adapter_for_speed_alone_goes_on_without_it(num_bytes: int) -> None:
+    loop = Loop()
+    loop.load_error = lambda load: AdapterInvalid("a", "it is damaged")
+    heads = msgspec.structs.replace(version("a", num_bytes), num_modules=0, num_heads=2)
+
+    choices = loop.submit([1], n=3, adapter=heads, is_adapter_optional=True)
+    loop.run()
+
+    assert [(seq.finish_reason, seq.adapter) for seq in choices] == [("length", None)] * 3
 
 
 def test_answers_about_loads_of_an_earlier_executor_are_ignored() -> None:

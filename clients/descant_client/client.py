@@ -85,6 +85,7 @@ class Client:
         queue_timeout_s: float | None = None,
         timeout_s: float | None = None,
         speculation: SpeculationChoice | None = None,
+        mark_guessed: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
         """Start a generation and return its stream; the request is on its way when this returns.
@@ -112,6 +113,7 @@ class Client:
             queue_timeout_s=queue_timeout_s,
             timeout_s=timeout_s,
             speculation=speculation,
+            mark_guessed=mark_guessed,
         )
         return self._start(_with_prompt(request, prompt))
 

@@ -104,6 +104,7 @@ class Generate(ClientMessageBase, frozen=True):
     queue_timeout_s: Seconds | None = None  # until it first runs; None: the server's
     timeout_s: Seconds | None = None  # until its end; None: the server's
     speculation: SpeculationChoice | None = None  # None: the server's
+    mark_guessed: bool = False  # say in each delta which of its tokens were guessed
 
 
 class Cancel(ClientMessageBase, frozen=True):
@@ -180,7 +181,10 @@ class Hello(ServerMessageBase, frozen=True):
 
 
 class Accepted(ServerMessageBase, frozen=True):
-    """The request is valid and queued. `adapter_digest` is the version it will run with."""
+    """The request is valid and queued. `adapter_digest` is the version it will run with.
+
+    Draft heads that the server uses for the base are not its matter: it is None for the base.
+    """
 
     request_id: str
     seed: int
@@ -217,7 +221,7 @@ class Delta(ServerMessageBase, frozen=True):
 
     `text` is what they complete: it may be empty while a UTF-8 character or a possible stop string is open, and may
     hold text of earlier tokens. Concatenated texts, with that of `ChoiceEnd`, are the choice's whole text. With
-    `Speculation.mark`, `guessed` are the indices in the output of those tokens that came true in drafts.
+    `Generate.mark_guessed`, `guessed` are the indices in the output of those tokens that came true in drafts.
     """
 
     request_id: str

@@ -16,9 +16,9 @@ class Speculation(Strict, frozen=True):
     """What is guessed and how much of it is verified in one step.
 
     Guesses come from the text itself (what followed when its last `max_ngram` to `min_ngram` tokens stood in it
-    before) and from draft heads: those of the request's adapter, if it has any, or of the adapter that `heads` names.
-    What is worth verifying is decided step by step, by how often guesses came true and what steps took; with `always`
-    every guess is verified at any cost.
+    before) and from draft heads: those of the adapter that `heads` names, else those of the request's adapter, for the
+    base those that the server names. What is worth verifying is decided step by step, by how often guesses came true
+    and what steps took; with `always` every guess is verified at any cost.
     """
 
     ngram: bool = True
@@ -29,7 +29,6 @@ class Speculation(Strict, frozen=True):
     max_width: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2  # guesses for one place
     max_nodes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 64  # guessed tokens of one step
     always: bool = False
-    mark: bool = False  # say in each delta which of its tokens were guessed
 
     def contradiction(self) -> str | None:
         """Return what cannot be in it; None: it is sound."""
@@ -37,4 +36,4 @@ class Speculation(Strict, frozen=True):
 
 
 SpeculationChoice = Literal["off", "auto"] | Speculation
-"""`auto` is `Speculation()`."""
+"""`auto` is what the server's configuration says, and `Speculation()` if that is `off` or `auto` itself."""

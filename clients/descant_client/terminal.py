@@ -46,7 +46,7 @@ async def print_stream(stream: Stream, console: Console, *, shows_speculation: b
     """Print the first choice as it comes and further choices after it, each below a line with its number.
 
     With `shows_speculation` tokens that came true in drafts are colored, and a line at the end says how many did; the
-    request asks for that by `Speculation.mark` and `logprobs`. Cancelling cancels the request. Raises what the stream
+    request asks for that by `mark_guessed` and `logprobs`. Cancelling cancels the request. Raises what the stream
     raises.
     """
     async for delta in stream:

@@ -24,7 +24,6 @@ from descant.cli_options import WeightedName, asyncly, connection_options
 from descant.config import AdapterEntry, Config, hash_key, load_config
 from descant_client.client import connect
 from descant_client.errors import ConfigInvalid, DescantError
-from descant_client.speculation import Speculation
 from descant_client.terminal import chat as converse
 from descant_client.terminal import print_stream
 
@@ -172,7 +171,7 @@ async def generate(
     """Stream the answer to PROMPT; - reads it from standard input."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if shows_speculation:
-        options |= {"speculation": Speculation(mark=True), "logprobs": 0}
+        options |= {"mark_guessed": True, "logprobs": 0}
     async with connect(uri, token) as client:
         stream = client.generate(text, adapters=blend or None, **options)
         await print_stream(stream, Console(), shows_speculation=shows_speculation)

@@ -158,14 +158,9 @@ def check_config(config: Config) -> None:
         if not NAME.fullmatch(entry.name):
             raise ConfigInvalid("adapters.entries", f"{entry.name!r} is no name of an adapter ({NAME.pattern}).")
     if isinstance(config.scheduling.speculation, Speculation):
-        _check_speculation(config.scheduling.speculation, [entry.name for entry in config.adapters.entries])
-
-
-def _check_speculation(speculation: Speculation, adapters: list[str]) -> None:
-    if reason := speculation.contradiction():
-        raise ConfigInvalid("scheduling.speculation", reason)
-    if isinstance(speculation.heads, str) and speculation.heads not in adapters:
-        raise ConfigInvalid("scheduling.speculation.heads", f"{speculation.heads!r} is none of adapters.entries.")
+        reason = config.scheduling.speculation.contradiction()
+        if reason is not None:
+            raise ConfigInvalid("scheduling.speculation", reason)
 
 
 def is_loopback(host: str) -> bool:

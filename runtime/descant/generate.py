@@ -19,7 +19,7 @@ from descant.actor import ActorError, AskTimeout
 from descant.combination import check, from_lorax
 from descant.messages import CancelRequest, Principal, ResolveAdapters, Submit
 from descant.outgoing import Outgoing
-from descant.scheduling.drafting import drafter_for
+from descant.scheduling.drafting import Drafter
 from descant.scheduling.plan import NO_LOGPROBS
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.version import AdapterVersion
@@ -55,7 +55,7 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
             request_id=request.request_id,
             seed=sequences[0].seed,
             num_prompt_tokens=len(prompt_ids),
-            adapter_digest=adapter.digest if adapter else None,
+            adapter_digest=None if adapter is None or sequences[0].is_adapter_optional else adapter.digest,
         )
         stream.expect(sequences, services.tokenizer)
         if stream.is_cancelled:
@@ -166,27 +166,51 @@ def _members(request: Generate) -> tuple[tuple[WeightedAdapter, ...], Combinatio
     return tuple(request.adapters or ()), request.combination or Combination()
 
 
-def _heads(request: Generate, default: SpeculationChoice, *, has_adapter: bool) -> str | None:
-    """Return the adapter whose draft heads are named. The server names some for its base model alone."""
-    speculation = request.speculation
-    if speculation is None and not has_adapter:
-        speculation = default
-    return speculation.heads if isinstance(speculation, Speculation) and isinstance(speculation.heads, str) else None
+def _speculation(request: Generate, default: SpeculationChoice) -> Speculation | None:
+    """Return how a request runs ahead of itself; None: not at all."""
+    choice = default if request.speculation is None else request.speculation
+    if choice == "auto":
+        choice = default if isinstance(default, Speculation) else Speculation()
+    return choice if isinstance(choice, Speculation) else None
+
+
+def _takes_default_heads(request: Generate, speculation: Speculation | None) -> bool:
+    """Whether a request for the base alone is for whatever draft heads the server has for it."""
+    has_adapter = bool(_members(request)[0])
+    return speculation is not None and bool(speculation.heads) and not has_adapter and _named_heads(request) is None
+
+
+def _named_heads(request: Generate) -> str | None:
+    heads = request.speculation.heads if isinstance(request.speculation, Speculation) else False
+    return heads if isinstance(heads, str) else None
 
 
 async def _adapter(
     services: Services, request: Generate, stream: Stream, principal: Principal
 ) -> AdapterVersion | None:
     members, combination = _members(request)
-    heads = _heads(request, services.config.scheduling.speculation, has_adapter=bool(members))
-    if not members and heads is None:
-        return None
+    heads = _named_heads(request)
     lease = services.leases.lease()
     stream.hold(lease)
-    resolve = ResolveAdapters(members, principal, lease, combination, request.adapter_source, heads)
+    if members or heads is not None:
+        question = ResolveAdapters(members, principal, lease, combination, request.adapter_source, heads)
+        return await _resolve(services, stream, question)
+    speculation = _speculation(request, services.config.scheduling.speculation)
+    is_of_use = services.model.engine.limits.max_draft_nodes > 0 and _takes_default_heads(request, speculation)
+    question = services.default_heads.question(lease) if is_of_use else None
+    if question is None:
+        return None
+    try:
+        return await _resolve(services, stream, question)
+    except DescantError as error:
+        services.default_heads.failed(error)
+        return None
+
+
+async def _resolve(services: Services, stream: Stream, question: ResolveAdapters) -> AdapterVersion | None:
     try:
         return await break_silence(
-            services.registry.ask(resolve, timeout=RESOLVE_TIMEOUT_S),
+            services.registry.ask(question, timeout=RESOLVE_TIMEOUT_S),
             lambda: stream.note(Progress(request_id=stream.request_id, stage="preparing_adapter")),
         )
     except AskTimeout as exc:
@@ -206,8 +230,7 @@ def _sequences(
     stop_token_ids = set(request.stop_token_ids)
     if not request.ignore_eos:
         stop_token_ids |= set(services.model.eos_token_ids)
-    speculation = request.speculation or services.config.scheduling.speculation
-    is_marked = isinstance(speculation, Speculation) and speculation.mark
+    speculation = _speculation(request, services.config.scheduling.speculation)
     scope = principal.name if services.config.scheduling.cache_scope == "principal" else ""
     return [
         Sequence(
@@ -225,12 +248,13 @@ def _sequences(
             num_logprobs=NO_LOGPROBS if request.logprobs is None else request.logprobs,
             num_prompt_logprobs=NO_LOGPROBS if request.prompt_logprobs is None or choice else request.prompt_logprobs,
             adapter=adapter,
+            is_adapter_optional=_takes_default_heads(request, speculation),
             cache_scope=scope,
             principal=principal.name,
             weight=principal.weight,
             max_queued=principal.max_queued,
-            drafter=drafter_for(speculation),
-            guessed=[] if is_marked else None,
+            drafter=None if speculation is None else Drafter(speculation),
+            guessed=[] if request.mark_guessed else None,
             received_s=time_limits.received_s,
             queue_deadline_s=time_limits.queue_deadline_s,
             deadline_s=time_limits.deadline_s,

@@ -82,7 +82,7 @@ class ResolveAdapters(Message, frozen=True):
     principal: Principal
     lease: Lease
     combination: Combination = Combination()
-    source: AdapterSource | None = None
+    source: AdapterSource | None = None  # of the members
     heads: str | None = None  # the adapter whose draft heads it shall have, in place of its own
 
 

@@ -27,7 +27,8 @@ from descant.leases import LeaseTable
 from descant.messages import ForgetVersion, PinVersions, VersionFree, WorkerReply
 from descant.remote import Program, Remote, spawn_remote
 from descant.supervision import Supervisor
-from descant_client.errors import ModelInvalid
+from descant_client.errors import ConfigInvalid, ModelInvalid
+from descant_client.speculation import Speculation, SpeculationChoice
 
 MAILBOX_SIZE = 65536  # large enough for the end of every stream at once: leases cannot wait
 MAX_SLUG_CHARS = 64
@@ -50,8 +51,8 @@ async def spawn_registry(
     """Start the registry of a model and its worker; the journal is open until `exits` is left.
 
     Raises:
-        ConfigInvalid: another server uses the directory, its journal is not to be read, or a configured reference is
-            none that is served.
+        ConfigInvalid: another server uses the directory, its journal is not to be read, a configured reference is none
+            that is served, or as `registry_config`.
     """
     adapters = registry_config(config)
     entries = adapters.entries
@@ -93,11 +94,24 @@ def model_directory(config: Config, model_id: str) -> Path:
 
 
 def registry_config(config: Config) -> AdapterConfig:
-    """Return what the registry is told: every configured name, and what one principal's own may take."""
+    """Return what the registry is told: every configured name, and what one principal's own may take.
+
+    Raises:
+        ConfigInvalid: the draft heads to be used by default are of none of these names.
+    """
     share = config.adapters.max_owner_share
     if share is None:
         share = KEYS_OWNER_SHARE if config.keys else 1.0  # without API keys there is one principal
-    return msgspec.structs.replace(config.adapters, entries=configured_adapters(config), max_owner_share=share)
+    entries = configured_adapters(config)
+    _check_heads(config.scheduling.speculation, [entry.name for entry in entries])
+    return msgspec.structs.replace(config.adapters, entries=entries, max_owner_share=share)
+
+
+def _check_heads(speculation: SpeculationChoice, names: list[str]) -> None:
+    heads = speculation.heads if isinstance(speculation, Speculation) else False
+    if isinstance(heads, str) and heads not in names:
+        reason = f"{heads!r} is none of adapters.entries; draft heads for the base can be those of {', '.join(names)}."
+        raise ConfigInvalid("scheduling.speculation.heads", reason)
 
 
 def configured_adapters(config: Config) -> list[AdapterEntry]:

@@ -8,6 +8,7 @@ import anyio
 
 from descant.actor import Ref
 from descant.config import Config
+from descant.default_heads import DefaultHeads
 from descant.leases import LeaseTable
 from descant.messages import AuthMessage, EngineReady, RegistryMessage, SchedulerMessage
 from descant.scheduling.sequence import SequenceTable
@@ -91,4 +92,5 @@ class Services:
     scheduler: Ref[SchedulerMessage]
     sequences: SequenceTable
     leases: LeaseTable
+    default_heads: DefaultHeads
     sessions: SessionTable = field(repr=False)

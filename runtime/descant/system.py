@@ -29,6 +29,7 @@ from descant.actors.gateway import Gateway, open_listener
 from descant.actors.scheduler import Scheduler, make_probe
 from descant.child_config import ExecutorConfig
 from descant.config import Config, check_config
+from descant.default_heads import DefaultHeads
 from descant.engine.interface import EngineOptions
 from descant.leases import LeaseTable
 from descant.messages import (
@@ -193,6 +194,7 @@ async def _assemble(
         scheduler=scheduler,
         sequences=sequences,
         leases=leases,
+        default_heads=DefaultHeads(config.scheduling.speculation),
         sessions=SessionTable(config.server.max_streams, config.server.stream_buffer_bytes, config.server.max_sessions),
     )
     system.gateway = supervisor.spawn(partial(Gateway, system.services, listener, supervisor.stats), "gateway")

@@ -42,6 +42,7 @@ from descant.messages import (
 )
 from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError
+from descant_client.wire import AdapterSource
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Registry(Actor[RegistryMessage]):
         version = await self._combine(message, work, names)
         if message.heads is None:
             return version
-        heads = await self._ready(message.heads, message, work, names)
+        heads = await self._ready(message.heads, None, message.principal, work, names)
         if heads is None:
             return version
         return await self._versions.with_heads(message.heads, version, heads, message.lease)
@@ -140,7 +141,7 @@ class Registry(Actor[RegistryMessage]):
         """Ready the members and combine them. `work` holds them meanwhile; `names` gets theirs, by digest."""
         members: list[Member] = []
         for member in message.members:
-            version = await self._ready(member.adapter, message, work, names)
+            version = await self._ready(member.adapter, message.source, message.principal, work, names)
             if version is not None:
                 members.append(Member(version, member.weight))
         if not members:
@@ -152,13 +153,13 @@ class Registry(Actor[RegistryMessage]):
         return await self._versions.compose(label, tuple(members), message.combination, message.lease)
 
     async def _ready(
-        self, adapter: str, message: ResolveAdapters, work: Lease, names: dict[str, str]
+        self, adapter: str, source: AdapterSource | None, principal: Principal, work: Lease, names: dict[str, str]
     ) -> AdapterVersion | None:
-        """Return the version of an adapter that the message names, held by `work`; None if it is disabled."""
-        located = self._contents.locate(adapter, message.source, message.principal)
+        """Return the version of an adapter that is named, held by `work`; None if it is disabled."""
+        located = self._contents.locate(adapter, source, principal)
         if isinstance(located, Entry) and not located.is_enabled:
             return None
-        content = await self._contents.content(adapter, located, message.principal.roots, work)
+        content = await self._contents.content(adapter, located, principal.roots, work)
         names[content.version.digest] = adapter
         return content.version
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from descant.scheduling.guess import Guess, merged, of_heads, of_text, pruned, second_chance
 from descant.scheduling.ngram import NgramIndex
 from descant.scheduling.plan import HeadCandidates, unpack_floats, unpack_ints
-from descant_client.speculation import Speculation, SpeculationChoice
+from descant_client.speculation import Speculation
 
 MAX_CATCH_UP = 256  # tokens indexed in one step: a long prompt shall not hold up everybody's
 NUM_CANDIDATES = 4  # that each head is asked for
@@ -167,13 +167,6 @@ class Drafter:
         trust = 1.0 if self.settings.always else self._heads_record.rate
         weighed = [[trust * likelihood for likelihood in one] for one in odds[: self.settings.max_depth]]
         return of_heads(ids[: self.settings.max_depth], weighed, self.settings.max_width, max_nodes)
-
-
-def drafter_for(choice: SpeculationChoice) -> Drafter | None:
-    """Return what drafts for a new sequence; None: nothing does."""
-    if choice == "off":
-        return None
-    return Drafter(choice if isinstance(choice, Speculation) else AUTO)
 
 
 def depth_of(parents: Iterable[int]) -> int:

@@ -89,7 +89,7 @@ class AdapterGate:
         try:
             self.check_fits(version)
         except AdapterTooLarge:
-            if not sequence.output_ids:
+            if not sequence.output_ids or sequence.is_adapter_optional:
                 raise
             self._withdraw_pins()
             self.residency.check_fits(version, ())

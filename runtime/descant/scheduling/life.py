@@ -41,7 +41,7 @@ class ExecutorLife:
                 "prompt",
                 f"it has {sequence.num_prompt_tokens} tokens; this server holds {self.max_tokens - 1} at most.",
             )
-        if sequence.adapter is not None:
+        if sequence.adapter is not None and not sequence.is_adapter_optional:
             self.gate.check_fits(sequence.adapter)
 
     def token_limit(self, sequence: Sequence) -> int:

@@ -42,12 +42,21 @@ class Transitions:
                 self._life.check_fits(sequence)  # it may have been submitted while the executor was down
             is_ready = self._life.gate.enter(sequence)
         except DescantError as error:
-            self._finish(sequence, "error", error)
+            self._go_without_adapter(sequence, error)
             return
         if is_ready:
             self._lineup.fairness.wait(sequence)
         elif sequence.spans is None:
             self._lineup.slot_turns.wait(sequence)
+
+    def _go_without_adapter(self, sequence: Sequence, error: DescantError) -> None:
+        """The sequence cannot have its adapter: it ends, unless that was for speed alone."""
+        if sequence.adapter is not None and sequence.is_adapter_optional:
+            self._release(sequence)
+            sequence.adapter = None
+            self._enter(sequence)
+        else:
+            self._finish(sequence, "error", error)
 
     def _hold(self, sequence: Sequence) -> None:
         if sequence.status != "parked":

@@ -1,0 +1,43 @@
+"""`DefaultHeads`: the draft heads that the configuration names for requests for the base alone.
+
+They are there for speed only. So whatever becomes of their adapter, such requests go on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from descant.catalog.entry import SHARED
+from descant.leases import Lease
+from descant.messages import Principal, ResolveAdapters
+from descant_client.errors import DescantError
+from descant_client.speculation import Speculation, SpeculationChoice
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 60.0  # after a failure; until then nobody asks for them, and nobody waits
+
+
+class DefaultHeads:
+    """Whether there are any, and how to ask the registry for them."""
+
+    def __init__(self, speculation: SpeculationChoice, now: Callable[[], float] = time.monotonic) -> None:
+        heads = speculation.heads if isinstance(speculation, Speculation) else False
+        self._name = heads if isinstance(heads, str) else None
+        self._now = now
+        self._retry_at_s = 0.0
+
+    def question(self, lease: Lease) -> ResolveAdapters | None:
+        """Return what to ask; None: there are none to be had. The name is the shared one, whoever's request it is."""
+        if self._name is None or self._now() < self._retry_at_s:
+            return None
+        return ResolveAdapters((), Principal(SHARED), lease, heads=self._name)
+
+    def failed(self, error: DescantError) -> None:
+        """The question was answered with an error."""
+        if self._now() < self._retry_at_s:
+            return  # several had asked
+        self._retry_at_s = self._now() + RETRY_S
+        logger.warning("requests for the base go without the draft heads of %r: %s", self._name, error)

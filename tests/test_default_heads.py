@@ -1,0 +1,34 @@
+"""The draft heads of the base by default: whose name it is, and how long nobody asks after a failure."""
+
+from __future__ import annotations
+
+import pytest
+
+from descant.catalog.entry import SHARED
+from descant.default_heads import RETRY_S, DefaultHeads
+from descant.leases import LeaseTable
+from descant_client.errors import AdapterNotFound
+from descant_client.speculation import Speculation, SpeculationChoice
+
+
+def test_the_name_is_the_shared_one() -> None:
+    question = DefaultHeads(Speculation(heads="fast")).question(LeaseTable().lease())
+
+    assert question is not None
+    assert (question.heads, question.members, question.principal.name) == ("fast", (), SHARED)
+
+
+@pytest.mark.parametrize("speculation", ["off", "auto", Speculation(), Speculation(heads=False)])
+def test_there_are_none_where_none_are_named(speculation: SpeculationChoice) -> None:
+    assert DefaultHeads(speculation).question(LeaseTable().lease()) is None
+
+
+def test_after_a_failure_nobody_asks_for_a_while() -> None:
+    clock = [0.0]
+    heads, lease = DefaultHeads(Speculation(heads="fast"), lambda: clock[0]), LeaseTable().lease()
+
+    heads.failed(AdapterNotFound("fast"))
+
+    assert heads.question(lease) is None
+    clock[0] = RETRY_S
+    assert heads.question(lease) is not None
