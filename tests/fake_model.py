@@ -50,6 +50,7 @@ def extend_history(history: int, token_id: int, adapter: str) -> int:
 
 def logprob_rows(histories: list[int], num_top: int) -> LogprobRows:
     """Return made-up log-probabilities that depend on the histories."""
+    num_top = max(0, num_top)
     chosen = [-float(history % 1024) for history in histories]
     top_ids = [(history + i) % 997 for history in histories for i in range(num_top)]
     return LogprobRows(

@@ -102,14 +102,15 @@ async def test_guessing_goes_on_when_the_executor_is_killed(server: tuple[System
 
 HEADS = Speculation(ngram=False, always=True)
 NAMED = msgspec.structs.replace(HEADS, heads="base-heads")
+STATIC = msgspec.structs.replace(NAMED, tree=[[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 7]])
 
 
 @pytest.mark.parametrize("adapter", [None, "upper", "rot13"])
 async def test_heads_of_another_adapter_can_be_named(client: Client, adapter: str | None) -> None:
-    plain, guided = await results([ask(client, one, adapter=adapter) for one in ("off", NAMED)])
+    plain, *guided = await results([ask(client, one, adapter=adapter) for one in ("off", NAMED, STATIC)])
 
-    assert guided.choices == plain.choices
-    assert guided.timings.num_accepted > 0
+    assert all(one.choices == plain.choices for one in guided)
+    assert all(one.timings.num_accepted > 0 for one in guided)
 
 
 async def test_an_adapter_that_is_heads_alone_is_the_base(client: Client) -> None:
@@ -162,12 +163,20 @@ async def test_the_base_goes_on_without_the_servers_heads_when_their_adapter_is_
     assert caplog.text.count("without the draft heads") == 1
 
 
-async def test_shortest_ngrams_longer_than_the_longest_are_refused(client: Client, tmp_path: Path) -> None:
-    wrong = Speculation(min_ngram=5, max_ngram=4)
-
-    with pytest.raises(InvalidRequest, match="min_ngram"):
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (Speculation(min_ngram=5, max_ngram=4), "min_ngram"),
+        (Speculation(tree=[[0], [1, 0]]), r"\[1, 0\] and not \[1\]"),
+        (Speculation(tree=[[0], [1], [0]]), "twice"),
+    ],
+)
+async def test_settings_that_contradict_themselves_are_refused(
+    client: Client, tmp_path: Path, wrong: Speculation, reason: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
         await ask(client, wrong).result()
-    with pytest.raises(ConfigInvalid, match="min_ngram"):
+    with pytest.raises(ConfigInvalid, match=reason):
         check_config(config(tmp_path, wrong))
 
 

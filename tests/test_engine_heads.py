@@ -138,6 +138,23 @@ def test_heads_that_say_nothing_of_use_propose_it_with_likelihoods_all_the_same(
     assert all(0 <= likelihood <= 1 for likelihood in unpack_floats(candidates.probabilities))
 
 
+def test_of_many_rows_a_few_propose_at_once() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, hidden = torch.randn(3, 1, 8, 8, generator=generator), torch.randn(70, 8, generator=generator)
+    heads = DraftHeads(weight, torch.zeros(3, 1, 8), None)
+    sizes: list[int] = []
+
+    def logits(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return x
+
+    together = candidates_of(hidden, heads, logits, 2)
+    alone = [candidates_of(row[None], heads, logits, 2)[0] for row in hidden]
+
+    assert max(sizes) <= 64
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+
+
 @pytest.mark.parametrize("slot", [NONE, 7])
 def test_heads_that_are_not_there_are_refused(rig: Rig, slot: int) -> None:
     driver = Driver(rig.engine)

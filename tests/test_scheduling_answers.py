@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from descant.scheduling.adapter_work import AdapterLoad
-from descant.scheduling.plan import NO_ADAPTER, EngineLimits, RowResult, StepResult
+from descant.scheduling.plan import NO_ADAPTER, EngineLimits, LogprobRows, RowResult, StepResult
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, InternalError, UnsupportedRequest
 from fake_engine import FakeEngine
 from fake_model import FakeRow, counter
@@ -157,6 +159,29 @@ def test_a_row_that_computed_something_else_fails(num_computed: int) -> None:
     loop.policy.apply(planned, result)
 
     assert isinstance(seq.error, InternalError)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": b"\0\0\0\0\0"},
+        {"logprobs": LogprobRows(1, 2, b"\0\0\0\0", b"", b"")},
+        {"logprobs": LogprobRows(1, 0, b"\0", b"", b"")},
+    ],
+)
+def test_an_answer_that_cannot_be_unpacked_fails_only_its_sequence(changes: dict[str, Any]) -> None:
+    loop = Loop()
+    (bad,), (good,) = loop.submit([1, 2, 3], num_logprobs=2), loop.submit([4])
+    planned = loop.policy.plan()
+    assert planned is not None
+
+    result = loop.engine(planned.plan)
+    rows = (msgspec.structs.replace(result.rows[0], **changes), *result.rows[1:])
+    loop.policy.apply(planned, msgspec.structs.replace(result, rows=rows))
+    loop.run()
+
+    assert isinstance(bad.error, InternalError)
+    assert good.finish_reason == "length"
 
 
 def test_a_result_is_applied_once() -> None:

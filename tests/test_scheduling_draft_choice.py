@@ -71,6 +71,16 @@ def test_a_step_that_was_held_up_counts_for_no_more_than_ten_plain_ones() -> Non
     assert sum(costs.added[:2]) < 10.0
 
 
+def test_a_plain_step_that_was_held_up_is_found_out_by_those_that_verify() -> None:
+    costs = StepCosts()
+    costs.learn(plan(1), 1.0)  # the first of its kind: ten times what it takes
+    for _ in range(20):
+        costs.learn(plan(1, nodes=2), 0.12)
+
+    assert costs.plain(1) == pytest.approx(0.13, abs=0.03)
+    assert sum(costs.added[:2]) < 0.2
+
+
 def test_steps_that_do_more_than_decode_teach_nothing() -> None:
     costs = StepCosts()
     admit = Admit(0, pack_ints([1]), 1, 0, pack_ints([0]), SamplingParams(), 0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from descant.scheduling.guess import Guess, merged, of_heads, of_text, pruned
+from descant.scheduling.guess import Guess, merged, of_heads, of_text, of_ways, pruned
 from descant.scheduling.ngram import DraftTree
 
 Likelihoods = list[list[float]]
@@ -60,6 +60,29 @@ def test_heads_make_the_tree_of_the_likeliest_ways(
     assert len(found) == min(max_nodes, len(everything))
     assert all(found[way] == pytest.approx(everything[way]) for way in found)
     assert sorted(found.values()) == pytest.approx(sorted(everything.values())[-len(found) :])
+
+
+WAYS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=12).map(
+    lambda drawn: [list(way) for way in dict.fromkeys(tuple(way[:n]) for way in drawn for n in range(1, len(way) + 1))]
+)
+
+
+@given(WAYS, candidates(), st.integers(1, 40))
+def test_a_tree_of_a_given_shape_has_the_nodes_whose_candidates_are_there(
+    shape: list[list[int]], proposed: tuple[list[list[int]], Likelihoods], max_nodes: int
+) -> None:
+    token_ids, likelihoods = proposed
+    there = [way for way in shape if len(way) <= len(token_ids) and max(way) < len(token_ids[0])]
+    expected = {
+        tuple(token_ids[i][rank] for i, rank in enumerate(way)): prod(
+            likelihoods[i][rank] for i, rank in enumerate(way)
+        )
+        for way in sorted(there, key=len)[:max_nodes]
+    }
+
+    guess = of_ways(shape, token_ids, likelihoods, max_nodes)
+
+    assert ({} if guess is None else ways(guess)) == pytest.approx(expected)
 
 
 def test_one_candidate_of_each_head_makes_a_chain() -> None:

@@ -182,9 +182,9 @@ def test_the_first_branch_gets_its_nodes_first() -> None:
 
 
 def test_only_the_last_few_occurrences_are_looked_at() -> None:
-    index = index_of("".join(f"<>{digit} " for digit in range(8)) + "<>", 2, 2)
+    index = index_of("".join(f"<>{letter} " for letter in "abcdefghijkl") + "<>", 2, 2)
 
-    assert branches(index.propose(1, 8, 8)) == ["7", "6", "5", "4"][:MAX_OCCURRENCES]
+    assert branches(index.propose(1, 16, 16)) == [*"lkjihgfedcba"][:MAX_OCCURRENCES]
 
 
 def test_a_draft_changes_nothing() -> None:
@@ -220,8 +220,9 @@ def test_the_work_and_the_memory_for_a_token_do_not_grow_with_the_text() -> None
         index.extend([rng.randrange(30)])
 
     assert index.num_tokens == 50_000
-    assert tokens.num_read == 0
+    assert tokens.num_read <= 50_000  # what would have been guessed, once for each
     assert [len(latest) <= len(earlier) == 50_000 for _, _, latest, earlier in index._kinds] == [True] * 3
 
+    tokens.num_read = 0
     index.propose(8, 4, 32)
     assert tokens.num_read <= MAX_OCCURRENCES * 8

@@ -7,16 +7,14 @@ import random
 import msgspec
 import pytest
 
-from descant.scheduling.drafting import MAX_CATCH_UP, Drafter, depth_of
+from descant.scheduling.drafting import Drafter
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import BASE_SPANS, HeadCandidates, StepPlan, pack_floats, pack_ints
+from descant.scheduling.plan import BASE_SPANS, StepPlan
 from descant.scheduling.sequence import Sequence
-from descant_client.protocol import SamplingParams
 from descant_client.speculation import Speculation
 from fake_engine import LIMITS, FakeEngine
-from fake_model import FakeRow, counter, echo, extend_history, hash_history
-from fakes import FakeSink, Loop, version
+from fake_model import FakeRow, echo, extend_history, hash_history
+from fakes import Loop, version
 
 DRAFTING = msgspec.structs.replace(LIMITS, max_draft_nodes=16)
 
@@ -101,6 +99,37 @@ def test_text_that_repeats_takes_a_fraction_of_the_steps() -> None:
     assert len(drafting.engine.plans) < 25
 
 
+def test_what_a_stop_string_cuts_off_is_no_step_saved() -> None:
+    class StopAtTen:
+        num_taken = 0
+
+        def push(self, token_ids: list[int]) -> int | None:
+            self.num_taken += len(token_ids)
+            return 10 if self.num_taken >= 10 else None
+
+    drafting = loop(behavior=echo)
+    (sequence,) = drafting.submit([5, 6], max_tokens=100, drafter=eager(), stopper=StopAtTen(), guessed=[])
+    drafting.run()
+
+    assert sequence.drafter is not None
+    assert (sequence.num_output_tokens, sequence.finish_reason) == (10, "stop")
+    assert sequence.drafter.num_accepted == len(sequence.guessed or ()) == 10 - (len(drafting.engine.plans) - 1)
+
+
+def test_who_always_verifies_pays_for_it() -> None:
+    drafting = loop(behavior=echo)
+    for principal, drafter in (("plain", None), ("choosy", Drafter()), ("eager", eager())):
+        drafting.submit([1, 2], max_tokens=40, principal=principal, drafter=drafter)
+    drafting.run()
+
+    accounts = drafting.policy._lineup.fairness.accounts
+    assert accounts["plain"].service == accounts["choosy"].service < accounts["eager"].service
+
+
+def test_engines_that_are_told_of_steps_ahead_get_no_drafts() -> None:
+    assert ExecutorLife(1, msgspec.structs.replace(DRAFTING, max_steps_in_flight=2), 1024).max_draft_nodes == 0
+
+
 def test_a_draft_gives_no_more_tokens_than_were_asked_for() -> None:
     drafting = loop(behavior=echo)
     (sequence,) = drafting.submit([5, 6], max_tokens=31, drafter=eager())
@@ -111,7 +140,8 @@ def test_a_draft_gives_no_more_tokens_than_were_asked_for() -> None:
     assert sequence.finish_reason == "length"
 
 
-def test_heads_alone_speed_up_text_that_never_repeats_under_any_adapter() -> None:
+@pytest.mark.parametrize("tree", [None, [[1], [1, 0]]])
+def test_heads_alone_speed_up_text_that_never_repeats_under_any_adapter(tree: list[list[int]] | None) -> None:
     """Two heads: the first one's second candidate is right, the other's first."""
 
     def heads(row: FakeRow, history: int) -> list[list[int]]:
@@ -122,7 +152,7 @@ def test_heads_alone_speed_up_text_that_never_repeats_under_any_adapter() -> Non
     drafting = loop(behavior=hash_history)
     drafting.engine.heads = heads
     with_heads = msgspec.structs.replace(version("a"), num_heads=2)
-    only_heads = Speculation(always=True, ngram=False)
+    only_heads = Speculation(always=True, ngram=False, tree=tree)
     (fast,) = drafting.submit([5, 6], max_tokens=40, adapter=with_heads, drafter=Drafter(only_heads))
     (plain,) = drafting.submit([5, 6], max_tokens=40, adapter=with_heads)
     drafting.run()
@@ -130,6 +160,8 @@ def test_heads_alone_speed_up_text_that_never_repeats_under_any_adapter() -> Non
     assert fast.output_ids == plain.output_ids
     assert fast.drafter is not None
     assert fast.drafter.num_accepted >= 24
+    nodes = {len(row.draft.token_ids) // 4 for plan in drafting.engine.plans for row in plan.rows if row.draft}
+    assert max(nodes) == (6 if tree is None else 2)
 
 
 @pytest.mark.parametrize("settings", [Speculation(always=True), Speculation(always=True, max_nodes=5), Speculation()])
@@ -147,25 +179,6 @@ def test_text_and_heads_together_keep_to_every_limit(settings: Speculation) -> N
     assert len(sequence.output_ids) == LIMITS.max_context - 8
     nodes = [len(row.draft.token_ids) // 4 for plan in drafting.engine.plans for row in plan.rows if row.draft]
     assert 0 < max(nodes) <= min(DRAFTING.max_draft_nodes, settings.max_nodes)
-
-
-@pytest.mark.parametrize(
-    "candidates",
-    [
-        HeadCandidates(0, b"", b""),
-        HeadCandidates(2, pack_ints([1]), pack_floats([0.5])),
-        HeadCandidates(1, pack_ints([1, 2]), pack_floats([0.5])),
-        HeadCandidates(1, pack_ints([1]), pack_floats([float("nan")])),
-        HeadCandidates(1, pack_ints([1]), pack_floats([2.0])),
-    ],
-)
-def test_candidates_that_make_no_sense_are_dropped(candidates: HeadCandidates) -> None:
-    drafter = Drafter(Speculation(ngram=False))
-
-    drafter.take_candidates(3, candidates)
-
-    assert drafter.guess(text(loop(), [1, 2, 3]), 64) is None
-    assert drafter.chain == []
 
 
 def test_others_are_guessed_for_again_once_who_always_verifies_has_gone() -> None:
@@ -201,7 +214,7 @@ def test_heads_alone_share_blocks_with_the_base_and_run_without_an_adapter() -> 
 
 def test_a_draft_leaves_a_block_free_for_everybody_who_runs() -> None:
     life = ExecutorLife(1, msgspec.structs.replace(DRAFTING, num_blocks=8), 1024)
-    sequence = text(loop(), [1, 2, 3, 4])
+    (sequence,) = loop().submit([1, 2, 3, 4])
     sequence.forget_device_state()
     assert life.allocate(sequence, 0)
 
@@ -223,39 +236,24 @@ def test_what_a_step_takes_is_seen_from_its_plan_to_its_result() -> None:
     assert num_drafted(drafting) > 0
 
 
-def test_a_long_prompt_is_indexed_part_by_part() -> None:
-    drafter, tokens = Drafter(), [7, *range(10, 10 + MAX_CATCH_UP), 7, *range(10, 13)]
-    sequence = Sequence(1, "", tokens, SamplingParams(), 0, FakeSink())
+def test_no_more_is_read_before_a_step_than_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    whole_read = Drafter.read
 
-    assert drafter.guess(sequence, 64) is None
-    assert drafter.guess(sequence, 64) is not None
+    def counted(self: Drafter, sequence: Sequence, max_tokens: int) -> int:
+        read[-1] += (num_read := whole_read(self, sequence, max_tokens))
+        return num_read
 
+    monkeypatch.setattr(Drafter, "read", counted)
+    monkeypatch.setattr("descant.scheduling.planning.MAX_READ", 16)
+    drafting = loop(behavior=echo)
+    sequences = [drafting.submit([*range(40)], max_tokens=30, drafter=eager())[0] for _ in range(4)]
+    while not all(sequence.is_finished for sequence in sequences):
+        read.append(0)
+        drafting.step()
 
-def test_candidates_are_good_for_one_place_only() -> None:
-    drafter, sequence = Drafter(Speculation(ngram=False)), text(loop(), [1, 2, 3])
-    candidates = HeadCandidates(1, pack_ints([7, 8]), pack_floats([0.9, 0.8]))
-
-    drafter.take_candidates(3, candidates)
-    guess = drafter.guess(sequence, 64)
-    drafter.take_candidates(2, candidates)
-
-    assert guess is not None
-    assert guess.tree == DraftTree((7, 8), (-1, 0))
-    assert drafter.guess(sequence, 64) is None
-
-
-def test_heads_that_were_wrong_are_believed_less() -> None:
-    drafter, said = Drafter(Speculation(ngram=False)), [1, 2, 3]
-    for _ in range(20):
-        drafter.take_candidates(len(said), HeadCandidates(1, pack_ints([7]), pack_floats([0.9])))
-        drafter.guess(text(loop(), [*said, 9]), 64)
-        said.append(9)
-
-    drafter.take_candidates(len(said), HeadCandidates(1, pack_ints([7]), pack_floats([0.9])))
-    guess = drafter.guess(text(loop(), said), 64)
-
-    assert guess is not None
-    assert guess.probabilities[0] < 0.2
+    assert max(read) == 16
+    assert num_drafted(drafting) > 0
 
 
 def test_nobody_is_preempted_for_a_draft() -> None:
@@ -306,20 +304,3 @@ def test_a_stop_token_within_a_draft_ends_the_sequence_there() -> None:
 
     assert sequence.output_ids == [5, 6, 7, 6, 7, 6, 7, 9]
     assert sequence.finish_reason == "stop"
-
-
-def text(loop: Loop, token_ids: list[int]) -> Sequence:
-    return loop.submit(token_ids, max_tokens=1)[0]
-
-
-def test_the_depth_of_a_tree_is_that_of_its_longest_branch() -> None:
-    assert depth_of((-1, 0, -1, 1)) == 3
-
-
-def test_a_guess_is_what_followed_the_same_tokens_before() -> None:
-    sequence = text(loop(behavior=counter), [1, 2, 3, 4, 5, 6, 7, 2, 3])
-
-    guess = eager().guess(sequence, 3)
-
-    assert guess is not None
-    assert guess.tree == DraftTree((4, 5, 6), (-1, 0, 1))

@@ -90,6 +90,7 @@ class AdapterConfig(Section, frozen=True):
     # Of the store and of what may be pinned, for one principal's own; None: half with API keys, without them all.
     max_owner_share: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     max_rank: Positive = 1024
+    max_draft_heads: Positive = 16
     max_file_bytes: Positive = 4096 * MiB
     roots: list[str] | None = None  # where local references may point; None: anywhere while no API keys exist
     entries: list[AdapterEntry] = []

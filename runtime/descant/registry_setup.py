@@ -143,6 +143,7 @@ def _spawn_worker(config: Config, supervisor: Supervisor, model_dir: Path, store
         dtype=config.model.dtype,
         limits=AdapterLimits(
             max_rank=config.adapters.max_rank,
+            max_draft_heads=config.adapters.max_draft_heads,
             max_file_bytes=config.adapters.max_file_bytes,
             max_extent_bytes=config.adapters.memory_bytes,
         ),

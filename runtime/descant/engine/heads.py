@@ -18,6 +18,8 @@ from descant.engine.batch import ScheduledRow
 from descant.engine.tree import Accepted
 from descant.scheduling.plan import HeadCandidates
 
+_MAX_LOGIT_ROWS = 64
+
 
 def propose(
     rows: Sequence[ScheduledRow],
@@ -51,12 +53,16 @@ def propose(
 def candidates_of(
     hidden: Tensor, heads: DraftHeads, base_logits: Callable[[Tensor], Tensor], num_candidates: int
 ) -> list[HeadCandidates]:
-    """Return every row's candidates, as many of each head.
+    """Return every row's candidates, as many of each head. So many rows at once as keep the logits small.
 
     Args:
       hidden: `[N, H]`, the normed hidden states from which the last tokens were sampled; heads in the same dtype.
       base_logits: the base's own head, `[M, H]` → `[M, V]`.
     """
+    num_at_once = max(1, _MAX_LOGIT_ROWS // len(heads.weight))
+    if len(hidden) > num_at_once:
+        parts = hidden.split(num_at_once)
+        return [one for part in parts for one in candidates_of(part, heads, base_logits, num_candidates)]
     x = hidden.expand(len(heads.weight), -1, -1)  # [heads, N, H]
     for layer in range(heads.weight.shape[1]):
         update = torch.baddbmm(heads.bias[:, layer, None], x, heads.weight[:, layer].transpose(1, 2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from descant.scheduling.drafting import NUM_CANDIDATES, Drafter
+from descant.scheduling.drafting import Drafter
 from descant.scheduling.guess import Guess, believed, pruned
 from descant.scheduling.ngram import DraftTree
 from descant.scheduling.plan import StepPlan, num_drafted
@@ -72,7 +72,8 @@ class DraftChoice:
         if not drafter.settings.heads or (self._is_plain_due(num_rows) and not drafter.settings.always):
             return 0
         if drafter.chain:
-            self._chains[digest] = drafter.chain
+            self._chains.pop(digest, None)
+            self._chains[digest] = drafter.chain  # the latest last
             while len(self._chains) > MAX_CHAINS:
                 del self._chains[next(iter(self._chains))]
         else:
@@ -81,7 +82,7 @@ class DraftChoice:
         gain = drafter.heads_gain(node * num_rows) - any_draft - heads * num_rows  # in tokens, likewise
         if drafter.settings.always or gain > 0 or drafter.num_unasked >= PROBE_EVERY:
             drafter.num_unasked = 0
-            return max(1, min(NUM_CANDIDATES, drafter.settings.max_width))
+            return drafter.settings.num_candidates
         drafter.num_unasked += 1
         return 0
 

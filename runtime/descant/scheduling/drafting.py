@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterable
 from typing import Protocol
 
-from descant.scheduling.guess import Guess, merged, of_heads, of_text, pruned, second_chance
+from descant.scheduling.guess import Guess, merged, of_heads, of_text, of_ways, pruned, second_chance
 from descant.scheduling.ngram import NgramIndex
 from descant.scheduling.plan import HeadCandidates, unpack_floats, unpack_ints
 from descant_client.speculation import Speculation
 
-MAX_CATCH_UP = 256  # tokens indexed in one step: a long prompt shall not hold up everybody's
-NUM_CANDIDATES = 4  # that each head is asked for
 _KEPT = 0.95  # of the weight of what was seen earlier, with each new token
 _LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
 _NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
@@ -64,7 +62,6 @@ class Drafter:
         self.num_accepted = 0  # tokens of drafts that came true: each is a step saved
         self.num_unasked = 0  # steps in a row that heads were not run for
         self._index = NgramIndex(settings.min_ngram, max(settings.min_ngram, settings.max_ngram))
-        self._expected: int | None = None  # what the text's index says comes next
         self._text_record = _Record(1.0, 2.0)
         self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
         self._heads_record = _Record(2.0, 2.0)
@@ -72,19 +69,29 @@ class Drafter:
         self._promises = _Record(2.0, 2.0)
         self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
 
+    def read(self, sequence: Spoken, max_tokens: int) -> int:
+        """Take in what the text has become since it was last read, at most so many tokens; return how many."""
+        num_tokens, index = sequence.num_tokens, self._index
+        if self._candidates is not None and self._candidates[0] < num_tokens:
+            self._judge_heads(sequence)
+        if not self.settings.ngram:
+            return 0
+        known = index.num_tokens
+        new = sequence.tokens(known, min(num_tokens, known + max_tokens))
+        num_prompt = max(0, sequence.num_prompt_tokens - known)
+        index.extend(new[:num_prompt])
+        for token_id in new[num_prompt:]:
+            is_hit = index.take(token_id)
+            if is_hit is not None:
+                self._text_record.add(is_hit)
+        return len(new)
+
     def guess(self, sequence: Spoken, max_nodes: int, least: float = 0.0) -> Guess | None:
-        """Return a guess of what follows the sequence's last token; None: there is none.
+        """Return a guess of what follows the sequence's last token; None: there is none, or not all of it is read.
 
         Args:
           least: likelihood below which nodes need not be named.
         """
-        num_tokens = sequence.num_tokens
-        if self._candidates is not None and self._candidates[0] < num_tokens:
-            self._judge_heads(sequence)
-        if self.settings.ngram and self._index.num_tokens < num_tokens:
-            self._catch_up(sequence, num_tokens)
-        if least > 1 or max_nodes <= 0:
-            return None
         max_nodes = min(max_nodes, self.settings.max_nodes)
         found = (self._text_guess(sequence, max_nodes, least), self._heads_guess(sequence, max_nodes, least))
         guesses = [guess for guess in found if guess is not None]
@@ -122,10 +129,12 @@ class Drafter:
         self.chain = [old + _NEW_SHARE * (new - old) for old, new in zip(before, chain, strict=True)]
 
     def learn(self, depth: int, num_accepted: int) -> None:
-        """A draft of so many tokens, one after the other, was verified, and so many of them came true."""
+        """A draft of so many tokens, one after the other, was verified, and so many of them came true.
+
+        How many of those the text has got, before it ended, is for whoever puts them there to count.
+        """
         self.num_drafts += 1
         self.num_drafted += depth
-        self.num_accepted += num_accepted
         if self._promised:
             self._promises.add(num_accepted, self._promised)
             self._promised = 0.0
@@ -136,20 +145,6 @@ class Drafter:
         (said,) = sequence.tokens(position, position + 1)
         self._heads_record.add(said == ids[0][0], odds[0][0])
         self._candidates = None
-
-    def _catch_up(self, sequence: Spoken, num_tokens: int) -> None:
-        index, known = self._index, self._index.num_tokens
-        new = sequence.tokens(known, min(num_tokens, known + MAX_CATCH_UP))
-        num_prompt = sequence.num_prompt_tokens - known
-        if num_prompt > 0:
-            index.extend(new[:num_prompt])
-            new = new[num_prompt:]
-            self._expected = None
-        for token_id in new:
-            if self._expected is not None:
-                self._text_record.add(token_id == self._expected)
-            index.extend((token_id,))
-            self._expected = index.following()
 
     def _text_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
         settings, rate = self.settings, self._text_record.rate
@@ -166,7 +161,10 @@ class Drafter:
         _, ids, odds = self._candidates
         trust = 1.0 if self.settings.always else self._heads_record.rate
         weighed = [[trust * likelihood for likelihood in one] for one in odds[: self.settings.max_depth]]
-        return of_heads(ids[: self.settings.max_depth], weighed, self.settings.max_width, max_nodes)
+        ids = ids[: self.settings.max_depth]
+        if self.settings.tree is not None:
+            return of_ways(self.settings.tree, ids, weighed, max_nodes)
+        return of_heads(ids, weighed, self.settings.max_width, max_nodes)
 
 
 def depth_of(parents: Iterable[int]) -> int:

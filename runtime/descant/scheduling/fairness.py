@@ -169,6 +169,10 @@ class Fairness:
         """The sequence, which runs, has got new tokens."""
         self._lanes[sequence.id].charge(num_tokens * OUTPUT_WEIGHT)
 
+    def charge_draft(self, sequence: Sequence, num_nodes: int) -> None:
+        """A draft of the sequence, which runs, is about to be verified whether or not that pays."""
+        self._lanes[sequence.id].charge(num_nodes * INPUT_WEIGHT)
+
     # ---- order ----------------------------------------------------------------------------------------------------
 
     def first(self) -> Account | None:

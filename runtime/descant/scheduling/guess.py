@@ -71,6 +71,35 @@ def of_heads(
     return Guess(DraftTree(tuple(nodes), tuple(parents)), tuple(weights)) if nodes else None
 
 
+def of_ways(
+    ways: Iterable[Sequence[int]],
+    token_ids: Sequence[Sequence[int]],
+    probabilities: Sequence[Sequence[float]],
+    max_nodes: int,
+) -> Guess | None:
+    """Make a tree of a shape that is given (Medusa's choices) of what heads propose, the shallow nodes first.
+
+    Args:
+      ways: which candidate of each head leads to a node; those of heads that are not there are left out.
+      token_ids, probabilities: as for `of_heads`.
+    """
+    nodes: dict[tuple[int, ...], int] = {}
+    weights: list[float] = []
+    for way in sorted(ways, key=len):
+        depth, rank = len(way) - 1, way[-1]
+        if depth >= len(token_ids) or len(nodes) == max_nodes:
+            break
+        is_reached = depth == 0 or tuple(way[:-1]) in nodes
+        if is_reached and rank < len(token_ids[depth]):
+            before = weights[nodes[tuple(way[:-1])]] if depth else 1.0
+            nodes[tuple(way)] = len(weights)
+            weights.append(before * probabilities[depth][rank])
+    if not nodes:
+        return None
+    trie = ((nodes.get(way[:-1], -1), token_ids[len(way) - 1][way[-1]]) for way in nodes)
+    return Guess(DraftTree.of(trie), tuple(weights))
+
+
 def merged(guesses: Iterable[Guess]) -> Guess:
     """Return one guess with the nodes of all, one at least; what several propose is as likely as the surest says."""
     nodes: dict[tuple[int, int], int] = {}  # parent and token → node

@@ -23,7 +23,8 @@ class ExecutorLife:
         self.num_steps = 0  # completed
         self.draft_choice = DraftChoice()
         self.max_steps_in_flight = limits.max_steps_in_flight
-        self.max_draft_nodes = limits.max_draft_nodes
+        # Where a step is planned before the last is known, so is what would have to be guessed after it.
+        self.max_draft_nodes = limits.max_draft_nodes if limits.max_steps_in_flight == 1 else 0
         # Tokens of a sequence, prompt and output: it must be able to run alone.
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
         self._drops: list[int] = []  # rows the engine still has and no longer needs

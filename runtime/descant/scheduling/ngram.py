@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 from typing import NamedTuple
 
-MAX_OCCURRENCES = 4  # of an n-gram that are looked at, the most recent ones
+MAX_OCCURRENCES = 8  # of an n-gram that are looked at, the most recent ones
 TOKEN_BITS = 32
 
 
@@ -59,25 +59,23 @@ class NgramIndex:
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Take the tokens that come next."""
-        tokens, window, widest = self._tokens, self._window, self._kinds[0][1]
         for token in token_ids:
-            end = len(tokens)
-            for n, mask, latest, earlier in self._kinds:
-                ngram = window & mask
-                earlier.append(latest.get(ngram, 0))
-                if n <= end:
-                    latest[ngram] = end
-            tokens.append(token)
-            window = (window << TOKEN_BITS | token) & widest
-        self._window = window
+            self.take(token)
 
-    def following(self) -> int | None:
-        """Return the token that `propose` begins with; None if it has nothing to say."""
-        window, num_tokens = self._window, len(self._tokens)
-        for n, mask, latest, _ in self._kinds:
-            if n <= num_tokens and (position := latest.get(window & mask)):
-                return self._tokens[position]
-        return None
+    def take(self, token_id: int) -> bool | None:
+        """Take the token that comes next. Was it the one that `propose` would have begun with? None: with nothing."""
+        tokens, window = self._tokens, self._window
+        end, found = len(tokens), 0
+        for n, mask, latest, earlier in self._kinds:
+            ngram = window & mask
+            before = latest.get(ngram, 0)
+            earlier.append(before)
+            found = found or before
+            if n <= end:
+                latest[ngram] = end
+        tokens.append(token_id)
+        self._window = (window << TOKEN_BITS | token_id) & self._kinds[0][1]
+        return tokens[found] == token_id if found else None
 
     def propose(self, max_depth: int, max_width: int, max_nodes: int) -> DraftTree | None:
         """Return what followed the longest known n-gram that the text ends with; None if there is none or no room.

@@ -230,6 +230,8 @@ def _validate_row(row: Row, limits: EngineLimits, where: str) -> None:
         raise InvalidRequest(where, f"there are no draft heads in slot {row.heads_slot}")
     if not 0 <= row.num_candidates <= limits.vocab_size:
         raise InvalidRequest(where, f"{row.num_candidates} candidates")
+    if row.num_candidates and not limits.max_draft_nodes:
+        raise UnsupportedRequest(where, "this engine runs no draft heads")
     if row.draft is not None:
         _validate_draft(row.draft, limits, f"{where}.draft")
     unsupported = {

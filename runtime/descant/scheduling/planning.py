@@ -36,6 +36,7 @@ from descant.scheduling.rows import StepBuilder
 from descant.scheduling.sequence import Sequence, SequenceTable, by_arrival
 from descant_client.protocol import FinishReason
 
+MAX_READ = 1024  # tokens that drafters take in before a step: a long prompt shall not hold up everybody
 _NO_DRAFTS: Mapping[int, DraftTree] = {}
 
 
@@ -119,12 +120,17 @@ class Planner:
         if max_nodes <= 0:
             return _NO_DRAFTS
         guesses: dict[int, tuple[Drafter, Guess]] = {}
-        least = life.draft_choice.least_likelihood(len(running))
+        least_likelihood = life.draft_choice.least_likelihood(len(running))
+        num_readable = MAX_READ
         for sequence in running:
             drafter, num_left = sequence.drafter, sequence.token_limit - sequence.num_tokens - 1
             if drafter is None or num_left <= 0 or sequence.num_computed + 1 != sequence.num_tokens:
                 continue
-            guess = drafter.guess(sequence, min(max_nodes, num_left), 0.0 if drafter.settings.always else least)
+            least = 0.0 if drafter.settings.always else least_likelihood
+            if least > 1:
+                continue
+            num_readable -= drafter.read(sequence, num_readable)
+            guess = drafter.guess(sequence, min(max_nodes, num_left), least)
             if guess is not None:
                 guesses[sequence.id] = drafter, guess
         return life.draft_choice.choose(guesses, len(running)) if guesses else _NO_DRAFTS
@@ -138,7 +144,12 @@ class Planner:
         if tree is not None:
             new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
             num_slots = len(sequence.block_table) * life.blocks.block_size - sequence.num_tokens
-            tree = tree if num_slots >= len(tree.token_ids) else tree.beginning(num_slots)
+            if num_slots < len(tree.token_ids):
+                tree = tree.beginning(num_slots)
+                if drafter is not None:
+                    drafter.promise(0.0)  # what is left of it promises something else
+            if tree is not None and drafter is not None and drafter.settings.always:
+                self._fairness.charge_draft(sequence, len(tree.token_ids))
         self._builder.decode(sequence, new_blocks or None, tree, num_candidates)
 
     # ---- prompts of running sequences -----------------------------------------------------------------------------

@@ -268,11 +268,14 @@ class Policy(Transitions):
     def _apply_row(self, life: ExecutorLife, sequence: Sequence, row: Row, result: RowResult, now: float) -> None:
         try:
             is_sampled = take_computed(life, sequence, row, result)
+            num_new = take_sampled(life, sequence, result) if is_sampled else 0
         except InternalError as error:
             self._finish(sequence, "error", error)
-            return
-        if is_sampled:
-            self._take_tokens(sequence, take_sampled(life, sequence, result), now)
+        except ValueError as exc:  # what is packed is cut off, or of another size than it says
+            self._finish(sequence, "error", InternalError(f"the engine's answer makes no sense: {exc}"))
+        else:
+            if is_sampled:
+                self._take_tokens(sequence, num_new, now)
 
     def _take_tokens(self, sequence: Sequence, num_new: int, now: float) -> None:
         if sequence.first_token_s is None:

@@ -13,7 +13,8 @@ def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowR
     """Take note of the positions that were computed; return whether a token was sampled after them.
 
     Raises:
-        InternalError: the row failed, or the engine did something else than was planned.
+        InternalError: the row failed, or the engine did something else than was planned. ValueError: so did who
+            packed it.
     """
     if result.error is not None:
         raise InternalError(result.error)
@@ -48,7 +49,7 @@ def _take_verdict(sequence: Sequence, draft: TokenDraft, num_sampled: int) -> in
 
 
 def take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> int:
-    """Append what was sampled, up to what ends the sequence; return how many tokens."""
+    """Append what was sampled, up to what ends the sequence; return how many tokens. Raises ValueError likewise."""
     sequence.num_pending -= 1
     if len(result.token_ids) == 4:
         token_ids = [int.from_bytes(result.token_ids, "little", signed=True)]
@@ -59,8 +60,11 @@ def take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> i
     num_new = sequence.append(token_ids, logprobs)
     if len(token_ids) > 1:
         life.register(sequence)  # what a draft has filled, now that its tokens are known
+        num_guessed = min(num_new, len(token_ids) - 1)
+        if sequence.drafter is not None:
+            sequence.drafter.num_accepted += num_guessed
         if sequence.guessed is not None:
-            sequence.guessed += range(start, start + min(num_new, len(token_ids) - 1))
+            sequence.guessed += range(start, start + num_guessed)
     if result.candidates is not None and sequence.drafter is not None:
         sequence.drafter.take_candidates(sequence.num_tokens, result.candidates)
     return num_new

@@ -50,6 +50,8 @@ def unpack_logprobs(rows: LogprobRows, token_ids: list[int]) -> list[TokenLogpro
     """Return one entry per token of `rows`, which are about `token_ids`. Raises ValueError if the sizes differ."""
     ids, values, k = unpack_ints(rows.top_ids), unpack_floats(rows.top), rows.num_top
     pairs = list(zip(ids, values, strict=True))
+    if len(pairs) != rows.num_tokens * k:
+        raise ValueError(f"{len(pairs)} alternatives for {rows.num_tokens} tokens with {k} each")
     entries = zip(token_ids, unpack_floats(rows.chosen), range(rows.num_tokens), strict=True)
     return [TokenLogprobs(token_id, value, tuple(pairs[i * k : (i + 1) * k])) for token_id, value, i in entries]
 

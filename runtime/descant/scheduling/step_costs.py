@@ -14,6 +14,7 @@ _KEPT = 0.97  # of the weight of earlier steps, with each new one
 _PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
 _PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, a row with heads
 _NEARLY = 0.125  # of a number of rows
+_SURELY_LESS = 0.8  # of a plain step: what did more and took less
 _MOST = 10.0  # plain steps: what takes longer was held up by something else
 
 
@@ -33,22 +34,30 @@ class StepCosts:
         num_rows = len(plan.rows)
         num_nodes = sum(map(num_drafted, plan.rows))
         num_heads = sum(row.num_candidates > 0 for row in plan.rows)
-        plain = self.plain(num_rows)
-        if num_nodes or num_heads:
-            if plain is not None:
-                self._fit((float(num_nodes > 0), float(num_nodes), float(num_heads)), min(seconds / plain, _MOST) - 1.0)
-        elif num_rows not in self._plain:
-            self._plain[num_rows] = seconds
-        else:
-            self._plain[num_rows] += _NEW_SHARE * (min(seconds, _MOST * self._plain[num_rows]) - self._plain[num_rows])
+        if not num_nodes and not num_heads:
+            self._average(num_rows, seconds)
+        elif (known := self._nearest(num_rows)) is not None:
+            if seconds < _SURELY_LESS * self._plain[known]:  # it did more, so the plain ones had been held up
+                self._average(known, seconds)
+            else:
+                added = min(seconds / self._plain[known], _MOST) - 1.0
+                self._fit((float(num_nodes > 0), float(num_nodes), float(num_heads)), added)
         return True
 
     def plain(self, num_rows: int) -> float | None:
         """Return the seconds of a plain step of so many rows, or nearly so many; None: none was seen."""
-        if num_rows in self._plain or not self._plain:
-            return self._plain.get(num_rows)
-        nearest = min(self._plain, key=lambda known: abs(known - num_rows))
-        return self._plain[nearest] if abs(nearest - num_rows) <= num_rows * _NEARLY else None
+        known = self._nearest(num_rows)
+        return None if known is None else self._plain[known]
+
+    def _nearest(self, num_rows: int) -> int | None:
+        if num_rows in self._plain:
+            return num_rows
+        nearest = min(self._plain, key=lambda known: abs(known - num_rows), default=None)
+        return nearest if nearest is not None and abs(nearest - num_rows) <= num_rows * _NEARLY else None
+
+    def _average(self, num_rows: int, seconds: float) -> None:
+        known = self._plain.get(num_rows, seconds)
+        self._plain[num_rows] = known + _NEW_SHARE * (min(seconds, _MOST * known) - known)
 
     def _fit(self, had: tuple[float, float, float], added: float) -> None:
         for i, one in enumerate(had):

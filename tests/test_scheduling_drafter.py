@@ -1,0 +1,87 @@
+"""What a drafter guesses of a text, and how far it believes what it guesses from."""
+
+from __future__ import annotations
+
+import pytest
+
+from descant.scheduling.drafting import Drafter, depth_of
+from descant.scheduling.ngram import DraftTree
+from descant.scheduling.plan import HeadCandidates, pack_floats, pack_ints
+from descant.scheduling.sequence import Sequence
+from descant_client.protocol import SamplingParams
+from descant_client.speculation import Speculation
+from fakes import FakeSink
+
+
+def text(token_ids: list[int]) -> Sequence:
+    return Sequence(1, "", token_ids, SamplingParams(), 0, FakeSink())
+
+
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        HeadCandidates(0, b"", b""),
+        HeadCandidates(2, pack_ints([1]), pack_floats([0.5])),
+        HeadCandidates(1, pack_ints([1, 2]), pack_floats([0.5])),
+        HeadCandidates(1, pack_ints([1]), pack_floats([float("nan")])),
+        HeadCandidates(1, pack_ints([1]), pack_floats([2.0])),
+    ],
+)
+def test_candidates_that_make_no_sense_are_dropped(candidates: HeadCandidates) -> None:
+    drafter = Drafter(Speculation(ngram=False))
+
+    drafter.take_candidates(3, candidates)
+
+    assert drafter.guess(text([1, 2, 3]), 64) is None
+    assert drafter.chain == []
+
+
+def test_a_long_prompt_is_read_part_by_part() -> None:
+    drafter, sequence = Drafter(), text([7, *range(10, 100), 7, *range(10, 13)])
+
+    assert drafter.read(sequence, 60) == 60
+    assert drafter.guess(sequence, 64) is None
+    assert drafter.read(sequence, 60) == sequence.num_tokens - 60
+    assert drafter.guess(sequence, 64) is not None
+
+
+def test_candidates_are_good_for_one_place_only() -> None:
+    drafter, sequence = Drafter(Speculation(ngram=False)), text([1, 2, 3])
+    candidates = HeadCandidates(1, pack_ints([7, 8]), pack_floats([0.9, 0.8]))
+
+    drafter.take_candidates(3, candidates)
+    guess = drafter.guess(sequence, 64)
+    drafter.take_candidates(2, candidates)
+
+    assert guess is not None
+    assert guess.tree == DraftTree((7, 8), (-1, 0))
+    assert drafter.guess(sequence, 64) is None
+
+
+def test_heads_that_were_wrong_are_believed_less() -> None:
+    drafter, said = Drafter(Speculation(ngram=False)), [1, 2, 3]
+    for _ in range(20):
+        drafter.take_candidates(len(said), HeadCandidates(1, pack_ints([7]), pack_floats([0.9])))
+        drafter.read(text([*said, 9]), 64)
+        said.append(9)
+
+    drafter.take_candidates(len(said), HeadCandidates(1, pack_ints([7]), pack_floats([0.9])))
+    guess = drafter.guess(text(said), 64)
+
+    assert guess is not None
+    assert guess.probabilities[0] < 0.2
+
+
+def test_the_depth_of_a_tree_is_that_of_its_longest_branch() -> None:
+    assert depth_of((-1, 0, -1, 1)) == 3
+
+
+def test_a_guess_is_what_followed_the_same_tokens_before() -> None:
+    sequence = text([1, 2, 3, 4, 5, 6, 7, 2, 3])
+
+    drafter = Drafter(Speculation(always=True))
+    drafter.read(sequence, 64)
+    guess = drafter.guess(sequence, 3)
+
+    assert guess is not None
+    assert guess.tree == DraftTree((4, 5, 6), (-1, 0, 1))
