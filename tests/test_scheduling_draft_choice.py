@@ -7,7 +7,7 @@ import random
 import msgspec
 import pytest
 
-from descant.scheduling.draft_choice import PROBE_EVERY, PROBE_NODES, DraftChoice
+from descant.scheduling.draft_choice import MAX_PROBE_EVERY, PROBE_EVERY, PROBE_NODES, DraftChoice
 from descant.scheduling.drafting import Drafter
 from descant.scheduling.guess import Guess
 from descant.scheduling.ngram import DraftTree
@@ -135,6 +135,20 @@ def test_after_many_plain_steps_a_few_nodes_are_tried_again() -> None:
     assert chosen(choice, 1, chain(0.2), chain(*[0.9] * 9)) == {1: PROBE_NODES}
 
 
+def test_the_more_tries_were_in_vain_the_longer_until_the_next() -> None:
+    choice, sure = taught(any_draft=5.0, node=1.0), chain(*[0.9] * 9)
+    choice.learn(plan(1, PROBE_NODES), 10.0)
+    waits: list[int] = []
+    for _ in range(6):
+        waits.append(0)
+        while not chosen(choice, 1, sure):
+            choice.learn(plan(1), 1.0)
+            waits[-1] += 1
+        choice.learn(plan(1, PROBE_NODES), 10.0)
+
+    assert waits == [min(PROBE_EVERY << number, MAX_PROBE_EVERY) for number in range(6)]
+
+
 def test_after_many_steps_with_drafts_a_plain_one_is_measured_again() -> None:
     choice = taught(any_draft=0.0, node=0.01)
     for _ in range(PROBE_EVERY):
@@ -184,6 +198,18 @@ def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> No
     asked = [choice.num_candidates(drafter, "v", 1) > 0 for _ in range(2 * PROBE_EVERY + 2)]
 
     assert asked == [False] * PROBE_EVERY + [True] + [False] * PROBE_EVERY + [True]
+
+
+def test_of_all_that_have_heads_one_is_asked_again_in_as_many_steps() -> None:
+    choice, drafters = DraftChoice(), [Drafter() for _ in range(16)]
+    for _ in range(40):
+        choice.learn(plan(16, with_heads=1), 1.5)
+        choice.learn(plan(16), 1.0)
+
+    asked = [sum(choice.num_candidates(one, "v", 16) > 0 for one in drafters) for _ in range(3 * PROBE_EVERY + 3)]
+
+    assert sum(asked) == 3
+    assert max(asked) == 1
 
 
 def test_heads_are_asked_once_a_plain_step_was_measured() -> None:

@@ -85,3 +85,33 @@ def test_a_guess_is_what_followed_the_same_tokens_before() -> None:
 
     assert guess is not None
     assert guess.tree == DraftTree((4, 5, 6), (-1, 0, 1))
+
+
+def test_a_text_that_says_nothing_for_long_is_read_several_tokens_at_a_time() -> None:
+    drafter, always, said = Drafter(), Drafter(Speculation(always=True)), [1]
+    read: list[int] = []
+    for token_id in range(2, 200):  # never one twice
+        said.append(token_id)
+        read.append(drafter.read(text(said), 64))
+        drafter.guess(text(said), 4)
+        assert always.read(text(said), 64)
+        always.guess(text(said), 4)
+
+    assert read[:3] == [2, 1, 1]
+    assert read[-16:].count(8) == 2
+    assert sum(read[-16:]) == 16
+
+
+def test_a_text_that_repeats_itself_after_all_is_soon_read_token_by_token() -> None:
+    drafter, said = Drafter(), list(range(1, 200))
+    for count in range(1, len(said) + 1):
+        drafter.read(text(said[:count]), 64)
+        drafter.guess(text(said[:count]), 4)
+
+    silent = 0
+    for token_id in range(50, 90):  # what it has said before
+        said.append(token_id)
+        drafter.read(text(said), 64)
+        silent += drafter.guess(text(said), 4) is None
+
+    assert silent <= 8

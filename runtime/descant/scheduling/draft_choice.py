@@ -18,9 +18,18 @@ from descant.scheduling.step_costs import StepCosts
 
 MARGIN = 1.05  # by which verifying must promise to be faster
 PROBE_EVERY = 64  # steps without a draft, or without a plain step: then the other is measured again
+MAX_PROBE_EVERY = 1024  # while one probe after the other finds that drafts do not pay
 PROBE_NODES = 4
-MAX_CHAINS = 1024  # versions whose heads are remembered
+MAX_VERSIONS = 1024  # whose heads are remembered
 PROBE_LEAST = 0.3  # likelihood of a node that a probe verifies
+
+
+class _Heads:
+    """What is known of the draft heads of a version."""
+
+    def __init__(self) -> None:
+        self.chain: list[float] = []  # `Drafter.chain` of late
+        self.num_unasked = 0  # rows in a row that they were not run for
 
 
 class DraftChoice:
@@ -28,7 +37,8 @@ class DraftChoice:
 
     def __init__(self) -> None:
         self._costs = StepCosts()
-        self._chains: dict[str, list[float]] = {}  # `Drafter.chain` of late, by the version with the heads
+        self._heads: dict[str, _Heads] = {}  # by version, the latest last
+        self._probe_every = PROBE_EVERY
         self._num_undrafted = 0  # decode steps in a row without a draft
         self._num_guessing = 0  # with one, or with heads
 
@@ -45,7 +55,7 @@ class DraftChoice:
         """Return how likely a node must be, at least, for a step of so many rows to verify it."""
         if self._is_plain_due(num_rows):
             return math.inf
-        dearest = PROBE_LEAST if self._num_undrafted >= PROBE_EVERY else math.inf
+        dearest = PROBE_LEAST if self._num_undrafted >= self._probe_every else math.inf
         return min(dearest, self._costs.added[1] * num_rows)  # in tokens that all rows go without meanwhile
 
     def choose(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
@@ -62,7 +72,10 @@ class DraftChoice:
             if worthy is not None:
                 chosen[key] = worthy.tree
                 drafter.promise(sum(worthy.probabilities) / drafter.kept_share)
-        return chosen or self._probe(weighed, num_rows)
+        if not chosen:
+            return self._probe(weighed, num_rows)
+        self._probe_every = PROBE_EVERY
+        return chosen
 
     def num_candidates(self, drafter: Drafter, digest: str, num_rows: int) -> int:
         """Return how many tokens each draft head of a sequence is to propose after this step; 0: they need not run.
@@ -71,19 +84,20 @@ class DraftChoice:
         """
         if not drafter.settings.heads or (self._is_plain_due(num_rows) and not drafter.settings.always):
             return 0
+        known = self._heads[digest] = self._heads.pop(digest, None) or _Heads()
+        while len(self._heads) > MAX_VERSIONS:
+            del self._heads[next(iter(self._heads))]
         if drafter.chain:
-            self._chains.pop(digest, None)
-            self._chains[digest] = drafter.chain  # the latest last
-            while len(self._chains) > MAX_CHAINS:
-                del self._chains[next(iter(self._chains))]
+            known.chain = drafter.chain
         else:
-            drafter.chain = self._chains.get(digest, [])
+            drafter.chain = known.chain
         any_draft, node, heads = self._costs.added
         gain = drafter.heads_gain(node * num_rows) - any_draft - heads * num_rows  # in tokens, likewise
-        if drafter.settings.always or gain > 0 or drafter.num_unasked >= PROBE_EVERY:
-            drafter.num_unasked = 0
+        is_probe_due = known.num_unasked >= PROBE_EVERY * num_rows  # of one row then, in as many steps
+        if drafter.settings.always or gain > MARGIN - 1.0 or is_probe_due:
+            known.num_unasked = 0
             return drafter.settings.num_candidates
-        drafter.num_unasked += 1
+        known.num_unasked += 1
         return 0
 
     def _is_plain_due(self, num_rows: int) -> bool:
@@ -103,11 +117,12 @@ class DraftChoice:
 
     def _probe(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
         """Return a few nodes of the surest guess, if nothing was verified for long."""
-        if self._num_undrafted < PROBE_EVERY or self._is_plain_due(num_rows) or not guesses:
+        if self._num_undrafted < self._probe_every or self._is_plain_due(num_rows) or not guesses:
             return {}
         key, (drafter, guess) = max(guesses.items(), key=lambda one: max(one[1][1].probabilities))
         probe = pruned(guess, PROBE_LEAST, PROBE_NODES)
         if probe is None:
             return {}
         drafter.promise(sum(probe.probabilities) / drafter.kept_share)
+        self._probe_every = min(2 * self._probe_every, MAX_PROBE_EVERY)
         return {key: probe.tree}

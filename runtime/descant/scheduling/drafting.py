@@ -18,6 +18,8 @@ from descant_client.speculation import Speculation
 _KEPT = 0.95  # of the weight of what was seen earlier, with each new token
 _LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
 _NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
+_SILENT_LOOKS = 4  # that make it wait for one token more,
+_MAX_PATIENCE = 7  # up to so many more than one
 AUTO = Speculation()
 
 
@@ -60,8 +62,8 @@ class Drafter:
         self.num_drafts = 0  # verified
         self.num_drafted = 0  # tokens on the longest way through each
         self.num_accepted = 0  # tokens of drafts that came true: each is a step saved
-        self.num_unasked = 0  # steps in a row that heads were not run for
         self._index = NgramIndex(settings.min_ngram, max(settings.min_ngram, settings.max_ngram))
+        self._num_silent = 0  # looks at the text, one after the other, that found nothing to say
         self._text_record = _Record(1.0, 2.0)
         self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
         self._heads_record = _Record(2.0, 2.0)
@@ -70,13 +72,19 @@ class Drafter:
         self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
 
     def read(self, sequence: Spoken, max_tokens: int) -> int:
-        """Take in what the text has become since it was last read, at most so many tokens; return how many."""
+        """Take in what the text has become since it was last read, at most so many tokens; return how many.
+
+        Where there was nothing to say for long, it waits for several tokens: read at once, they take less time.
+        """
         num_tokens, index = sequence.num_tokens, self._index
         if self._candidates is not None and self._candidates[0] < num_tokens:
             self._judge_heads(sequence)
         if not self.settings.ngram:
             return 0
         known = index.num_tokens
+        patience = min(self._num_silent // _SILENT_LOOKS, _MAX_PATIENCE)
+        if num_tokens - known <= patience and not self.settings.always:
+            return 0
         new = sequence.tokens(known, min(num_tokens, known + max_tokens))
         num_prompt = max(0, sequence.num_prompt_tokens - known)
         index.extend(new[:num_prompt])
@@ -93,11 +101,11 @@ class Drafter:
           least: likelihood below which nodes need not be named.
         """
         max_nodes = min(max_nodes, self.settings.max_nodes)
-        found = (self._text_guess(sequence, max_nodes, least), self._heads_guess(sequence, max_nodes, least))
-        guesses = [guess for guess in found if guess is not None]
-        if len(guesses) > 1:
-            return pruned(merged(guesses), 0.0, max_nodes)  # each alone may have as many nodes as there may be
-        return guesses[0] if guesses else None
+        said = self._text_guess(sequence, max_nodes, least)
+        proposed = self._heads_guess(sequence, max_nodes)
+        if said is None or proposed is None:
+            return said or proposed
+        return pruned(merged((said, proposed)), 0.0, max_nodes)  # each alone may have as many as there may be
 
     @property
     def kept_share(self) -> float:
@@ -148,14 +156,20 @@ class Drafter:
 
     def _text_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
         settings, rate = self.settings, self._text_record.rate
-        if rate < least or not settings.ngram or self._index.num_tokens < sequence.num_tokens:
+        if not settings.ngram or self._index.num_tokens < sequence.num_tokens:
+            return None
+        self._num_silent += 1
+        if rate < least:
             return None
         depth = settings.max_depth if least <= 0 or rate >= 1 else int(math.log(least) / math.log(rate))
         width = 1 if second_chance(rate) < least else settings.max_width
         tree = self._index.propose(min(settings.max_depth, depth), width, max_nodes)
-        return None if tree is None else of_text(tree, rate)
+        if tree is None:
+            return None
+        self._num_silent = 0
+        return of_text(tree, rate)
 
-    def _heads_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
+    def _heads_guess(self, sequence: Spoken, max_nodes: int) -> Guess | None:
         if self._candidates is None or self._candidates[0] != sequence.num_tokens:
             return None
         _, ids, odds = self._candidates
