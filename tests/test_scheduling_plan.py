@@ -175,6 +175,7 @@ def test_a_wrong_admit_is_refused(changes: dict[str, object]) -> None:
         ((Row(1, 1, heads_slot=99),), InvalidRequest),
         ((Row(1, 1, num_candidates=1),), InvalidRequest),
         ((Row(1, 1, num_candidates=-1),), InvalidRequest),
+        ((Row(1, 1, heads_slot=0, num_candidates=1),), UnsupportedRequest),  # of an engine that verifies none
         ((Row(1, 1, positions=b""),), UnsupportedRequest),
         ((Row(1, 1, input_ids=pack_ints([1])),), UnsupportedRequest),
     ],
