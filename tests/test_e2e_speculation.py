@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from descant.config import Config, SchedulingConfig, ServerConfig, check_config
+from descant.config import AdapterConfig, Config, SchedulingConfig, ServerConfig, check_config
 from descant.registry_setup import registry_config
 from descant.system import System
 from descant_client import connect
@@ -100,6 +100,11 @@ async def test_guessing_goes_on_when_the_executor_is_killed(server: tuple[System
     assert [result.token_ids for result in finished] == [plain.token_ids] * 8
 
 
+def damage_store(data_dir: Path) -> None:
+    for path in data_dir.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-4] + b"ruin")
+
+
 HEADS = Speculation(ngram=False, always=True)
 NAMED = msgspec.structs.replace(HEADS, heads="base-heads")
 STATIC = msgspec.structs.replace(NAMED, tree=[[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 7]])
@@ -161,6 +166,28 @@ async def test_the_base_goes_on_without_the_servers_heads_when_their_adapter_is_
     assert [result.token_ids for result in plain] == [guided.token_ids] * 4
     assert [result.timings.num_accepted for result in plain] == [0] * 4
     assert caplog.text.count("without the draft heads") == 1
+
+
+async def test_the_base_goes_on_without_the_servers_heads_when_their_file_is_damaged(tmp_path: Path) -> None:
+    async with serve(config(tmp_path, NAMED)) as (system, uri), connect(uri) as client:
+        (guided,) = await results([ask(client, None)])
+        damage_store(tmp_path)
+        await kill_executor(system)
+        (plain,) = await results([ask(client, None)])
+        (mended,) = await results([ask(client, None)])
+
+    assert plain.token_ids == mended.token_ids == guided.token_ids
+    assert plain.adapter_digest is guided.adapter_digest is None
+    assert plain.timings.num_accepted == 0
+    assert mended.timings.num_accepted == guided.timings.num_accepted > 0
+
+
+async def test_more_heads_than_the_configuration_allows_are_refused(tmp_path: Path) -> None:
+    allowing = msgspec.structs.replace(config(tmp_path), adapters=AdapterConfig(max_draft_heads=3))
+
+    async with serve(allowing) as (_, uri), connect(uri) as client:
+        with pytest.raises(AdapterInvalid, match="1 to 3 are allowed"):
+            await ask(client, NAMED).result()
 
 
 @pytest.mark.parametrize(

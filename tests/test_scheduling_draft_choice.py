@@ -7,11 +7,22 @@ import random
 import msgspec
 import pytest
 
+from descant.scheduling.doubt import STEPS
 from descant.scheduling.draft_choice import MAX_PROBE_EVERY, PROBE_EVERY, PROBE_NODES, DraftChoice
 from descant.scheduling.drafting import Drafter
 from descant.scheduling.guess import Guess
 from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import Admit, HeadCandidates, Row, StepPlan, TokenDraft, pack_floats, pack_ints
+from descant.scheduling.plan import (
+    Admit,
+    HeadCandidates,
+    Row,
+    RowResult,
+    StepPlan,
+    StepResult,
+    TokenDraft,
+    pack_floats,
+    pack_ints,
+)
 from descant.scheduling.step_costs import StepCosts
 from descant_client.protocol import SamplingParams
 from descant_client.speculation import Speculation
@@ -33,17 +44,26 @@ def plan(num_rows: int, nodes: int = 0, with_heads: int = 0) -> StepPlan:
     )
 
 
+def learn(
+    choice: DraftChoice, plan: StepPlan, seconds: float, *, num_accepted: int = 0, is_forced: bool = False
+) -> None:
+    """Tell a choice of a step whose first row went so far along its draft."""
+    rows = (RowResult(row.row, 1, pack_ints([0] * (1 + num_accepted * (i == 0)))) for i, row in enumerate(plan.rows))
+    choice.learn(plan, StepResult(0, 0, tuple(rows)), seconds, is_forced=is_forced)
+
+
 def chain(*likelihoods: float) -> Guess:
     depth = len(likelihoods)
     return Guess(DraftTree(tuple(range(depth)), tuple(range(-1, depth - 1))), likelihoods)
 
 
 def taught(any_draft: float, node: float, num_rows: int = 1) -> DraftChoice:
-    """A choice that has seen what steps take, in shares of a plain step."""
+    """A choice that has seen what steps take, in shares of a plain step; its drafts were worth it."""
     choice = DraftChoice()
     for _ in range(40):
         for nodes in (1, 4, 0, 8, 0):
-            choice.learn(plan(num_rows, nodes), 1.0 + (any_draft + node * nodes if nodes else 0.0))
+            seconds = 1.0 + (any_draft + node * nodes if nodes else 0.0)
+            learn(choice, plan(num_rows, nodes), seconds, num_accepted=10 * num_rows * nodes)
     return choice
 
 
@@ -56,11 +76,11 @@ def test_what_verifying_adds_is_found_under_noise() -> None:
     costs, dice = StepCosts(), random.Random(1)
     for _ in range(500):
         nodes, with_heads = dice.choice([0, 0, 1, 3, 8, 16]), dice.choice([0, 2])
-        added = 0.1 * (nodes > 0) + 0.02 * nodes + 0.05 * with_heads
+        added = 0.1 * (nodes > 0) + 0.02 * nodes + 0.1 * (with_heads > 0)
         costs.learn(plan(4, nodes, with_heads), 0.01 * (1 + added) * dice.uniform(0.97, 1.03))
 
     assert costs.plain(4) == pytest.approx(0.01, rel=0.03)
-    assert costs.added == pytest.approx((0.1, 0.02, 0.05), abs=0.02)
+    assert costs.added == pytest.approx((0.1, 0.02, 0.1), abs=0.02)
 
 
 def test_a_step_that_was_held_up_counts_for_no_more_than_ten_plain_ones() -> None:
@@ -95,6 +115,7 @@ def test_steps_that_do_more_than_decode_teach_nothing() -> None:
 def test_a_number_of_rows_never_seen_is_taken_for_one_near_by() -> None:
     costs = StepCosts()
     costs.learn(plan(2), 1.0)
+    assert costs.plain(15) is None
     costs.learn(plan(16), 3.0)
 
     assert (costs.plain(3), costs.plain(15), costs.plain(17), costs.plain(19)) == (None, 3.0, 3.0, None)
@@ -130,21 +151,21 @@ def test_after_many_plain_steps_a_few_nodes_are_tried_again() -> None:
     choice = taught(any_draft=5.0, node=1.0)
     for _ in range(PROBE_EVERY - 1):
         assert chosen(choice, 1, chain(*[0.9] * 9)) == {}
-        choice.learn(plan(1), 1.0)
+        learn(choice, plan(1), 1.0)
 
     assert chosen(choice, 1, chain(0.2), chain(*[0.9] * 9)) == {1: PROBE_NODES}
 
 
 def test_the_more_tries_were_in_vain_the_longer_until_the_next() -> None:
     choice, sure = taught(any_draft=5.0, node=1.0), chain(*[0.9] * 9)
-    choice.learn(plan(1, PROBE_NODES), 10.0)
+    learn(choice, plan(1, PROBE_NODES), 10.0)
     waits: list[int] = []
     for _ in range(6):
         waits.append(0)
         while not chosen(choice, 1, sure):
-            choice.learn(plan(1), 1.0)
+            learn(choice, plan(1), 1.0)
             waits[-1] += 1
-        choice.learn(plan(1, PROBE_NODES), 10.0)
+        learn(choice, plan(1, PROBE_NODES), 10.0)
 
     assert waits == [min(PROBE_EVERY << number, MAX_PROBE_EVERY) for number in range(6)]
 
@@ -153,10 +174,10 @@ def test_after_many_steps_with_drafts_a_plain_one_is_measured_again() -> None:
     choice = taught(any_draft=0.0, node=0.01)
     for _ in range(PROBE_EVERY):
         assert chosen(choice, 1, chain(0.9)) == {0: 1}
-        choice.learn(plan(1, 1), 1.0)
+        learn(choice, plan(1, 1), 1.0)
 
     assert choice.least_likelihood(1) > 1
-    choice.learn(plan(1), 1.0)
+    learn(choice, plan(1), 1.0)
     assert chosen(choice, 1, chain(0.9)) == {0: 1}
 
 
@@ -182,7 +203,7 @@ def test_who_always_verifies_holds_up_nobody_else() -> None:
     choice, always = taught(any_draft=0.0, node=0.01, num_rows=2), Drafter(Speculation(always=True))
     for _ in range(3 * PROBE_EVERY):
         trees = choice.choose({0: (always, chain(0.9)), 1: (Drafter(), chain(0.9))}, 2)
-        choice.learn(plan(2, 2), 1.02, is_forced=True)
+        learn(choice, plan(2, 2), 1.02, is_forced=True)
 
         assert len(trees) == 2
 
@@ -190,8 +211,8 @@ def test_who_always_verifies_holds_up_nobody_else() -> None:
 def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> None:
     choice, drafter = DraftChoice(), Drafter()
     for _ in range(40):
-        choice.learn(plan(1, with_heads=1), 1.5)
-        choice.learn(plan(1), 1.0)
+        learn(choice, plan(1, with_heads=1), 1.5)
+        learn(choice, plan(1), 1.0)
     for position in range(40):
         drafter.take_candidates(position, HeadCandidates(1, pack_ints([1]), pack_floats([0.1])))
 
@@ -203,8 +224,8 @@ def test_heads_that_bring_less_than_they_cost_are_asked_again_only_later() -> No
 def test_of_all_that_have_heads_one_is_asked_again_in_as_many_steps() -> None:
     choice, drafters = DraftChoice(), [Drafter() for _ in range(16)]
     for _ in range(40):
-        choice.learn(plan(16, with_heads=1), 1.5)
-        choice.learn(plan(16), 1.0)
+        learn(choice, plan(16, with_heads=1), 1.5)
+        learn(choice, plan(16), 1.0)
 
     asked = [sum(choice.num_candidates(one, "v", 16) > 0 for one in drafters) for _ in range(3 * PROBE_EVERY + 3)]
 
@@ -216,13 +237,13 @@ def test_heads_are_asked_once_a_plain_step_was_measured() -> None:
     choice, drafter = DraftChoice(), Drafter()
 
     assert choice.num_candidates(drafter, "v", 1) == 0
-    choice.learn(plan(1), 1.0)
+    learn(choice, plan(1), 1.0)
     assert choice.num_candidates(drafter, "v", 1) > 0
 
 
 def test_what_heads_were_good_for_is_known_of_the_next_sequence_with_them() -> None:
     choice, drafter = DraftChoice(), Drafter()
-    choice.learn(plan(1), 1.0)
+    learn(choice, plan(1), 1.0)
     drafter.take_candidates(1, HeadCandidates(1, pack_ints([1]), pack_floats([0.01])))
     choice.num_candidates(drafter, "poor", 1)
 
@@ -233,7 +254,7 @@ def test_what_heads_were_good_for_is_known_of_the_next_sequence_with_them() -> N
 def test_a_step_with_heads_is_no_plain_one() -> None:
     choice = taught(any_draft=0.0, node=0.01)
     for _ in range(PROBE_EVERY):
-        choice.learn(plan(1, with_heads=1), 1.1)
+        learn(choice, plan(1, with_heads=1), 1.1)
 
     assert chosen(choice, 1, chain(0.9)) == {}
     assert choice.num_candidates(Drafter(), "v", 1) == 0
@@ -270,3 +291,27 @@ def test_text_that_repeats_is_drafted_where_nodes_are_cheap_and_not_where_they_a
 
 def test_text_that_never_repeats_is_not_drafted() -> None:
     assert steps(hash_history, 0.01)[1] == steps(hash_history, 0.01, speculates=False)[1]
+
+
+def test_guesses_that_turn_out_to_be_a_loss_are_left_until_they_promise_more() -> None:
+    choice, drafter = taught(any_draft=0.0, node=0.1), Drafter()
+    num_tried = 0
+    while choice.choose({0: (drafter, chain(0.2))}, 1) and num_tried < 200:  # a little more than a node costs
+        learn(choice, plan(1, 1), 1.1)  # and never true
+        learn(choice, plan(1), 1.0)
+        num_tried += 1
+
+    assert STEPS <= num_tried < 200
+    assert chosen(choice, 1, chain(0.9)) == {0: 1}
+
+
+def test_what_pays_at_one_load_is_not_doubted_for_another() -> None:
+    choice = taught(any_draft=0.0, node=0.02)
+    for _ in range(40):
+        learn(choice, plan(8), 1.0)
+    for _ in range(4 * STEPS):
+        learn(choice, plan(8, 1), 1.1)
+        learn(choice, plan(8), 1.0)
+
+    assert chosen(choice, 8, chain(0.5)) == {}
+    assert chosen(choice, 1, chain(0.5)) == {0: 1}

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from descant.scheduling.doubt import Doubt, gain_of
 from descant.scheduling.drafting import Drafter
 from descant.scheduling.guess import Guess, believed, pruned
 from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import StepPlan, num_drafted
+from descant.scheduling.plan import StepPlan, StepResult, num_drafted
 from descant.scheduling.step_costs import StepCosts
 
 MARGIN = 1.05  # by which verifying must promise to be faster
@@ -37,17 +38,21 @@ class DraftChoice:
 
     def __init__(self) -> None:
         self._costs = StepCosts()
+        self._doubts: dict[int, Doubt] = {}  # by the bits of the number of rows
         self._heads: dict[str, _Heads] = {}  # by version, the latest last
         self._probe_every = PROBE_EVERY
         self._num_undrafted = 0  # decode steps in a row without a draft
         self._num_guessing = 0  # with one, or with heads
 
-    def learn(self, plan: StepPlan, seconds: float, *, is_forced: bool = False) -> None:
+    def learn(self, plan: StepPlan, result: StepResult, seconds: float, *, is_forced: bool = False) -> None:
         """Take note of what a step took. `is_forced`: somebody in it verifies at any cost, so it could not be plain."""
         if not self._costs.learn(plan, seconds) or is_forced:
             return
         has_draft = any(map(num_drafted, plan.rows))
         is_plain = not has_draft and not any(row.num_candidates for row in plan.rows)
+        plain_seconds = self._costs.plain(len(plan.rows))
+        if not is_plain and plain_seconds is not None:
+            self._doubt(len(plan.rows)).saw(gain_of(plan, result, seconds, plain_seconds))
         self._num_undrafted = 0 if has_draft else self._num_undrafted + 1
         self._num_guessing = 0 if is_plain else self._num_guessing + 1
 
@@ -56,7 +61,8 @@ class DraftChoice:
         if self._is_plain_due(num_rows):
             return math.inf
         dearest = PROBE_LEAST if self._num_undrafted >= self._probe_every else math.inf
-        return min(dearest, self._costs.added[1] * num_rows)  # in tokens that all rows go without meanwhile
+        _, node, _ = self._added(num_rows)
+        return min(dearest, node * num_rows)  # in tokens that all rows go without meanwhile
 
     def choose(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
         """Return what to verify in a step of so many rows, by sequence."""
@@ -91,8 +97,9 @@ class DraftChoice:
             known.chain = drafter.chain
         else:
             drafter.chain = known.chain
-        any_draft, node, heads = self._costs.added
-        gain = drafter.heads_gain(node * num_rows) - any_draft - heads * num_rows  # in tokens, likewise
+        any_draft, node, heads = self._added(num_rows)
+        # In tokens, likewise: that there are drafts and heads delays all rows, and is for all that have some.
+        gain = drafter.heads_gain(node * num_rows) - any_draft - heads
         is_probe_due = known.num_unasked >= PROBE_EVERY * num_rows  # of one row then, in as many steps
         if drafter.settings.always or gain > MARGIN - 1.0 or is_probe_due:
             known.num_unasked = 0
@@ -100,12 +107,20 @@ class DraftChoice:
         known.num_unasked += 1
         return 0
 
+    def _doubt(self, num_rows: int) -> Doubt:
+        return self._doubts.setdefault(num_rows.bit_length(), Doubt())
+
+    def _added(self, num_rows: int) -> tuple[float, float, float]:
+        """Return what guessing is taken to add to a step of so many rows: `StepCosts.added`, as far as is doubted."""
+        factor, (any_draft, node, heads) = self._doubt(num_rows).factor, self._costs.added
+        return factor * any_draft, factor * node, factor * heads
+
     def _is_plain_due(self, num_rows: int) -> bool:
         return self._costs.plain(num_rows) is None or self._num_guessing >= PROBE_EVERY
 
     def _least_chosen(self, guesses: Mapping[int, tuple[Drafter, Guess]], num_rows: int) -> float:
         """Return the likelihood of the last node that makes the step better; infinity: none does."""
-        any_draft, node, _ = self._costs.added
+        any_draft, node, _ = self._added(num_rows)
         likelihoods = [one for _, guess in guesses.values() for one in guess.probabilities]
         best, least, gain = num_rows * MARGIN, math.inf, 0.0
         for count, likelihood in enumerate(sorted(likelihoods, reverse=True), start=1):
@@ -125,4 +140,5 @@ class DraftChoice:
             return {}
         drafter.promise(sum(probe.probabilities) / drafter.kept_share)
         self._probe_every = min(2 * self._probe_every, MAX_PROBE_EVERY)
+        self._doubt(num_rows).relent()
         return {key: probe.tree}

@@ -261,7 +261,7 @@ class Policy(Transitions):
             drafters = [sequence.drafter for sequence in planned.sequences if sequence.drafter is not None]
             is_forced = any(drafter.settings.always for drafter in drafters)
             seconds = max(result.device_s, self._now() - planned.begun_s)
-            life.draft_choice.learn(planned.plan, seconds, is_forced=is_forced)
+            life.draft_choice.learn(planned.plan, result, seconds, is_forced=is_forced)
 
     # ---- applying -------------------------------------------------------------------------------------------------
 

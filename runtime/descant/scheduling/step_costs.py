@@ -1,8 +1,8 @@
 """`StepCosts`: what a step takes, learned from steps that only decoded.
 
 A plain step is measured by how many rows it has. What verifying adds is fitted to the steps that verified, by least
-squares in which older steps count less: so much for having any draft, so much per node of a draft, so much per row
-whose draft heads ran. So it holds for any machine, a CPU as well, and follows what else the machine has to do.
+squares in which older steps count less: so much for having any draft, so much per node of a draft, so much for running
+draft heads, which mostly read their weights. So it holds for any machine, a CPU as well, and follows what else it does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from descant.scheduling.plan import StepPlan, num_drafted
 _NEW_SHARE = 0.2  # of a new measurement in the average of plain steps
 _KEPT = 0.97  # of the weight of earlier steps, with each new one
 _PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
-_PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, a row with heads
+_PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, any draft heads
 _NEARLY = 0.125  # of a number of rows
 _SURELY_LESS = 0.8  # of a plain step: what did more and took less
 _MOST = 10.0  # plain steps: what takes longer was held up by something else
@@ -23,9 +23,10 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._plain: dict[int, float] = {}  # by number of rows
+        self._near: dict[int, int | None] = {}  # for numbers of rows that were not seen: which one stands for them
         self._products = [[0.0] * 3 for _ in range(3)]  # sums of products of what steps had
         self._targets = [0.0] * 3  # and with what they took beyond a plain step
-        self.added = _PRIOR  # what any draft, a node, and a row with heads add to a step, in plain steps
+        self.added = _PRIOR  # what any draft, a node, and any draft heads add to a step, in plain steps
 
     def learn(self, plan: StepPlan, seconds: float) -> bool:
         """Take a step into account, if it only decoded; return whether it did."""
@@ -33,15 +34,15 @@ class StepCosts:
             return False
         num_rows = len(plan.rows)
         num_nodes = sum(map(num_drafted, plan.rows))
-        num_heads = sum(row.num_candidates > 0 for row in plan.rows)
-        if not num_nodes and not num_heads:
+        has_heads = any(row.num_candidates for row in plan.rows)
+        if not num_nodes and not has_heads:
             self._average(num_rows, seconds)
         elif (known := self._nearest(num_rows)) is not None:
             if seconds < _SURELY_LESS * self._plain[known]:  # it did more, so the plain ones had been held up
                 self._average(known, seconds)
             else:
                 added = min(seconds / self._plain[known], _MOST) - 1.0
-                self._fit((float(num_nodes > 0), float(num_nodes), float(num_heads)), added)
+                self._fit((float(num_nodes > 0), float(num_nodes), float(has_heads)), added)
         return True
 
     def plain(self, num_rows: int) -> float | None:
@@ -52,10 +53,15 @@ class StepCosts:
     def _nearest(self, num_rows: int) -> int | None:
         if num_rows in self._plain:
             return num_rows
-        nearest = min(self._plain, key=lambda known: abs(known - num_rows), default=None)
-        return nearest if nearest is not None and abs(nearest - num_rows) <= num_rows * _NEARLY else None
+        if num_rows not in self._near:
+            nearest = min(self._plain, key=lambda known: abs(known - num_rows), default=None)
+            is_near = nearest is not None and abs(nearest - num_rows) <= num_rows * _NEARLY
+            self._near[num_rows] = nearest if is_near else None
+        return self._near[num_rows]
 
     def _average(self, num_rows: int, seconds: float) -> None:
+        if num_rows not in self._plain:
+            self._near.clear()
         known = self._plain.get(num_rows, seconds)
         self._plain[num_rows] = known + _NEW_SHARE * (min(seconds, _MOST * known) - known)
 

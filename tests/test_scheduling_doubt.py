@@ -1,0 +1,49 @@
+"""What guessing costs is taken to be more while it does not pay."""
+
+from __future__ import annotations
+
+import pytest
+
+from descant.scheduling.doubt import MOST, RAISED, STEPS, Doubt, gain_of
+from descant.scheduling.plan import Row, RowResult, StepPlan, StepResult, pack_ints
+
+
+def seen(doubt: Doubt, gain: float, times: int = 1) -> float:
+    for _ in range(times * STEPS):
+        doubt.saw(gain)
+    return doubt.factor
+
+
+def test_a_loss_raises_it_and_a_clear_gain_lowers_it_again() -> None:
+    doubt = Doubt()
+
+    assert seen(doubt, 0.2) == 1.0
+    assert seen(doubt, -0.01) == RAISED
+    assert seen(doubt, 0.01) == RAISED  # too little to be sure of
+    assert seen(doubt, 0.2) == pytest.approx(1.0)
+
+
+def test_one_step_that_was_held_up_is_no_loss() -> None:
+    doubt = Doubt()
+    for _ in range(4 * STEPS):
+        doubt.saw(0.3)
+    doubt.saw(-2.0)
+    for _ in range(STEPS - 1):
+        doubt.saw(0.3)
+
+    assert doubt.factor == 1.0
+
+
+def test_it_ends_somewhere_and_another_chance_is_a_step_back() -> None:
+    doubt = Doubt()
+
+    assert seen(doubt, -1.0, times=20) == MOST
+    doubt.relent()
+    assert doubt.factor == pytest.approx(MOST / RAISED)
+
+
+def test_a_step_gains_the_tokens_it_gave_beyond_one_to_each_row_less_the_time_it_took() -> None:
+    plan = StepPlan(0, 0, rows=(Row(1, 1), Row(2, 1)))
+    rows = (RowResult(1, 9, pack_ints([5, 6, 7])), RowResult(2, 9, pack_ints([8])))
+
+    assert gain_of(plan, StepResult(0, 0, rows), seconds=0.03, plain_seconds=0.02) == pytest.approx(2.0 - 1.5)
