@@ -11,7 +11,10 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from descant.config import AdapterConfig, Config, SchedulingConfig, ServerConfig, check_config
+from descant.actors.fetch import DEMO_ADAPTERS
+from descant.config import AdapterConfig, Config, ModelConfig, SchedulingConfig, ServerConfig, check_config
+from descant.default_heads import DefaultHeads
+from descant.leases import Lease
 from descant.registry_setup import registry_config
 from descant.system import System
 from descant_client import connect
@@ -116,6 +119,24 @@ async def test_heads_of_another_adapter_can_be_named(client: Client, adapter: st
 
     assert all(one.choices == plain.choices for one in guided)
     assert all(one.timings.num_accepted > 0 for one in guided)
+
+
+async def test_heads_are_named_as_such_wherever_the_adapter_comes_from(client: Client) -> None:
+    path = str(DEMO_ADAPTERS / "upper")
+    plain, guided = await results([ask(client, one, adapter=path, adapter_source="local") for one in ("off", NAMED)])
+
+    assert guided.choices == plain.choices
+    assert guided.timings.num_accepted > 0
+
+
+async def test_nobody_asks_for_heads_where_none_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: DefaultHeads, lease: Lease) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(DefaultHeads, "question", refuse)
+    dummy = msgspec.structs.replace(config(tmp_path, NAMED), model=ModelConfig(engine="dummy"))
+    async with serve(dummy) as (_, uri), connect(uri) as client:
+        assert (await ask(client, None, max_tokens=3).result()).finish_reason == "length"
 
 
 async def test_an_adapter_that_is_heads_alone_is_the_base(client: Client) -> None:

@@ -101,6 +101,21 @@ def test_who_has_an_adapter_for_speed_alone_goes_on_without_it(num_bytes: int) -
     assert [(seq.finish_reason, seq.adapter) for seq in choices] == [("length", None)] * 3
 
 
+def test_no_pin_gives_way_to_what_is_there_for_speed_alone() -> None:
+    loop = Loop()
+    heads = msgspec.structs.replace(version("a"), num_modules=0, num_heads=2)
+    (seq,) = loop.submit([1], max_tokens=20, adapter=heads, is_adapter_optional=True)
+    loop.step()
+    loop.finish_load()
+    loop.step()
+    loop.policy.set_pins([version("p", 1024)])  # all there is
+
+    loop.crash()
+    loop.run()
+
+    assert (seq.num_output_tokens, seq.adapter) == (20, None)
+
+
 def test_answers_about_loads_of_an_earlier_executor_are_ignored() -> None:
     loop = Loop()
     (seq,) = loop.submit([1], adapter=version("a"))

@@ -7,7 +7,7 @@ import random
 import msgspec
 import pytest
 
-from descant.scheduling.doubt import STEPS
+from descant.scheduling.doubt import RAISED, STEPS
 from descant.scheduling.draft_choice import MAX_PROBE_EVERY, PROBE_EVERY, PROBE_NODES, DraftChoice
 from descant.scheduling.drafting import Drafter
 from descant.scheduling.guess import Guess
@@ -233,6 +233,18 @@ def test_of_all_that_have_heads_one_is_asked_again_in_as_many_steps() -> None:
     assert max(asked) == 1
 
 
+@pytest.mark.parametrize(("likelihood", "is_asked"), [(0.22, False), (0.27, True)])
+def test_heads_are_asked_where_they_clearly_bring_more_than_they_cost(likelihood: float, is_asked: bool) -> None:
+    choice, drafter = DraftChoice(), Drafter()
+    for _ in range(40):
+        for nodes, heads in ((0, 1), (0, 0), (2, 0), (8, 0)):
+            learn(choice, plan(1, nodes, heads), 1.0 + 0.2 * heads, num_accepted=nodes + heads)
+    for position in range(200):
+        drafter.take_candidates(position, HeadCandidates(1, pack_ints([1]), pack_floats([likelihood])))
+
+    assert (choice.num_candidates(drafter, "v", 1) > 0) is is_asked
+
+
 def test_heads_are_asked_once_a_plain_step_was_measured() -> None:
     choice, drafter = DraftChoice(), Drafter()
 
@@ -305,13 +317,24 @@ def test_guesses_that_turn_out_to_be_a_loss_are_left_until_they_promise_more() -
     assert chosen(choice, 1, chain(0.9)) == {0: 1}
 
 
+def test_after_many_plain_steps_what_was_a_loss_is_doubted_less() -> None:
+    choice = taught(any_draft=0.0, node=0.5)
+    for _ in range(2 * STEPS):
+        learn(choice, plan(1, 1), 1.5)  # never true
+        learn(choice, plan(1), 1.0)
+    assert choice.least_likelihood(1) == pytest.approx(0.5 * RAISED, rel=0.1)
+    for _ in range(PROBE_EVERY):
+        learn(choice, plan(1), 1.0)
+
+    assert chosen(choice, 1, chain(0.4)) == {0: 1}  # a probe, for it is not worth it
+    assert choice.least_likelihood(1) == pytest.approx(0.5, rel=0.1)
+
+
 def test_what_pays_at_one_load_is_not_doubted_for_another() -> None:
     choice = taught(any_draft=0.0, node=0.02)
-    for _ in range(40):
-        learn(choice, plan(8), 1.0)
-    for _ in range(4 * STEPS):
-        learn(choice, plan(8, 1), 1.1)
+    for _ in range(8 * STEPS):
+        learn(choice, plan(8, 1), 1.02)  # never true
         learn(choice, plan(8), 1.0)
 
     assert chosen(choice, 8, chain(0.5)) == {}
-    assert chosen(choice, 1, chain(0.5)) == {0: 1}
+    assert chosen(choice, 1, chain(0.15)) == {0: 1}

@@ -256,6 +256,21 @@ def test_no_more_is_read_before_a_step_than_holds_nobody_up(monkeypatch: pytest.
     assert num_drafted(drafting) > 0
 
 
+def test_a_draft_that_is_cut_short_for_want_of_room_breaks_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExecutorLife, "room_behind", lambda *_: [])  # no block more than for the next token
+    drafting = loop(behavior=echo)
+    drafting.engine.seconds = lambda plan: 1.0
+    (sequence,) = drafting.submit([5, 6], max_tokens=60, drafter=Drafter())
+    shares: list[float] = []
+    while not sequence.is_finished:
+        drafting.step()
+        assert sequence.drafter is not None
+        shares.append(sequence.drafter.kept_share)
+
+    assert num_drafted(drafting) > 3
+    assert min(shares) > 0.9
+
+
 def test_nobody_is_preempted_for_a_draft() -> None:
     drafting = loop(num_blocks=12, behavior=echo)  # of four: two sequences of 24 tokens fill it
     sequences = [drafting.submit([5, 6], max_tokens=22, drafter=eager())[0] for _ in range(2)]
