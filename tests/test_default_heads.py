@@ -12,23 +12,25 @@ from descant_client.speculation import Speculation, SpeculationChoice
 
 
 def test_the_name_is_the_shared_one() -> None:
-    question = DefaultHeads(Speculation(heads="fast")).question(LeaseTable().lease())
+    heads = DefaultHeads(Speculation(heads="fast"))
 
-    assert question is not None
+    question = heads.question(LeaseTable().lease())
+
+    assert heads.are_there
     assert (question.heads, question.members, question.principal.name) == ("fast", (), SHARED)
 
 
 @pytest.mark.parametrize("speculation", ["off", "auto", Speculation(), Speculation(heads=False)])
 def test_there_are_none_where_none_are_named(speculation: SpeculationChoice) -> None:
-    assert DefaultHeads(speculation).question(LeaseTable().lease()) is None
+    assert not DefaultHeads(speculation).are_there
 
 
 def test_after_a_failure_nobody_asks_for_a_while() -> None:
     clock = [0.0]
-    heads, lease = DefaultHeads(Speculation(heads="fast"), lambda: clock[0]), LeaseTable().lease()
+    heads = DefaultHeads(Speculation(heads="fast"), lambda: clock[0])
 
     heads.failed(AdapterNotFound("fast"))
 
-    assert heads.question(lease) is None
+    assert not heads.are_there
     clock[0] = RETRY_S
-    assert heads.question(lease) is not None
+    assert heads.are_there

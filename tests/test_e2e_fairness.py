@@ -15,6 +15,7 @@ import pytest
 
 from descant.actors.fetch import DEMO_MODEL
 from descant.config import Config, KeyConfig, SchedulingConfig, hash_key
+from descant.default_heads import DefaultHeads
 from descant.generate import start_stream
 from descant.messages import Principal, Submit
 from descant.scheduling.sequence import SequenceTable
@@ -141,6 +142,7 @@ async def test_a_client_hears_nothing_of_its_request_before_the_scheduler_took_i
         config=Config(),
         model=model,
         tokenizer=Tokenizer(DEMO_MODEL),
+        default_heads=DefaultHeads("auto"),
         sequences=SequenceTable(),
         scheduler=SimpleNamespace(ask=ask, tell_nowait=lambda message: None),
     )

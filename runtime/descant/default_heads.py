@@ -21,7 +21,7 @@ RETRY_S = 60.0  # after a failure; until then nobody asks for them, and nobody w
 
 
 class DefaultHeads:
-    """Whether there are any, and how to ask the registry for them."""
+    """Which they are, and whether to ask the registry for them."""
 
     def __init__(self, speculation: SpeculationChoice, now: Callable[[], float] = time.monotonic) -> None:
         heads = speculation.heads if isinstance(speculation, Speculation) else False
@@ -29,10 +29,13 @@ class DefaultHeads:
         self._now = now
         self._retry_at_s = 0.0
 
-    def question(self, lease: Lease) -> ResolveAdapters | None:
-        """Return what to ask; None: there are none to be had. The name is the shared one, whoever's request it is."""
-        if self._name is None or self._now() < self._retry_at_s:
-            return None
+    @property
+    def are_there(self) -> bool:
+        """Whether any are named, and were not found wanting just now."""
+        return self._name is not None and self._now() >= self._retry_at_s
+
+    def question(self, lease: Lease) -> ResolveAdapters:
+        """Return what to ask, if there are any. The name is the shared one, whoever's request it is."""
         return ResolveAdapters((), Principal(SHARED), lease, heads=self._name)
 
     def failed(self, error: DescantError) -> None:

@@ -190,18 +190,22 @@ async def _adapter(
 ) -> AdapterVersion | None:
     members, combination = _members(request)
     heads = _named_heads(request)
-    lease = services.leases.lease()
-    stream.hold(lease)
     if members or heads is not None:
+        lease = services.leases.lease()
+        stream.hold(lease)
         question = ResolveAdapters(members, principal, lease, combination, request.adapter_source, heads)
         return await _resolve(services, stream, question)
     speculation = _speculation(request, services.config.scheduling.speculation)
-    is_of_use = services.model.engine.limits.max_draft_nodes > 0 and _takes_default_heads(request, speculation)
-    question = services.default_heads.question(lease) if is_of_use else None
-    if question is None:
+    return await _default_heads(services, stream) if _takes_default_heads(request, speculation) else None
+
+
+async def _default_heads(services: Services, stream: Stream) -> AdapterVersion | None:
+    if not services.default_heads.are_there or not services.model.engine.limits.max_draft_nodes:
         return None
+    lease = services.leases.lease()
+    stream.hold(lease)
     try:
-        return await _resolve(services, stream, question)
+        return await _resolve(services, stream, services.default_heads.question(lease))
     except DescantError as error:
         services.default_heads.failed(error)
         return None
