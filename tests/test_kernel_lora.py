@@ -121,7 +121,7 @@ def test_rows_past_the_last_segment_keep_their_bits():
 @pytest.mark.parametrize(("max_bytes", "max_entries"), [(2000, 100), (1 << 20, 2)])
 def test_index_tables_stay_within_their_budget(monkeypatch, max_bytes, max_entries):
     case = lora_case([[8]] * 6, 64, (64,), torch.float32)
-    x, cache = normal(1, 64), cpu_lora.SumsCache(max_bytes, max_entries)
+    x, cache = normal(1, 64), cpu_lora.UpdateCache(max_bytes, max_entries)
     expected = [added(case, x, [slot]) for slot in range(6)]
 
     monkeypatch.setattr(cpu_lora, "_cache", cache)

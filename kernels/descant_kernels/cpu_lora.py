@@ -13,7 +13,7 @@ are made once for a batch, not once per layer, and kept while the same adapters 
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -44,19 +44,49 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
-    """Runs to add up, of `width` elements each, counted from where a view of the arena begins."""
+    """Runs to add up, of `width` elements each, counted from where a view of the arena begins, and their weights.
+
+    The weights of all sums, one after the other, are rows of a matrix `chunk` wide: `sources` says which.
+    """
 
     width: int
     runs: Tensor  # [num_terms] int32
     starts: Tensor  # [num_sums] int32, the first term of each sum
+    chunk: int
+    sources: Tensor | None  # [num_terms / chunk] int64; None: every row once, in order
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Update:
+    """What rows of one tile need done to one group of slices, in whichever layer."""
+
+    shrink: Sums
+    expand: Sums
+    columns: tuple[tuple[int, int, int], ...]  # of y from which on, of the update likewise, and how many
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Tile:
     """Rows of y, as consecutive as may be, whose slots have the same shape."""
 
     rows: Tensor | slice
     origins: tuple[int, ...]  # where each row's version begins in the arena
+    updates: dict[int, Update] = field(default_factory=dict[int, Update])  # by the identity of the slices
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The touched slices of one layer's group of projections, and the arena from its first pair on."""
+
+    slices: tuple[Slice, ...]
+    view: Tensor
+    runs: dict[int, Tensor] = field(default_factory=dict[int, Tensor])  # the view as runs, by their width
+
+    def as_runs(self, width: int) -> Tensor:
+        """The view as `[N, width]`."""
+        if width not in self.runs:
+            self.runs[width] = self.view[: self.view.shape[0] // width * width].view(-1, width)
+        return self.runs[width]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +95,7 @@ class Shape:
 
     ranks: tuple[int, ...]
     distances: tuple[int, ...]
+    groups: dict[int, Group] = field(default_factory=dict[int, Group], compare=False)  # by their first module
 
 
 def add_lora(
@@ -77,61 +108,39 @@ def add_lora(
     bias: Tensor | None = None,
 ) -> None:
     """See `descant_kernels.add_lora`."""
-    for shape, tiles in _tiles(tables, segments).items():
-        slices = _slices(tables, shape, first_module, x.shape[1], out_sizes)
-        if not slices:
-            continue
-        first = first_module + slices[0][0]
-        touched = tuple(slice_ for _, slice_ in slices)
-        view = tables.arena[shape.distances[first] :]
-        for tile in tiles:
-            shrink, expand = _cache.of(touched, tile.origins)
-            rows = x[tile.rows]
-            h = _shrink(view, rows, shrink)
-            delta = _expand(view, h, touched, expand)
-            _add(y, delta, touched, tile)
+    for shape, tiles in _tiles(tables, segments):
+        group = shape.groups.get(first_module)
+        if group is None:
+            group = shape.groups[first_module] = _group(tables, shape, first_module, x.shape[1], out_sizes)
+        for tile in tiles if group.slices else ():
+            update = tile.updates.get(id(group.slices))
+            if update is None:
+                update = tile.updates[id(group.slices)] = _cache.of(group.slices, tile.origins)
+            h = _weighted_sums(group, x[tile.rows], update.shrink)
+            delta = _weighted_sums(group, h, update.expand)
+            _add(y, delta.view(len(tile.origins), -1), update, tile)
     if _has_row_scales(tables, segments):
         _scale(y, tables, segments, first_module, out_sizes, bias)
 
 
-def _shrink(view: Tensor, rows: Tensor, sums: Sums) -> Tensor:
-    """x @ A.T of all slices side by side, each as wide as its rows of A: `[n, sum(a_stride)]`."""
-    num_rows, in_size = rows.shape
-    sums_per_row = sums.starts.shape[0] // num_rows
-    weights = rows[:, None].expand(num_rows, sums_per_row, in_size).reshape(-1)
-    return _weighted_sums(view, weights, sums).view(num_rows, -1)
-
-
-def _expand(view: Tensor, h: Tensor, slices: tuple[Slice, ...], sums: Sums) -> Tensor:
-    """h @ B.T of all slices side by side, each as wide as its rows of B: `[n, sum(b_stride)]`."""
-    weights: list[Tensor] = []
-    column = 0
-    for slice_ in slices:
-        layout = slice_.layout
-        part = h[:, None, column : column + layout.rank]
-        weights.append(part.expand(-1, layout.b_stride // sums.width, -1).flatten(1))
-        column += layout.a_stride
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)
-    return _weighted_sums(view, weight.reshape(-1), sums).view(h.shape[0], -1)
-
-
-def _weighted_sums(view: Tensor, weights: Tensor, sums: Sums) -> Tensor:
-    table = view[: view.shape[0] // sums.width * sums.width].view(-1, sums.width)
+def _weighted_sums(group: Group, weights: Tensor, sums: Sums) -> Tensor:
+    """The sums, `[num_sums, width]`: of shrink, x @ A.T of all slices side by side, each as wide as its rows of A; of
+    expand, h @ B.T likewise."""
+    if sums.sources is not None:
+        weights = weights.reshape(-1, sums.chunk).index_select(0, sums.sources)
     # The positional flags: no scaling by frequency, mode 0 = sum, no sparse gradient.
-    return torch.embedding_bag(table, sums.runs, sums.starts, False, 0, False, weights)[0]
+    return torch.embedding_bag(group.as_runs(sums.width), sums.runs, sums.starts, False, 0, False, weights.reshape(-1))[
+        0
+    ]
 
 
-def _add(y: Tensor, delta: Tensor, slices: tuple[Slice, ...], tile: Tile) -> None:
-    column = 0
-    for slice_ in slices:
-        out_size = slice_.layout.out_size
-        target = y[:, slice_.column : slice_.column + out_size]
-        part = delta[:, column : column + out_size]
+def _add(y: Tensor, delta: Tensor, update: Update, tile: Tile) -> None:
+    for column, of_delta, size in update.columns:
+        part = delta[:, of_delta : of_delta + size]
         if isinstance(tile.rows, slice):
-            target[tile.rows] += part
+            y[tile.rows, column : column + size].add_(part)
         else:
-            target.index_add_(0, tile.rows, part)
-        column += slice_.layout.b_stride
+            y[:, column : column + size].index_add_(0, tile.rows, part)
 
 
 def _scale(
@@ -166,7 +175,7 @@ def _has_row_scales(tables: LoraTables, segments: Segments) -> bool:
 # ---- which rows, which slices, which runs ---------------------------------------------------------------------------
 
 
-def _tiles(tables: LoraTables, segments: Segments) -> dict[Shape, list[Tile]]:
+def _tiles(tables: LoraTables, segments: Segments) -> list[tuple[Shape, list[Tile]]]:
     """The batch's rows that have an adapter, by the shape of it; the same for every layer."""
     tiles = segments.memo.get(tables)
     if tiles is None:
@@ -175,10 +184,9 @@ def _tiles(tables: LoraTables, segments: Segments) -> dict[Shape, list[Tile]]:
             if slot >= 0 and start < end:
                 shape, origin = _shape(tables, slot)
                 rows.setdefault(shape, []).extend((row, origin) for row in range(start, end))
-        tiles = {
-            shape: [_tile(some[at : at + TILE]) for at in range(0, len(some), TILE)] for shape, some in rows.items()
-        }
-        segments.memo[tables] = tiles
+        tiles = segments.memo[tables] = [
+            (shape, [_tile(some[at : at + TILE]) for at in range(0, len(some), TILE)]) for shape, some in rows.items()
+        ]
     return tiles
 
 
@@ -190,84 +198,103 @@ def _tile(rows: list[tuple[int, int]]) -> Tile:
 
 
 def _shape(tables: LoraTables, slot: int) -> tuple[Shape, int]:
-    """The shape of the version in a slot, and where it begins."""
+    """The shape of the version in a slot, one object for all that are equal, and where it begins."""
     key = ("shape", slot)
     if key not in tables.memo:
         ranks, offsets = tables.host_ranks[slot], tables.host_offsets[slot]
         origin = min((offset for offset, rank in zip(offsets, ranks, strict=True) if rank), default=0)
         distances = tuple(offset - origin if rank else 0 for offset, rank in zip(offsets, ranks, strict=True))
-        tables.memo[key] = Shape(tuple(ranks), distances), origin
+        shape = Shape(tuple(ranks), distances)
+        tables.memo[key] = tables.memo.setdefault(shape, shape), origin
     return tables.memo[key]
 
 
-def _slices(
-    tables: LoraTables, shape: Shape, first_module: int, in_size: int, out_sizes: tuple[int, ...]
-) -> list[tuple[int, Slice]]:
-    """The touched slices of a group of projections, with their numbers."""
-    key = (shape, first_module)
-    slices = tables.memo.get(key)
-    if slices is None:
-        slices, column, first = [], 0, None
-        for number, out_size in enumerate(out_sizes):
-            rank, distance = shape.ranks[first_module + number], shape.distances[first_module + number]
-            if rank:
-                first = distance if first is None else first
-                slices.append((number, Slice(column, distance - first, PairLayout.of(rank, in_size, out_size))))
-            column += out_size
-        tables.memo[key] = slices
-    return slices
+def _group(tables: LoraTables, shape: Shape, first_module: int, in_size: int, out_sizes: tuple[int, ...]) -> Group:
+    slices: list[Slice] = []
+    column, first = 0, None
+    for module, out_size in enumerate(out_sizes, first_module):
+        rank, distance = shape.ranks[module], shape.distances[module]
+        if rank:
+            first = distance if first is None else first
+            slices.append(Slice(column, distance - first, PairLayout.of(rank, in_size, out_size)))
+        column += out_size
+    # The same object wherever they are equal: tiles find by it what they have to do.
+    touched = tables.memo.setdefault(("slices", tuple(slices)), tuple(slices))
+    return Group(touched, tables.arena[first or 0 :])
 
 
-class SumsCache:
-    """Sums by what they are made for, the least recently used going first. They outlive adapters and batches."""
+class UpdateCache:
+    """Updates by what they are made for, the least recently used going first. They outlive adapters and batches."""
 
     def __init__(self, max_bytes: int, max_entries: int) -> None:
         self._max_bytes = max_bytes
         self._max_entries = max_entries
         self.num_bytes = 0
-        self._sums: OrderedDict[Any, tuple[Sums, Sums]] = OrderedDict()
+        self._updates: OrderedDict[Any, Update] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._sums)
+        return len(self._updates)
 
-    def of(self, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> tuple[Sums, Sums]:
-        """Return the sums of shrink and expand for rows whose versions begin at `origins`."""
+    def of(self, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> Update:
+        """Return the update of rows whose versions begin at `origins`."""
         key = (slices, origins)
-        sums = self._sums.get(key)
-        if sums is None:
+        update = self._updates.get(key)
+        if update is None:
             begins = torch.tensor(origins, dtype=torch.int64)
-            sums = self._sums[key] = _shrink_sums(slices, begins), _expand_sums(slices, begins)
-            self.num_bytes += _num_bytes(sums)
-            while (self.num_bytes > self._max_bytes and len(self._sums) > 1) or len(self._sums) > self._max_entries:
-                self.num_bytes -= _num_bytes(self._sums.popitem(last=False)[1])
-        self._sums.move_to_end(key)
-        return sums
+            update = Update(_shrink_sums(slices, begins), _expand_sums(slices, begins), _columns(slices))
+            self._updates[key] = update
+            self.num_bytes += _num_bytes(update)
+            while (self.num_bytes > self._max_bytes and len(self._updates) > 1) or len(
+                self._updates
+            ) > self._max_entries:
+                self.num_bytes -= _num_bytes(self._updates.popitem(last=False)[1])
+        self._updates.move_to_end(key)
+        return update
 
 
-_cache = SumsCache(TABLE_BYTES, NUM_TABLES)
+_cache = UpdateCache(TABLE_BYTES, NUM_TABLES)
 
 
-def _num_bytes(sums: tuple[Sums, Sums]) -> int:
-    return sum(part.runs.nbytes + part.starts.nbytes for part in sums)
+def _num_bytes(update: Update) -> int:
+    tables = [part for sums in (update.shrink, update.expand) for part in (sums.runs, sums.starts, sums.sources)]
+    return sum(table.nbytes for table in tables if table is not None)
 
 
 def _shrink_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
-    """Per row and slice, a_stride / width sums of one run per input feature."""
-    width = math.gcd(ALIGNMENT, *(slice_.layout.a_stride for slice_ in slices))
+    """Per row and slice, a_stride / width sums of one run per input feature, all with the row of x as weights."""
+    in_size, width = slices[0].layout.in_size, math.gcd(ALIGNMENT, *(slice_.layout.a_stride for slice_ in slices))
     parts = [
         slice_.distance // width + _grid(slice_.layout.a_stride // width, slice_.layout.in_size) for slice_ in slices
     ]
-    return _all_rows(width, parts, begins)
+    return _all_rows(width, parts, begins, in_size, [torch.zeros(len(part), 1, dtype=torch.int64) for part in parts], 1)
 
 
 def _expand_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
-    """Per row and slice, b_stride / width sums of one run per rank."""
-    width = math.gcd(ALIGNMENT, *(slice_.layout.b_stride for slice_ in slices))
-    parts = [
-        (slice_.distance + slice_.layout.b_start) // width + _grid(slice_.layout.b_stride // width, slice_.layout.rank)
-        for slice_ in slices
-    ]
-    return _all_rows(width, parts, begins)
+    """Per row and slice, b_stride / width sums of one run per rank, all with that slice's part of h as weights."""
+    layouts = [slice_.layout for slice_ in slices]
+    width = math.gcd(ALIGNMENT, *(layout.b_stride for layout in layouts))
+    chunk = math.gcd(*(layout.rank for layout in layouts), *(layout.a_stride for layout in layouts))
+    parts, sources, column = list[Tensor](), list[Tensor](), 0
+    for slice_, layout in zip(slices, layouts, strict=True):
+        num_sums = layout.b_stride // width
+        parts.append((slice_.distance + layout.b_start) // width + _grid(num_sums, layout.rank))
+        sources.append((column // chunk + torch.arange(layout.rank // chunk)).expand(num_sums, -1))
+        column += layout.a_stride
+    return _all_rows(width, parts, begins, chunk, sources, column // chunk)
+
+
+def _columns(slices: tuple[Slice, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Where in y and in the update the slices are; neighbors that adjoin in both are one."""
+    columns: list[tuple[int, int, int]] = []
+    of_delta = 0
+    for slice_ in slices:
+        size = slice_.layout.out_size
+        if columns and slice_.column - columns[-1][0] == of_delta - columns[-1][1] == columns[-1][2]:
+            columns[-1] = (*columns[-1][:2], columns[-1][2] + size)
+        else:
+            columns.append((slice_.column, of_delta, size))
+        of_delta += slice_.layout.b_stride
+    return tuple(columns)
 
 
 def _grid(num_sums: int, num_terms: int) -> Tensor:
@@ -275,13 +302,21 @@ def _grid(num_sums: int, num_terms: int) -> Tensor:
     return torch.arange(num_sums)[:, None] + torch.arange(num_terms) * num_sums
 
 
-def _all_rows(width: int, parts: list[Tensor], begins: Tensor) -> Sums:
+def _all_rows(
+    width: int, parts: list[Tensor], begins: Tensor, chunk: int, sources: list[Tensor], chunks_per_row: int
+) -> Sums:
+    """From the runs and sources of the first row, if its version began at 0, to those of all."""
+    num_rows = begins.shape[0]
     runs = torch.cat([part.flatten() for part in parts])
     lengths = torch.cat([torch.full((part.shape[0],), part.shape[1]) for part in parts])
     starts = lengths.cumsum(0) - lengths
-    rows = torch.arange(begins.shape[0])[:, None]
+    rows = torch.arange(num_rows)[:, None]
+    source = torch.cat([part.flatten() for part in sources])
+    is_every_one = len(source) == chunks_per_row and bool((source == torch.arange(chunks_per_row)).all())
     return Sums(
         width,
         (begins[:, None] // width + runs).flatten().int(),
         (rows * runs.shape[0] + starts).flatten().int(),
+        chunk,
+        None if is_every_one else (rows * chunks_per_row + source).flatten(),
     )
