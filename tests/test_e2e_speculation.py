@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 from rich.console import Console
@@ -108,6 +109,14 @@ def damage_store(data_dir: Path) -> None:
         path.write_bytes(path.read_bytes()[:-4] + b"ruin")
 
 
+async def guided(client: Client) -> Any:
+    """What a request that says nothing says, once the server's heads are on the device."""
+    with anyio.fail_after(60):
+        while not (result := await ask(client, None).result()).timings.num_accepted:
+            pass
+    return result
+
+
 HEADS = Speculation(ngram=False, always=True)
 NAMED = msgspec.structs.replace(HEADS, heads="base-heads")
 STATIC = msgspec.structs.replace(NAMED, tree=[[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 7]])
@@ -159,6 +168,7 @@ async def test_heads_that_are_not_there_are_refused(client: Client, tmp_path: Pa
 
 async def test_heads_that_the_server_names_go_with_the_base_alone(tmp_path: Path) -> None:
     async with serve(config(tmp_path, NAMED)) as (_, uri), connect(uri) as client:
+        await guided(client)
         await client.adapters.create("headless", rank=1)
         base, auto, heads, headless, upper = await results(
             [
@@ -178,29 +188,29 @@ async def test_the_base_goes_on_without_the_servers_heads_when_their_adapter_is_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serve(config(tmp_path, NAMED)) as (_, uri), connect(uri) as client:
-        (guided,) = await results([ask(client, None)])
+        first = await guided(client)
         await (await client.adapters.open("base-heads")).destroy()
         plain = await results([ask(client, None) for _ in range(4)])
         with pytest.raises(AdapterNotFound):
             await ask(client, NAMED).result()  # who names them has to hear of it
 
-    assert [result.token_ids for result in plain] == [guided.token_ids] * 4
+    assert [result.token_ids for result in plain] == [first.token_ids] * 4
     assert [result.timings.num_accepted for result in plain] == [0] * 4
     assert caplog.text.count("without the draft heads") == 1
 
 
 async def test_the_base_goes_on_without_the_servers_heads_when_their_file_is_damaged(tmp_path: Path) -> None:
     async with serve(config(tmp_path, NAMED)) as (system, uri), connect(uri) as client:
-        (guided,) = await results([ask(client, None)])
+        first = await guided(client)
         damage_store(tmp_path)
         await kill_executor(system)
         (plain,) = await results([ask(client, None)])
-        (mended,) = await results([ask(client, None)])
+        mended = await guided(client)
 
-    assert plain.token_ids == mended.token_ids == guided.token_ids
-    assert plain.adapter_digest is guided.adapter_digest is None
+    assert plain.token_ids == mended.token_ids == first.token_ids
+    assert plain.adapter_digest is first.adapter_digest is None
     assert plain.timings.num_accepted == 0
-    assert mended.timings.num_accepted == guided.timings.num_accepted > 0
+    assert mended.timings.num_accepted == first.timings.num_accepted
 
 
 async def test_more_heads_than_the_configuration_allows_are_refused(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from descant.scheduling.adapter_work import AdapterLoad
 from descant.scheduling.plan import NO_ADAPTER, EngineLimits, LogprobRows, RowResult, StepResult
+from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, InternalError, UnsupportedRequest
-from fake_engine import FakeEngine
+from fake_engine import LIMITS, FakeEngine
 from fake_model import FakeRow, counter
 from fakes import Loop, version
 
@@ -89,24 +90,75 @@ def test_a_version_whose_load_failed_may_be_tried_again() -> None:
     assert seq.finish_reason == "length"
 
 
+HEADS = msgspec.structs.replace(version("h"), num_modules=0, num_heads=2)
+
+
+def for_speed(loop: Loop, num_bytes: int = 64, **options: Any) -> Sequence:
+    heads = msgspec.structs.replace(HEADS, num_bytes=num_bytes)
+    return loop.submit([1], adapter=heads, is_adapter_optional=True, **options)[0]
+
+
 @pytest.mark.parametrize("num_bytes", [64, 1025])  # what cannot be loaded, and what has no room
 def test_who_has_an_adapter_for_speed_alone_goes_on_without_it(num_bytes: int) -> None:
     loop = Loop()
-    loop.load_error = lambda load: AdapterInvalid("a", "it is damaged")
-    heads = msgspec.structs.replace(version("a", num_bytes), num_modules=0, num_heads=2)
+    loop.load_error = lambda load: AdapterInvalid("h", "it is damaged")
 
-    choices = loop.submit([1], n=3, adapter=heads, is_adapter_optional=True)
+    early = for_speed(loop, num_bytes)
+    loop.run()
+    late = for_speed(loop, num_bytes)
     loop.run()
 
-    assert [(seq.finish_reason, seq.adapter) for seq in choices] == [("length", None)] * 3
+    assert [(seq.finish_reason, seq.adapter) for seq in (early, late)] == [("length", None)] * 2
+
+
+def test_who_has_an_adapter_for_speed_alone_uses_it_once_it_is_there_and_never_waits() -> None:
+    loop = Loop()
+
+    early = for_speed(loop, max_tokens=3)
+    assert loop.step()
+    loop.run()
+    late = for_speed(loop, max_tokens=3)
+    loop.run()
+
+    assert (early.adapter, early.is_cold) == (None, False)
+    assert (late.adapter, late.is_cold) == (HEADS, False)
+
+
+def test_nobody_gives_way_to_what_is_there_for_speed_alone() -> None:
+    loop = Loop(FakeEngine(msgspec.structs.replace(LIMITS, num_adapter_slots=1)))
+    (busy,) = loop.submit([1], max_tokens=20, adapter=version("a"), principal="ann")
+    loop.step()
+    loop.finish_load()
+
+    fast = for_speed(loop, max_tokens=3, principal="bob")
+    while not fast.is_finished:
+        assert loop.step()
+
+    assert not busy.is_finished
+    assert (busy.num_preemptions, fast.adapter) == (0, None)
+
+
+def test_what_is_there_for_speed_alone_gives_way_to_those_who_wait() -> None:
+    loop = Loop(FakeEngine(msgspec.structs.replace(LIMITS, num_adapter_slots=1)))
+    for_speed(loop, max_tokens=1)
+    loop.run()
+    (waits,) = [for_speed(loop, max_tokens=40), loop.submit([1], max_tokens=3, adapter=version("a"))[0]][1:]
+    for _ in range(200):
+        for_speed(loop, max_tokens=5)
+        loop.step()
+        while loop.loads:
+            loop.finish_load()
+        if waits.is_finished:
+            return
+
+    raise AssertionError("it starves")
 
 
 def test_no_pin_gives_way_to_what_is_there_for_speed_alone() -> None:
     loop = Loop()
-    heads = msgspec.structs.replace(version("a"), num_modules=0, num_heads=2)
-    (seq,) = loop.submit([1], max_tokens=20, adapter=heads, is_adapter_optional=True)
-    loop.step()
-    loop.finish_load()
+    for_speed(loop, max_tokens=1)
+    loop.run()
+    seq = for_speed(loop, max_tokens=20)
     loop.step()
     loop.policy.set_pins([version("p", 1024)])  # all there is
 
@@ -114,6 +166,20 @@ def test_no_pin_gives_way_to_what_is_there_for_speed_alone() -> None:
     loop.run()
 
     assert (seq.num_output_tokens, seq.adapter) == (20, None)
+
+
+def test_a_pin_that_has_come_since_takes_the_place_of_what_is_there_for_speed_alone() -> None:
+    loop = Loop(adapter_bytes=128)
+    for_speed(loop, max_tokens=1)
+    loop.run()
+    loop.submit([1], max_tokens=50, adapter=version("a"))  # so that the pin waits
+    loop.step()
+    loop.policy.set_pins([version("p", 128)])
+
+    seq = for_speed(loop, max_tokens=3)
+    loop.run()
+
+    assert (seq.finish_reason, seq.adapter) == ("length", None)
 
 
 def test_answers_about_loads_of_an_earlier_executor_are_ignored() -> None:

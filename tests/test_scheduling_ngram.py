@@ -129,6 +129,11 @@ def test_a_match_shorter_than_the_least_is_none() -> None:
     assert index.propose(4, 4, 8) is None
 
 
+@pytest.mark.parametrize(("min_n", "max_n", "lengths"), [(1, 16, [16, 11, 6, 1]), (2, 4, [4, 3, 2]), (3, 3, [3])])
+def test_of_a_wide_range_a_few_lengths_are_looked_for(min_n: int, max_n: int, lengths: list[int]) -> None:
+    assert [n for n, *_ in NgramIndex(min_n, max_n)._kinds] == lengths
+
+
 @pytest.mark.parametrize("text", ["", "a", "abcdef"])
 def test_a_text_that_repeats_nothing_suggests_nothing(text: str) -> None:
     index = index_of(text)

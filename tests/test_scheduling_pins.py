@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterTooLarge
 from descant_client.protocol import SamplingParams
-from fakes import FakeSink, version
+from fake_engine import FakeEngine
+from fakes import FakeSink, Loop, version
 
 
 def sequence(number: int, adapter: str, num_bytes: int = 64) -> Sequence:
@@ -254,3 +256,29 @@ def test_a_closed_gate_does_not_look_again_until_something_has_changed(monkeypat
     gate.leave(holder)
     gate.open()
     assert asked[0] == "v2"
+
+
+def test_of_those_who_give_way_for_blocks_one_may_end_with_its_sibling() -> None:
+    loop = Loop(FakeEngine(EngineLimits(21, 4, 64, 1000, 2)), max_num_batched_tokens=6)
+
+    def step() -> None:
+        while loop.loads:
+            loop.finish_load()
+        loop.step()
+
+    (old,) = loop.submit(list(range(36)), max_tokens=12, principal="ann")
+    large = version("c", 512)
+    loop.submit([1], max_tokens=1, adapter=large, principal="ann")
+    for _ in range(6):
+        step()
+    prompt = [900 + i for i in range(16)]
+    both = loop.submit(prompt, n=2, max_tokens=40, adapter=large, principal="ann", num_prompt_logprobs=1)
+    while not all(choice.status == "running" for choice in both):
+        step()
+    loop.policy.set_pins([version("p", 1024)])  # for `large` there is no place any more
+    (new,) = loop.submit([700 + i for i in range(32)], max_tokens=4, principal="bob")
+
+    loop.run()
+
+    assert {str(choice.finish_reason) for choice in both} == {"error", "cancelled"}
+    assert (old.finish_reason, new.finish_reason) == ("length", "length")

@@ -22,9 +22,9 @@ class Speculation(Strict, frozen=True):
     """What is guessed and how much of it is verified in one step.
 
     Guesses come from the text itself (what followed when its last `max_ngram` to `min_ngram` tokens stood in it
-    before) and from draft heads: those of the adapter that `heads` names, else those of the request's adapter, for the
-    base those that the server names. What is worth verifying is decided step by step, by how often guesses came true
-    and what steps took; with `always` every guess is verified at any cost.
+    before; of a wide range, four lengths) and from draft heads: those of the adapter that `heads` names, else those of
+    the request's adapter, for the base those that the server names. What is worth verifying is decided step by step, by
+    how often guesses came true and what steps took; with `always` every guess is verified at any cost.
     """
 
     ngram: bool = True

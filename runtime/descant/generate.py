@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 LONG_PROMPT_CHARS = 1024  # beyond this tokenizing takes more than a millisecond
 SUBMIT_TIMEOUT_S = 60.0
 RESOLVE_TIMEOUT_S = 900.0
+DEFAULT_HEADS_TIMEOUT_S = 1.0  # then a request for the base goes without them
 MAX_STOP_CHARS = 1024  # the end of the text is compared with every beginning of a stop string
 
 
@@ -194,7 +195,7 @@ async def _adapter(
         lease = services.leases.lease()
         stream.hold(lease)
         question = ResolveAdapters(members, principal, lease, combination, request.adapter_source, heads)
-        return await _resolve(services, stream, question)
+        return await _resolve(services, stream, question, RESOLVE_TIMEOUT_S)
     speculation = _speculation(request, services.config.scheduling.speculation)
     return await _default_heads(services, stream) if _takes_default_heads(request, speculation) else None
 
@@ -205,20 +206,22 @@ async def _default_heads(services: Services, stream: Stream) -> AdapterVersion |
     lease = services.leases.lease()
     stream.hold(lease)
     try:
-        return await _resolve(services, stream, services.default_heads.question(lease))
+        return await _resolve(services, stream, services.default_heads.question(lease), DEFAULT_HEADS_TIMEOUT_S)
     except DescantError as error:
         services.default_heads.failed(error)
         return None
 
 
-async def _resolve(services: Services, stream: Stream, question: ResolveAdapters) -> AdapterVersion | None:
+async def _resolve(
+    services: Services, stream: Stream, question: ResolveAdapters, timeout_s: float
+) -> AdapterVersion | None:
     try:
         return await break_silence(
-            services.registry.ask(question, timeout=RESOLVE_TIMEOUT_S),
+            services.registry.ask(question, timeout=timeout_s),
             lambda: stream.note(Progress(request_id=stream.request_id, stage="preparing_adapter")),
         )
     except AskTimeout as exc:
-        raise DeadlineExceeded("preparing the adapter", RESOLVE_TIMEOUT_S) from exc
+        raise DeadlineExceeded("preparing the adapter", timeout_s) from exc
 
 
 def _sequences(

@@ -1,12 +1,13 @@
 """`Drafter`: what a sequence may say next, guessed from its own text and by the draft heads of its adapter.
 
 It learns from the text alone how far it is to be believed: whenever a token comes, it looks whether that is the one it
-would have guessed, whether or not the guess was verified. So it knows at once when a text begins to repeat itself.
+would have guessed, whether or not the guess was verified. So it soon knows when a text begins to repeat itself.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -17,9 +18,10 @@ from descant_client.speculation import Speculation
 
 _KEPT = 0.95  # of the weight of what was seen earlier, with each new token
 _LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
+_MAX_AWAITED = 256  # choices of heads that are yet to be judged
 _NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
 _SILENT_LOOKS = 4  # that make it wait for one token more,
-_MAX_PATIENCE = 7  # up to so many more than one
+_MAX_PATIENCE = 3  # up to so many more than one
 AUTO = Speculation()
 
 
@@ -49,6 +51,11 @@ class _Record:
         self._hits = _KEPT * self._hits + hits
         self._expected = _KEPT * self._expected + expected
 
+    def drift(self) -> None:
+        """Go back a little to where it began, as if so much had come true: nothing is held against anybody for ever."""
+        if self._hits < self._expected:
+            self.add(2.0 * (1.0 - _KEPT), 2.0 * (1.0 - _KEPT))
+
     @property
     def rate(self) -> float:
         return min(1.0, max(_LEAST_RATE, self._hits / self._expected))
@@ -66,7 +73,8 @@ class Drafter:
         self._num_silent = 0  # looks at the text, one after the other, that found nothing to say
         self._text_record = _Record(1.0, 2.0)
         self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
-        self._heads_record = _Record(2.0, 2.0)
+        self._awaited = deque[tuple[int, int, int, float]](maxlen=_MAX_AWAITED)  # position, head, its choice, how sure
+        self._head_records: list[_Record] = []
         self.chain: list[float] = []  # how likely the heads' first choices are to come true, one after the other
         self._promises = _Record(2.0, 2.0)
         self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
@@ -77,8 +85,9 @@ class Drafter:
         Where there was nothing to say for long, it waits for several tokens: read at once, they take less time.
         """
         num_tokens, index = sequence.num_tokens, self._index
-        if self._candidates is not None and self._candidates[0] < num_tokens:
+        if self._awaited:
             self._judge_heads(sequence)
+        self._promises.drift()
         if not self.settings.ngram:
             return 0
         known = index.num_tokens
@@ -123,15 +132,20 @@ class Drafter:
 
     def take_candidates(self, position: int, candidates: HeadCandidates) -> None:
         """Keep what the heads propose from `position` on; it is good until another token is there."""
-        width, ids = candidates.num_candidates, unpack_ints(candidates.token_ids)
-        odds = unpack_floats(candidates.probabilities)
+        width = candidates.num_candidates
+        try:
+            ids, odds = unpack_ints(candidates.token_ids), unpack_floats(candidates.probabilities)
+        except ValueError:
+            return
         if width <= 0 or not ids or len(ids) % width or len(ids) != len(odds) or not all(0 <= one <= 1 for one in odds):
             return  # of no use; what they are for is only speed
         starts = range(0, len(ids), width)
         self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
+        self._head_records += [_Record(2.0, 2.0) for _ in range(len(self._head_records), len(starts))]
         chain, likelihood = list[float](), 1.0
-        for at in starts:
-            likelihood *= odds[at] * self._heads_record.rate
+        for head, at in enumerate(starts):
+            self._awaited.append((position + head, head, ids[at], odds[at]))
+            likelihood *= odds[at] * self._head_records[head].rate
             chain.append(likelihood)
         before = self.chain if len(self.chain) == len(chain) else chain
         self.chain = [old + _NEW_SHARE * (new - old) for old, new in zip(before, chain, strict=True)]
@@ -147,35 +161,43 @@ class Drafter:
             self._promises.add(num_accepted, self._promised)
             self._promised = 0.0
 
-    def _judge_heads(self, sequence: Spoken) -> None:
-        assert self._candidates is not None, "there is something to judge"
-        position, ids, odds = self._candidates
-        (said,) = sequence.tokens(position, position + 1)
-        self._heads_record.add(said == ids[0][0], odds[0][0])
+    def forget_text(self) -> None:
+        """The sequence has ended: only what is counted is still of use."""
+        self._index = NgramIndex(1, 1)
+        self._awaited.clear()
         self._candidates = None
+
+    def _judge_heads(self, sequence: Spoken) -> None:
+        """Take note of what heads said of tokens that are known by now."""
+        later: list[tuple[int, int, int, float]] = []
+        for position, head, token_id, likelihood in self._awaited:
+            if position < sequence.num_tokens:
+                self._head_records[head].add([token_id] == sequence.tokens(position, position + 1), likelihood)
+            else:
+                later.append((position, head, token_id, likelihood))
+        self._awaited.clear()
+        self._awaited.extend(later)
 
     def _text_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
         settings, rate = self.settings, self._text_record.rate
         if not settings.ngram or self._index.num_tokens < sequence.num_tokens:
             return None
-        self._num_silent += 1
         if rate < least:
             return None
         depth = settings.max_depth if least <= 0 or rate >= 1 else int(math.log(least) / math.log(rate))
         width = 1 if second_chance(rate) < least else settings.max_width
         tree = self._index.propose(min(settings.max_depth, depth), width, max_nodes)
-        if tree is None:
-            return None
-        self._num_silent = 0
-        return of_text(tree, rate)
+        self._num_silent = 0 if tree is not None else self._num_silent + 1
+        return None if tree is None else of_text(tree, rate)
 
     def _heads_guess(self, sequence: Spoken, max_nodes: int) -> Guess | None:
         if self._candidates is None or self._candidates[0] != sequence.num_tokens:
             return None
         _, ids, odds = self._candidates
-        trust = 1.0 if self.settings.always else self._heads_record.rate
-        weighed = [[trust * likelihood for likelihood in one] for one in odds[: self.settings.max_depth]]
-        ids = ids[: self.settings.max_depth]
+        ids, weighed = ids[: self.settings.max_depth], odds[: self.settings.max_depth]
+        if not self.settings.always:
+            rates = [record.rate for record in self._head_records]
+            weighed = [[rate * likelihood for likelihood in one] for rate, one in zip(rates, weighed, strict=False)]
         if self.settings.tree is not None:
             return of_ways(self.settings.tree, ids, weighed, max_nodes)
         return of_heads(ids, weighed, self.settings.max_width, max_nodes)

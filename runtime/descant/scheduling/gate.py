@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from descant.scheduling.adapter_work import AdapterLoad, AdapterMove, AdapterWork
 from descant.scheduling.load_turns import LoadTurns
@@ -17,21 +16,10 @@ from descant.scheduling.plan import BASE_SPANS, NO_ADAPTER, AdapterSpan
 from descant.scheduling.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
 from descant.scheduling.version import AdapterVersion
-from descant_client.errors import AdapterTooLarge
+from descant.scheduling.waiting_version import WaitingVersion, by_turn
+from descant_client.errors import AdapterTooLarge, UnsupportedRequest
 
 MAX_PASSES = 64  # sequences that may get an adapter while an earlier one waits for a place for its own
-
-
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """A version that waits for a place, and who waits with it."""
-
-    version: AdapterVersion
-    turn: tuple[int, int]  # of who came first
-    num_bytes: int  # of the arena
-    sequences: list[Sequence] = field(default_factory=list[Sequence])  # in order of arrival
-    is_pin: bool = False
-    is_doomed: bool = False
 
 
 class AdapterGate:
@@ -44,8 +32,8 @@ class AdapterGate:
         self.num_sequences = 0
         """Sequences that wait here."""
         self._epoch = epoch
-        self._queue: dict[str, _Waiting] = {}  # by digest
-        self._order: list[_Waiting] = []  # the same, in order of their turns
+        self._queue: dict[str, WaitingVersion] = {}  # by digest
+        self._order: list[WaitingVersion] = []  # the same, in order of their turns
         self._loading: dict[str, list[Sequence]] = {}  # by digest, those with a place where nothing is yet
         self._load_turns = LoadTurns()
         self._prefetches: dict[str, AdapterVersion] = {}  # not yet taken
@@ -89,7 +77,7 @@ class AdapterGate:
         try:
             self.check_fits(version)
         except AdapterTooLarge:
-            if not sequence.output_ids or sequence.is_adapter_optional:
+            if not sequence.output_ids:
                 raise
             self._withdraw_pins()
             self.residency.check_fits(version, ())
@@ -102,6 +90,19 @@ class AdapterGate:
         insort(self._wait(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
         sequence.is_cold = True
         return False
+
+    def offer(self, version: AdapterVersion) -> bool:
+        """Return whether the version can be had at once and at nobody's cost. If not, it is loaded if there is room."""
+        if self._order:
+            return False
+        try:
+            self.check_fits(version)
+        except (AdapterTooLarge, UnsupportedRequest):
+            return False
+        placement = self.residency.place(version)
+        if placement is not None and placement.is_new:
+            self._load(version, placement)
+        return self.residency.is_loaded(version.digest)
 
     def leave(self, sequence: Sequence) -> None:
         """Give up the sequence's place here or on the device; it may have none."""
@@ -238,36 +239,36 @@ class AdapterGate:
             return True
         return (sequence.id, 0) < self._order[0].turn
 
-    def _wait(self, version: AdapterVersion, turn: tuple[int, int]) -> _Waiting:
+    def _wait(self, version: AdapterVersion, turn: tuple[int, int]) -> WaitingVersion:
         """Return the version's place in the queue, no later than `turn`."""
         waiting = self._queue.get(version.digest)
         if waiting is None:
-            waiting = self._queue[version.digest] = _Waiting(version, turn, aligned(version.num_bytes))
-            insort(self._order, waiting, key=_by_turn)
+            waiting = self._queue[version.digest] = WaitingVersion(version, turn, aligned(version.num_bytes))
+            insort(self._order, waiting, key=by_turn)
             self._prefetches[version.digest] = version
         elif turn < waiting.turn:
             self._unqueue(waiting)
             waiting.turn = turn
-            insort(self._order, waiting, key=_by_turn)
+            insort(self._order, waiting, key=by_turn)
         return waiting
 
-    def _requeue(self, waiting: _Waiting) -> None:
+    def _requeue(self, waiting: WaitingVersion) -> None:
         """Somebody has left: who is left comes first, if anybody is."""
         is_first = self._order[0] is waiting
         self._unqueue(waiting)
         if waiting.sequences or waiting.is_pin:
             if waiting.sequences and not waiting.is_pin:
                 waiting.turn = (waiting.sequences[0].id, 0)
-            insort(self._order, waiting, key=_by_turn)
+            insort(self._order, waiting, key=by_turn)
         else:
             del self._queue[waiting.version.digest]
             self._prefetching.discard(waiting.version.digest)
             self._num_passes = 0 if is_first else self._num_passes  # nobody has passed who is first now
 
-    def _unqueue(self, waiting: _Waiting) -> None:
-        del self._order[bisect_left(self._order, waiting.turn, key=_by_turn)]
+    def _unqueue(self, waiting: WaitingVersion) -> None:
+        del self._order[bisect_left(self._order, waiting.turn, key=by_turn)]
 
-    def _place(self, waiting: _Waiting, ready: list[Sequence]) -> bool:
+    def _place(self, waiting: WaitingVersion, ready: list[Sequence]) -> bool:
         """Give a version a place if there is one; add those of its sequences that may run to `ready`."""
         version = waiting.version
         placement = self.residency.place(version)
@@ -338,13 +339,9 @@ class AdapterGate:
         self._unplaced_pins = dict(self._pins)
         self._has_changed = True
 
-    def _is_resident(self, waiting: _Waiting) -> bool:
+    def _is_resident(self, waiting: WaitingVersion) -> bool:
         return self.residency.is_resident(waiting.version.digest)
 
     def _is_taken(self, digest: str) -> bool:
         """Whether a pin has its place or is about to get it."""
         return self.residency.is_pinned(digest) or (digest in self._queue and self._queue[digest].is_pin)
-
-
-def _by_turn(waiting: _Waiting) -> tuple[int, int]:
-    return waiting.turn

@@ -14,6 +14,7 @@ from itertools import cycle, islice
 from typing import NamedTuple
 
 MAX_OCCURRENCES = 8  # of an n-gram that are looked at, the most recent ones
+MAX_LENGTHS = 4  # of n-grams that are kept: each takes some 100 bytes per token
 TOKEN_BITS = 32
 
 
@@ -49,7 +50,7 @@ class NgramIndex:
         # Per length, the longest first: a mask for the window; where the text went on after the latest occurrence of
         # each n-gram; and, for each such position, after the one before, 0 if there is none.
         self._kinds: list[tuple[int, int, dict[int, int], list[int]]] = [
-            (n, (1 << TOKEN_BITS * n) - 1, {}, []) for n in range(max_n, min_n - 1, -1)
+            (n, (1 << TOKEN_BITS * n) - 1, {}, []) for n in _lengths(min_n, max_n)
         ]
 
     @property
@@ -107,6 +108,12 @@ class NgramIndex:
     def _continuation(self, start: int, depth: int) -> Iterable[int]:
         """Return `depth` tokens from `start` on. Past the end of the text the copy reads itself, so it repeats."""
         return islice(cycle(self._tokens[start : start + depth]), depth)
+
+
+def _lengths(min_n: int, max_n: int) -> list[int]:
+    """The lengths to look for, the longest first: all, or as many as may be, spread over the range."""
+    most = min(MAX_LENGTHS, max_n - min_n + 1)
+    return [max_n - round(i * (max_n - min_n) / max(1, most - 1)) for i in range(most)]
 
 
 def _grow(nodes: dict[tuple[int, int], int], branch: Iterable[int], max_nodes: int) -> bool:

@@ -115,12 +115,16 @@ class Planner:
     def _drafts(self) -> Mapping[int, DraftTree]:
         """Return what is to be verified, by sequence, of what sequences guess will follow their last tokens."""
         life, running = self._life, self._running
+        if not life.max_draft_nodes:
+            return _NO_DRAFTS
+        choice = life.draft_choice
+        choice.begin(len(running), is_forced=any(one.drafter and one.drafter.settings.always for one in running))
         num_spare = (self._builder.num_tokens_left - len(running)) // (2 * max(1, len(running)))  # nodes of each draft
         max_nodes = min(life.max_draft_nodes, num_spare)
         if max_nodes <= 0:
             return _NO_DRAFTS
         guesses: dict[int, tuple[Drafter, Guess]] = {}
-        least_likelihood = life.draft_choice.least_likelihood(len(running))
+        least_likelihood = choice.least_likelihood
         num_readable = MAX_READ
         for sequence in running:
             drafter, num_left = sequence.drafter, sequence.token_limit - sequence.num_tokens - 1
@@ -133,14 +137,14 @@ class Planner:
             guess = drafter.guess(sequence, min(max_nodes, num_left), least)
             if guess is not None:
                 guesses[sequence.id] = drafter, guess
-        return life.draft_choice.choose(guesses, len(running)) if guesses else _NO_DRAFTS
+        return choice.choose(guesses) if guesses else _NO_DRAFTS
 
     def _decode(self, sequence: Sequence, new_blocks: list[int], trees: Mapping[int, DraftTree]) -> None:
         """Plan the sequence's next token, with a draft of those behind it if there is one and room for it."""
         life, tree, num_candidates = self._life, trees.get(sequence.id), 0
         drafter, version = sequence.drafter, sequence.adapter
         if drafter is not None and version is not None and version.num_heads and life.max_draft_nodes:
-            num_candidates = life.draft_choice.num_candidates(drafter, version.digest, len(self._running))
+            num_candidates = life.draft_choice.num_candidates(drafter, version.digest)
         if tree is not None:
             new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
             num_slots = len(sequence.block_table) * life.blocks.block_size - sequence.num_tokens
@@ -237,7 +241,8 @@ class Planner:
         victims = block_victims(self._fairness, running, account, num_needed, num_missing)
         if victims and self._moves.may_preempt():
             for victim in victims:
-                self._preempt(victim)
+                if not victim.is_finished:  # with another choice of its request, which has no place any more
+                    self._preempt(victim)
             if life.allocate(sequence, len(running)):
                 return True
         self._least_blocked = min(self._least_blocked, self._num_held(account) / account.weight)

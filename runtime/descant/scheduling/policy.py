@@ -196,15 +196,14 @@ class Policy(Transitions):
                 self._lineup.fairness.wait(sequence)
 
     def load_failed(self, load: AdapterLoad, error: DescantError) -> None:
-        """The load failed: the sequences that waited for it fail with `error`, or go on without it.
+        """The load failed: the sequences that waited for it fail with `error`. The next to want it tries again.
 
-        The next to want the version tries again. An executor's death is no failure of its loads: that is
-        `executor_lost` alone.
+        An executor's death is no failure of its loads: that is `executor_lost` alone.
         """
         if self._life is not None and load.epoch == self._life.epoch:
             for sequence in self._life.gate.load_failed(load):
                 if not sequence.is_finished:  # with another choice of its request
-                    self._go_without_adapter(sequence, error)
+                    self._finish(sequence, "error", error)
 
     # ---- a step ---------------------------------------------------------------------------------------------------
 

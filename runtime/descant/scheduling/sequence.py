@@ -74,7 +74,7 @@ class Sequence:
     num_logprobs: int = NO_LOGPROBS
     num_prompt_logprobs: int = NO_LOGPROBS
     adapter: AdapterVersion | None = None
-    is_adapter_optional: bool = False  # it has it for speed alone: without it, it goes on
+    is_adapter_optional: bool = False  # it has it for speed alone: it goes without, rather than wait for it
     cache_scope: str = ""  # sequences of another scope share no blocks with this one
     principal: str = ""  # whose it is, for fairness
     weight: float = 1.0  # of the principal: its share against others'

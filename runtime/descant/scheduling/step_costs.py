@@ -11,8 +11,10 @@ from descant.scheduling.plan import StepPlan, num_drafted
 
 _NEW_SHARE = 0.2  # of a new measurement in the average of plain steps
 _KEPT = 0.97  # of the weight of earlier steps, with each new one
+_KEPT_OVER_PLAIN = 0.99  # the same, with each plain one: what is not seen again is not believed for ever
 _PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
 _PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, any draft heads
+_ROUNDS = 4  # of the solver, with each step; it begins where it was
 _NEARLY = 0.125  # of a number of rows
 _SURELY_LESS = 0.8  # of a plain step: what did more and took less
 _MOST = 10.0  # plain steps: what takes longer was held up by something else
@@ -64,23 +66,20 @@ class StepCosts:
             self._near.clear()
         known = self._plain.get(num_rows, seconds)
         self._plain[num_rows] = known + _NEW_SHARE * (min(seconds, _MOST * known) - known)
+        self._fit((0.0, 0.0, 0.0), 0.0, _KEPT_OVER_PLAIN)
 
-    def _fit(self, had: tuple[float, float, float], added: float) -> None:
+    def _fit(self, had: tuple[float, float, float], added: float, kept: float = _KEPT) -> None:
         for i, one in enumerate(had):
-            self._targets[i] = _KEPT * self._targets[i] + one * added
+            self._targets[i] = kept * self._targets[i] + one * added
             for j, other in enumerate(had):
-                self._products[i][j] = _KEPT * self._products[i][j] + one * other
+                self._products[i][j] = kept * self._products[i][j] + one * other
         self.added = self._solved()
 
     def _solved(self) -> tuple[float, float, float]:
-        matrix = [[*row, target] for row, target in zip(self._products, self._targets, strict=True)]
-        for i, prior in enumerate(_PRIOR):
-            matrix[i][i] += _PRIOR_WEIGHT
-            matrix[i][3] += _PRIOR_WEIGHT * prior
-        for i in range(3):  # Gauss and Jordan: positive definite, so no pivot is zero
-            matrix[i] = [value / matrix[i][i] for value in matrix[i]]
-            for j in range(3):
-                if j != i:
-                    matrix[j] = [value - matrix[j][i] * own for value, own in zip(matrix[j], matrix[i], strict=True)]
-        any_draft, node, heads = (max(0.0, row[3]) for row in matrix)
-        return any_draft, node, heads
+        """The least squares of what cannot be negative, by coordinate descent from where it was."""
+        found = list(self.added)
+        for _ in range(_ROUNDS):
+            for i, (row, target, prior) in enumerate(zip(self._products, self._targets, _PRIOR, strict=True)):
+                others = sum(row[j] * found[j] for j in range(3) if j != i)
+                found[i] = max(0.0, (target + _PRIOR_WEIGHT * prior - others) / (row[i] + _PRIOR_WEIGHT))
+        return found[0], found[1], found[2]

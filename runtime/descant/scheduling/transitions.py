@@ -37,26 +37,19 @@ class Transitions:
         if self._life is None or not self._blame.allows(sequence.id):
             self._hold(sequence)
             return
+        if sequence.is_adapter_optional and sequence.adapter and not self._life.gate.offer(sequence.adapter):
+            sequence.adapter = None
         try:
             if not sequence.output_ids:
                 self._life.check_fits(sequence)  # it may have been submitted while the executor was down
             is_ready = self._life.gate.enter(sequence)
         except DescantError as error:
-            self._go_without_adapter(sequence, error)
+            self._finish(sequence, "error", error)
             return
         if is_ready:
             self._lineup.fairness.wait(sequence)
         elif sequence.spans is None:
             self._lineup.slot_turns.wait(sequence)
-
-    def _go_without_adapter(self, sequence: Sequence, error: DescantError) -> None:
-        """The sequence cannot have its adapter: it ends, unless that was for speed alone."""
-        if sequence.adapter is not None and sequence.is_adapter_optional:
-            self._release(sequence)
-            sequence.adapter = None
-            self._enter(sequence)
-        else:
-            self._finish(sequence, "error", error)
 
     def _hold(self, sequence: Sequence) -> None:
         if sequence.status != "parked":
@@ -95,6 +88,8 @@ class Transitions:
         sequence.status = "finished"
         self._lineup.limits.leave(sequence, sequence.finished_s)
         self._table.remove(sequence)
+        if sequence.drafter is not None:
+            sequence.drafter.forget_text()
         self._blame.left(sequence.id)
         sequence.sink.end(sequence)
         for sibling in self._table.of_request(sequence.request_id) if reason == "error" else ():
