@@ -27,14 +27,17 @@ def logprobs(history: int, token_id: int, num_top: int) -> TokenLogprobs:
     return unpack_logprobs(logprob_rows([history], num_top), [token_id])[0]
 
 
-def undisturbed(seq: Sequence, max_tokens: int) -> tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]:
+def undisturbed(
+    seq: Sequence, max_tokens: int, num_words: int = 997
+) -> tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]:
     """Return output, its log-probabilities and the prompt's, as if the sequence were alone in the world."""
-    adapter, output, scores = seq.adapter.digest if seq.adapter else "", list[int](), list[TokenLogprobs]()
+    adapter = seq.adapter.digest if seq.adapter and seq.adapter.num_modules else ""
+    output, scores = list[int](), list[TokenLogprobs]()
     histories = list(accumulate(seq.prompt_ids, lambda h, token: extend_history(h, token, adapter), initial=0))[1:]
     history = histories[-1]
     limit = max_tokens if seq.max_tokens is None else min(max_tokens, len(seq.prompt_ids) + seq.max_tokens)
     while len(seq.prompt_ids) + len(output) < limit and not seq.stop_token_ids & set(output[-1:]):
-        output.append(extend_history(history, seq.seed, str(seq.choice)) % 997)
+        output.append(extend_history(history, seq.seed, str(seq.choice)) % 997 % num_words)
         scores.append(logprobs(history, output[-1], seq.num_logprobs))
         history = extend_history(history, output[-1], adapter)
     prompt = [logprobs(h, token, seq.num_prompt_logprobs) for h, token in zip(histories, seq.prompt_ids[1:])]  # noqa: B905
@@ -60,9 +63,16 @@ class World:
             num_adapter_slots=pick(1, 3),
         )
         budgets = {"max_num_seqs": pick(1, 8), "max_num_batched_tokens": pick(1, 24)}
-        self.loop = Loop(FakeEngine(limits), **budgets, adapter_bytes=64 * pick(3, 6))
+        self.loop = Loop(self.engine(limits), **budgets, adapter_bytes=64 * pick(3, 6))
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
         self.num_requests = pick(1, 12)
+
+    def engine(self, limits: EngineLimits) -> FakeEngine:
+        return FakeEngine(limits)
+
+    def adapter(self) -> dict[str, object]:
+        """What a request says of its adapter."""
+        return {"adapter": self.random.choice(ADAPTERS)}
 
     def submit(self) -> None:
         pick, number = self.random.randint, len(self.sinks)
@@ -78,12 +88,12 @@ class World:
             max_tokens=self.random.choice([None, pick(1, 12)]),
             seed=pick(0, 1),
             stop=frozenset(range(pick(0, 100))),
-            adapter=self.random.choice(ADAPTERS),
             scope=self.random.choice(["", "other"]),
             principal=(principal := self.random.choice("abc")),
             weight={"a": 1.0, "b": 3.0, "c": 0.5}[principal],
             num_logprobs=pick(-1, 2),
             num_prompt_logprobs=self.random.choice([-1, -1, 1]),
+            **self.adapter(),
         )
         self.sequences += sequences
         self.sinks |= {seq.id: sink for seq, sink in zip(sequences, sinks, strict=True)}
