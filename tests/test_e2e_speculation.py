@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import anyio
 import msgspec
 import pytest
+from anyio import to_thread
 from rich.console import Console
 
 from descant.actors.fetch import DEMO_ADAPTERS
@@ -62,6 +65,22 @@ async def test_guesses_change_no_token_and_say_what_they_saved(client: Client) -
     timings = eager.timings
     assert 0 < timings.num_drafts < len(eager.token_ids) / 2
     assert timings.num_drafts <= timings.num_accepted <= timings.num_drafted
+    assert timings.acceptance_rate == timings.num_accepted / timings.num_drafted
+    assert timings.mean_accepted_length == timings.num_accepted / timings.num_drafts
+    assert plain.timings.acceptance_rate is plain.timings.mean_accepted_length is None
+
+
+async def test_the_servers_health_tells_how_guesses_fared(server: tuple[System, str], client: Client) -> None:
+    async def counts() -> list[int]:
+        body = await to_thread.run_sync(lambda: urlopen(f"http://127.0.0.1:{server[0].port}/health").read())
+        health = json.loads(body)
+        return [health[name] for name in ("drafts", "drafted_tokens", "accepted_tokens")]
+
+    before = await counts()
+    timings = (await ask(client, EAGER).result()).timings
+
+    told = [new - old for old, new in zip(before, await counts(), strict=True)]
+    assert told == [timings.num_drafts, timings.num_drafted, timings.num_accepted]
 
 
 async def test_a_request_that_says_nothing_gets_what_the_server_says(tmp_path: Path) -> None:

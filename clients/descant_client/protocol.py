@@ -262,6 +262,16 @@ class Timings(Wire, frozen=True):
     num_drafted: int = 0  # tokens guessed in them, one after the other
     num_accepted: int = 0  # of these came true: so many steps were saved
 
+    @property
+    def acceptance_rate(self) -> float | None:
+        """The share of guessed tokens that came true; None: none were guessed."""
+        return self.num_accepted / self.num_drafted if self.num_drafted else None
+
+    @property
+    def mean_accepted_length(self) -> float | None:
+        """Tokens that came true per verified guess; None: none was."""
+        return self.num_accepted / self.num_drafts if self.num_drafts else None
+
 
 class Done(ServerMessageBase, frozen=True):
     """The stream is complete."""

@@ -47,6 +47,9 @@ class Health(msgspec.Struct, frozen=True):
     adapter_loads: int
     sessions: int
     sequences: int
+    drafts: int  # guesses that were verified,
+    drafted_tokens: int  # the tokens in them, one after the other,
+    accepted_tokens: int  # and how many came true: so many steps were saved
     actors: list[ActorStats]
 
 
@@ -121,7 +124,7 @@ class Gateway(Actor[GatewayMessage]):
         await Connection(websocket, self._services, self.start_soon, lambda: self._draining).serve()
 
     async def _health(self, request: Request) -> Response:
-        model = self._services.model
+        model, drafts = self._services.model, self._services.sequences.draft_counts()
         health = Health(
             status="draining" if self._draining else "ok" if model.is_up else "starting",
             version=__version__,
@@ -131,6 +134,9 @@ class Gateway(Actor[GatewayMessage]):
             adapter_loads=model.num_adapter_loads,
             sessions=len(self._services.sessions),
             sequences=len(self._services.sequences),
+            drafts=drafts.num_drafts,
+            drafted_tokens=drafts.num_drafted,
+            accepted_tokens=drafts.num_accepted,
             actors=self._stats(),
         )
         return Response(msgspec.json.encode(health), media_type="application/json")

@@ -189,6 +189,24 @@ def by_arrival(sequence: Sequence) -> int:
     return sequence.id
 
 
+class DraftCounts(NamedTuple):
+    """Guesses that were verified, the tokens on the longest ways through them, and how many of these came true."""
+
+    num_drafts: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    def plus(self, drafter: Drafter | None) -> DraftCounts:
+        """Return the counts with those of one sequence."""
+        if drafter is None:
+            return self
+        return DraftCounts(
+            self.num_drafts + drafter.num_drafts,
+            self.num_drafted + drafter.num_drafted,
+            self.num_accepted + drafter.num_accepted,
+        )
+
+
 class SequenceTable:
     """All live sequences, and the numbers that must never repeat.
 
@@ -200,6 +218,7 @@ class SequenceTable:
         self._by_request: dict[str, dict[int, Sequence]] = {}
         self._last_id = 0
         self._last_epoch = 0
+        self._drafts_before = DraftCounts()  # of finished sequences
 
     def next_id(self) -> int:
         """Return an id for a new `Sequence`."""
@@ -219,6 +238,7 @@ class SequenceTable:
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished sequence; its stream may keep it."""
         del self._sequences[sequence.id]
+        self._drafts_before = self._drafts_before.plus(sequence.drafter)
         choices = self._by_request[sequence.request_id]
         del choices[sequence.id]
         if not choices:
@@ -235,6 +255,13 @@ class SequenceTable:
     def first_of_request(self, request_id: str) -> Sequence:
         """Return the first live choice of a request that has one."""
         return next(iter(self._by_request[request_id].values()))
+
+    def draft_counts(self) -> DraftCounts:
+        """Return the counts of all sequences there ever were."""
+        counts = self._drafts_before
+        for sequence in self:
+            counts = counts.plus(sequence.drafter)
+        return counts
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences.values())
