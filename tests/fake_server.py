@@ -42,12 +42,12 @@ from descant_client.protocol import (
     Progress,
     Resume,
     ServerMessage,
-    Timings,
     TokenLogprob,
     Usage,
     decode_client,
     encoder_for,
 )
+from descant_client.timings import Timings
 from fake_catalog import FakeCatalog
 
 SEED = 1234

@@ -30,9 +30,9 @@ from descant_client.protocol import (
     ModelInfo,
     Progress,
     ServerMessage,
-    Timings,
     Usage,
 )
+from descant_client.timings import Timings
 
 HELLO = Hello(
     "1.0", "descant/9", "secret-session", [], Limits(1, 1, 1, 1.0), ModelInfo("m", 512, 264, "float32", "cpu")

@@ -17,7 +17,8 @@ from descant_client.loadtest.arrivals import AtOnce, Closed, Gamma, Steady
 from descant_client.loadtest.lengths import Constant, Uniform
 from descant_client.loadtest.record import Tally
 from descant_client.loadtest.workload import draw_workload
-from descant_client.protocol import ChoiceEnd, Delta, Done, Hello, Limits, ModelInfo, ServerMessage, Timings, Usage
+from descant_client.protocol import ChoiceEnd, Delta, Done, Hello, Limits, ModelInfo, ServerMessage, Usage
+from descant_client.timings import Timings
 from servers import LONG, dummy_config, serve
 
 pytestmark = pytest.mark.anyio

@@ -53,7 +53,6 @@ from descant_client.protocol import (
     Resume,
     SamplingParams,
     ServerMessage,
-    Timings,
     TokenLogprob,
     TopLogprob,
     Usage,
@@ -62,6 +61,7 @@ from descant_client.protocol import (
     encoder_for,
     request_id_of,
 )
+from descant_client.timings import Timings
 from descant_client.wire import WeightedAdapter
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,6 +17,7 @@ import msgspec
 from descant_client.errors import InvalidRequest
 from descant_client.lifecycle import AdapterChange, Adapters, Combination, Members
 from descant_client.speculation import SpeculationChoice
+from descant_client.timings import Timings
 from descant_client.wire import (
     AdapterSource,
     ClientMessageBase,
@@ -248,29 +249,6 @@ class Usage(Wire, frozen=True):
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int = 0
-
-
-class Timings(Wire, frozen=True):
-    """Seconds, measured at the server: until first scheduled, until the first token, until the end."""
-
-    queue_s: float
-    ttft_s: float
-    e2e_s: float
-    num_preemptions: int = 0
-    is_cold: bool = False  # it had to wait for its adapter to come to the device
-    num_drafts: int = 0  # steps that verified a guess
-    num_drafted: int = 0  # tokens guessed in them, one after the other
-    num_accepted: int = 0  # of these came true: so many steps were saved
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """The share of guessed tokens that came true; None: none were guessed."""
-        return self.num_accepted / self.num_drafted if self.num_drafted else None
-
-    @property
-    def mean_accepted_length(self) -> float | None:
-        """Tokens that came true per verified guess; None: none was."""
-        return self.num_accepted / self.num_drafts if self.num_drafts else None
 
 
 class Done(ServerMessageBase, frozen=True):

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from descant_client.protocol import Delta, Done, FinishReason, ServerMessage, Timings, TokenLogprob, Usage
+from descant_client.protocol import Delta, Done, FinishReason, ServerMessage, TokenLogprob, Usage
+from descant_client.timings import Timings
 from descant_client.transcript import Transcript
 
 

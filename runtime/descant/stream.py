@@ -27,11 +27,11 @@ from descant_client.protocol import (
     Error,
     Progress,
     ServerMessage,
-    Timings,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
+from descant_client.timings import Timings
 
 BYTES_PER_TOKEN = 16  # what an unsent token is counted as
 MAX_DELTA_TOKENS = 512  # so that one stream's backlog does not hold up the others of its connection
