@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.doubt import MOST, RAISED, STEPS, Doubt, gain_of
+from descant.scheduling.doubt import MOST, RAISED, RELENT_EVERY, STEPS, Doubt, gain_of
 from descant.scheduling.plan import Row, RowResult, StepPlan, StepResult, pack_ints
 
 
@@ -18,8 +18,9 @@ def test_a_loss_raises_it_and_a_clear_gain_lowers_it_again() -> None:
     doubt = Doubt()
 
     assert seen(doubt, 0.2) == 1.0
-    assert seen(doubt, -0.01) == RAISED
-    assert seen(doubt, 0.01) == RAISED  # too little to be sure of
+    assert seen(doubt, -0.01) == 1.0  # too little to be sure of
+    assert seen(doubt, -0.03) == RAISED
+    assert seen(doubt, 0.01) == RAISED  # likewise
     assert seen(doubt, 0.2) == pytest.approx(1.0)
 
 
@@ -40,6 +41,17 @@ def test_it_ends_somewhere_and_another_chance_is_a_step_back() -> None:
     assert seen(doubt, -1.0, times=20) == MOST
     doubt.relent()
     assert doubt.factor == pytest.approx(MOST / RAISED)
+
+
+def test_it_fades_over_plain_steps() -> None:
+    doubt = Doubt()
+    seen(doubt, -1.0, times=2)
+    for _ in range(2 * RELENT_EVERY - 1):
+        doubt.saw_plain()
+    assert doubt.factor == pytest.approx(RAISED)
+
+    doubt.saw_plain()
+    assert doubt.factor == pytest.approx(1.0)
 
 
 def test_a_step_gains_the_tokens_it_gave_beyond_one_to_each_row_less_the_time_it_took() -> None:

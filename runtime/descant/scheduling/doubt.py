@@ -12,6 +12,8 @@ STEPS = 16  # that guessed: so many are judged together
 RAISED = 1.5  # by so much, after a loss
 MOST = 16.0
 CLEAR_GAIN = 0.05  # of a plain step, per step
+CLEAR_LOSS = -0.02  # likewise: less may be chance
+RELENT_EVERY = 256  # plain steps
 
 
 class Doubt:
@@ -21,17 +23,25 @@ class Doubt:
         self.factor = 1.0
         self._num_steps = 0
         self._gain = 0.0
+        self._num_plain = 0
 
     def saw(self, gain: float) -> None:
         """Guessing brought so many plain steps more, in one step, than it took; less than 0: it was a loss."""
         self._num_steps += 1
         self._gain += gain
         if self._num_steps == STEPS:
-            if self._gain < 0:
+            if self._gain < CLEAR_LOSS * STEPS:
                 self.factor = min(MOST, self.factor * RAISED)
             elif self._gain > CLEAR_GAIN * STEPS:
                 self.relent()
             self._num_steps, self._gain = 0, 0.0
+
+    def saw_plain(self) -> None:
+        """A plain step has passed."""
+        self._num_plain += 1
+        if self._num_plain == RELENT_EVERY:
+            self._num_plain = 0
+            self.relent()
 
     def relent(self) -> None:
         """Give guessing another chance."""

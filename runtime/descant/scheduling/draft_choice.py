@@ -29,7 +29,7 @@ class _Heads:
     """What is known of the draft heads of a version."""
 
     def __init__(self) -> None:
-        self.chain: list[float] = []  # `Drafter.chain` of late
+        self.odds: list[float] = []  # `Drafter.odds` of late
         self.num_unasked = 0  # rows in a row that they were not run for
 
 
@@ -60,7 +60,9 @@ class DraftChoice:
         has_draft = any(map(num_drafted, plan.rows))
         is_plain = not has_draft and not any(row.num_candidates for row in plan.rows)
         plain_seconds = load.costs.plain(len(plan.rows))
-        if not is_plain and plain_seconds is not None:
+        if is_plain:
+            load.doubt.saw_plain()
+        elif plain_seconds is not None:
             load.doubt.saw(gain_of(plan, result, seconds, plain_seconds))
         load.num_undrafted = 0 if has_draft else load.num_undrafted + 1
         load.num_guessing = 0 if is_plain else load.num_guessing + 1
@@ -110,10 +112,10 @@ class DraftChoice:
         known = self._heads[digest] = self._heads.pop(digest, None) or _Heads()
         while len(self._heads) > MAX_VERSIONS:
             del self._heads[next(iter(self._heads))]
-        if drafter.chain:
-            known.chain = drafter.chain
+        if drafter.odds:
+            known.odds = drafter.odds
         else:
-            drafter.chain = known.chain
+            drafter.odds = known.odds
         any_draft, node, heads = self._added
         # In tokens, likewise: that there are drafts and heads delays all rows, and is for all that have some.
         gain = drafter.heads_gain(node * self._num_rows) - any_draft - heads

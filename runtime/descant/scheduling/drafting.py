@@ -19,6 +19,7 @@ from descant_client.speculation import Speculation
 _KEPT = 0.95  # of the weight of what was seen earlier, with each new token
 _LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
 _MAX_AWAITED = 256  # choices of heads that are yet to be judged
+_NUM_ODDS = 8  # nodes whose likelihoods are remembered
 _NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
 _SILENT_LOOKS = 4  # that make it wait for one token more,
 _MAX_PATIENCE = 3  # up to so many more than one
@@ -75,7 +76,7 @@ class Drafter:
         self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
         self._awaited = deque[tuple[int, int, int, float]](maxlen=_MAX_AWAITED)  # position, head, its choice, how sure
         self._head_records: list[_Record] = []
-        self.chain: list[float] = []  # how likely the heads' first choices are to come true, one after the other
+        self.odds: list[float] = []  # of the likeliest nodes that heads propose, of late
         self._promises = _Record(2.0, 2.0)
         self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
 
@@ -127,8 +128,8 @@ class Drafter:
 
     def heads_gain(self, least: float) -> float:
         """Return how many tokens the heads are good for beyond what verifying them costs, `least` each, of late."""
-        chain = self.chain if self.chain else [1.0]
-        return sum(max(0.0, self.kept_share * likelihood - least) for likelihood in chain)
+        share, odds = self.kept_share, self.odds or [1.0]
+        return sum(max(0.0, share * likelihood - least) for likelihood in odds)
 
     def take_candidates(self, position: int, candidates: HeadCandidates) -> None:
         """Keep what the heads propose from `position` on; it is good until another token is there."""
@@ -142,13 +143,11 @@ class Drafter:
         starts = range(0, len(ids), width)
         self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
         self._head_records += [_Record(2.0, 2.0) for _ in range(len(self._head_records), len(starts))]
-        chain, likelihood = list[float](), 1.0
-        for head, at in enumerate(starts):
-            self._awaited.append((position + head, head, ids[at], odds[at]))
-            likelihood *= odds[at] * self._head_records[head].rate
-            chain.append(likelihood)
-        before = self.chain if len(self.chain) == len(chain) else chain
-        self.chain = [old + _NEW_SHARE * (new - old) for old, new in zip(before, chain, strict=True)]
+        self._awaited.extend((position + head, head, ids[at], odds[at]) for head, at in enumerate(starts))
+        guess = self._heads_tree(_NUM_ODDS)
+        new_odds = [*(guess.probabilities if guess is not None else ()), *[0.0] * _NUM_ODDS][:_NUM_ODDS]
+        before = self.odds or new_odds
+        self.odds = [old + _NEW_SHARE * (new - old) for old, new in zip(before, new_odds, strict=True)]
 
     def learn(self, depth: int, num_accepted: int) -> None:
         """A draft of so many tokens, one after the other, was verified, and so many of them came true.
@@ -191,8 +190,12 @@ class Drafter:
         return None if tree is None else of_text(tree, rate)
 
     def _heads_guess(self, sequence: Spoken, max_nodes: int) -> Guess | None:
-        if self._candidates is None or self._candidates[0] != sequence.num_tokens:
-            return None
+        is_of_now = self._candidates is not None and self._candidates[0] == sequence.num_tokens
+        return self._heads_tree(max_nodes) if is_of_now else None
+
+    def _heads_tree(self, max_nodes: int) -> Guess | None:
+        """What heads proposed last, as a tree."""
+        assert self._candidates is not None, "they have proposed something"
         _, ids, odds = self._candidates
         ids, weighed = ids[: self.settings.max_depth], odds[: self.settings.max_depth]
         if not self.settings.always:
