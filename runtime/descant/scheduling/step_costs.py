@@ -15,6 +15,8 @@ _KEPT_OVER_PLAIN = 0.99  # the same, with each plain one: what is not seen again
 _PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
 _PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, any draft heads
 _ROUNDS = 4  # of the solver, with each step; it begins where it was
+# Heads mostly run where there are drafts as well, so steps hardly tell the two apart; neither is ever for nothing.
+_LEAST = (0.02, 0.0, 0.1)
 _NEARLY = 0.125  # of a number of rows
 _SURELY_LESS = 0.8  # of a plain step: what did more and took less
 _MOST = 10.0  # plain steps: what takes longer was held up by something else
@@ -76,10 +78,10 @@ class StepCosts:
         self.added = self._solved()
 
     def _solved(self) -> tuple[float, float, float]:
-        """The least squares of what cannot be negative, by coordinate descent from where it was."""
+        """The least squares of what cannot be less than `_LEAST`, by coordinate descent from where it was."""
         found = list(self.added)
         for _ in range(_ROUNDS):
             for i, (row, target, prior) in enumerate(zip(self._products, self._targets, _PRIOR, strict=True)):
                 others = sum(row[j] * found[j] for j in range(3) if j != i)
-                found[i] = max(0.0, (target + _PRIOR_WEIGHT * prior - others) / (row[i] + _PRIOR_WEIGHT))
+                found[i] = max(_LEAST[i], (target + _PRIOR_WEIGHT * prior - others) / (row[i] + _PRIOR_WEIGHT))
         return found[0], found[1], found[2]
