@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from decode_steps import chain, learn, plan
-from descant.scheduling.doubt import RAISED, STEPS
+from descant.scheduling.doubt import RAISED, RELENT_EVERY, STEPS
 from descant.scheduling.draft_choice import PROBE_EVERY, PROBE_NODES, DraftChoice
 from descant.scheduling.drafting import Drafter
 from descant.scheduling.guess import Guess
@@ -272,3 +272,16 @@ def test_what_pays_at_one_load_is_not_doubted_for_another() -> None:
 
     assert chosen(choice, 8, chain(0.5)) == {}
     assert chosen(choice, 1, chain(0.15)) == {0: 1}
+
+
+def test_doubts_fade_over_plain_steps_though_nothing_is_tried() -> None:
+    choice = taught(any_draft=0.0, node=0.1)
+    for _ in range(2 * STEPS):
+        learn(choice, plan(1, 1), 1.1)  # never true
+        learn(choice, plan(1), 1.0)
+    assert least(choice, 1) == pytest.approx(0.1 * RAISED, rel=0.1)
+
+    for _ in range(RELENT_EVERY):
+        learn(choice, plan(1), 1.0)
+
+    assert least(choice, 1) == pytest.approx(0.1, rel=0.1)

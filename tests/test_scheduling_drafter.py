@@ -155,3 +155,12 @@ def test_nothing_is_kept_of_a_text_that_has_ended() -> None:
     drafter.forget_text()
 
     assert drafter.guess(text([1, 2, 3, 1, 2]), 4) is None
+
+
+def test_heads_are_good_for_all_the_nodes_of_their_tree() -> None:
+    drafter = Drafter(Speculation(ngram=False, max_width=2))
+
+    drafter.take_candidates(3, HeadCandidates(2, pack_ints([7, 8, 5, 6]), pack_floats([0.5, 0.4, 0.5, 0.4])))
+
+    assert drafter.heads_gain(0.0) == pytest.approx(0.5 + 0.4 + 0.25 + 0.2 + 0.2 + 0.16)
+    assert drafter.heads_gain(0.3) == pytest.approx(0.2 + 0.1)

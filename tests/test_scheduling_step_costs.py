@@ -59,3 +59,14 @@ def test_a_number_of_rows_never_seen_is_taken_for_one_near_by() -> None:
     costs.learn(plan(16), 3.0)
 
     assert (costs.plain(3), costs.plain(15), costs.plain(17), costs.plain(19)) == (None, 3.0, 3.0, None)
+
+
+def test_neither_drafts_nor_heads_are_ever_taken_to_be_for_nothing() -> None:
+    costs = StepCosts()
+    for _ in range(100):
+        costs.learn(plan(4), 1.0)
+        costs.learn(plan(4, nodes=4, with_heads=4), 1.0)
+
+    any_draft, _, heads = costs.added
+    assert any_draft >= 0.02
+    assert heads >= 0.1

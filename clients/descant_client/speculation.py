@@ -59,3 +59,9 @@ class Speculation(Strict, frozen=True):
 
 SpeculationChoice = Literal["off", "auto"] | Speculation
 """`auto` is what the server's configuration says, and `Speculation()` if that is `off` or `auto` itself."""
+
+
+def named_heads(choice: SpeculationChoice | None) -> str | None:
+    """Return the adapter whose draft heads are named, if any is."""
+    heads = choice.heads if isinstance(choice, Speculation) else False
+    return heads if isinstance(heads, str) else None

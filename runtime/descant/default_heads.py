@@ -13,7 +13,7 @@ from descant.catalog.entry import SHARED
 from descant.leases import Lease
 from descant.messages import Principal, ResolveAdapters
 from descant_client.errors import DescantError
-from descant_client.speculation import Speculation, SpeculationChoice
+from descant_client.speculation import SpeculationChoice, named_heads
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,7 @@ class DefaultHeads:
     """Which they are, and whether to ask the registry for them."""
 
     def __init__(self, speculation: SpeculationChoice, now: Callable[[], float] = time.monotonic) -> None:
-        heads = speculation.heads if isinstance(speculation, Speculation) else False
-        self._name = heads if isinstance(heads, str) else None
+        self._name = named_heads(speculation)
         self._now = now
         self._retry_at_s = 0.0
 

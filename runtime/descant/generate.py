@@ -31,7 +31,7 @@ from descant.tokenizer import StopStrings
 from descant_client.errors import DeadlineExceeded, DescantError, InternalError, InvalidRequest
 from descant_client.lifecycle import Combination
 from descant_client.protocol import Accepted, Generate, Progress
-from descant_client.speculation import Speculation, SpeculationChoice
+from descant_client.speculation import Speculation, SpeculationChoice, named_heads
 from descant_client.wire import WeightedAdapter
 
 logger = logging.getLogger(__name__)
@@ -178,19 +178,19 @@ def _speculation(request: Generate, default: SpeculationChoice) -> Speculation |
 def _takes_default_heads(request: Generate, speculation: Speculation | None) -> bool:
     """Whether a request for the base alone is for whatever draft heads the server has for it."""
     has_adapter = bool(_members(request)[0])
-    return speculation is not None and bool(speculation.heads) and not has_adapter and _named_heads(request) is None
-
-
-def _named_heads(request: Generate) -> str | None:
-    heads = request.speculation.heads if isinstance(request.speculation, Speculation) else False
-    return heads if isinstance(heads, str) else None
+    return (
+        speculation is not None
+        and bool(speculation.heads)
+        and not has_adapter
+        and named_heads(request.speculation) is None
+    )
 
 
 async def _adapter(
     services: Services, request: Generate, stream: Stream, principal: Principal
 ) -> AdapterVersion | None:
     members, combination = _members(request)
-    heads = _named_heads(request)
+    heads = named_heads(request.speculation)
     if members or heads is not None:
         lease = services.leases.lease()
         stream.hold(lease)

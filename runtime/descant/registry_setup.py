@@ -28,7 +28,7 @@ from descant.messages import ForgetVersion, PinVersions, VersionFree, WorkerRepl
 from descant.remote import Program, Remote, spawn_remote
 from descant.supervision import Supervisor
 from descant_client.errors import ConfigInvalid, ModelInvalid
-from descant_client.speculation import Speculation, SpeculationChoice
+from descant_client.speculation import SpeculationChoice, named_heads
 
 MAILBOX_SIZE = 65536  # large enough for the end of every stream at once: leases cannot wait
 MAX_SLUG_CHARS = 64
@@ -108,8 +108,8 @@ def registry_config(config: Config) -> AdapterConfig:
 
 
 def _check_heads(speculation: SpeculationChoice, names: list[str]) -> None:
-    heads = speculation.heads if isinstance(speculation, Speculation) else False
-    if isinstance(heads, str) and heads not in names:
+    heads = named_heads(speculation)
+    if heads is not None and heads not in names:
         reason = f"{heads!r} is none of adapters.entries; draft heads for the base can be those of {', '.join(names)}."
         raise ConfigInvalid("scheduling.speculation.heads", reason)
 

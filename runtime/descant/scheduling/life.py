@@ -23,7 +23,7 @@ class ExecutorLife:
         self.num_steps = 0  # completed
         self.draft_choice = DraftChoice()
         self.max_steps_in_flight = limits.max_steps_in_flight
-        # Where a step is planned before the last is known, so is what would have to be guessed after it.
+        # Who plans a step before the last one's tokens are known cannot guess what follows them.
         self.max_draft_nodes = limits.max_draft_nodes if limits.max_steps_in_flight == 1 else 0
         # Tokens of a sequence, prompt and output: it must be able to run alone.
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)

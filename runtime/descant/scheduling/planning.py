@@ -118,7 +118,7 @@ class Planner:
         if not life.max_draft_nodes:
             return _NO_DRAFTS
         choice = life.draft_choice
-        choice.begin(len(running), is_forced=any(one.drafter and one.drafter.settings.always for one in running))
+        choice.begin(len(running), is_forced=any(sequence.always_verifies for sequence in running))
         num_spare = (self._builder.num_tokens_left - len(running)) // (2 * max(1, len(running)))  # nodes of each draft
         max_nodes = min(life.max_draft_nodes, num_spare)
         if max_nodes <= 0:
@@ -130,7 +130,7 @@ class Planner:
             drafter, num_left = sequence.drafter, sequence.token_limit - sequence.num_tokens - 1
             if drafter is None or num_left <= 0 or sequence.num_computed + 1 != sequence.num_tokens:
                 continue
-            least = 0.0 if drafter.settings.always else least_likelihood
+            least = 0.0 if sequence.always_verifies else least_likelihood
             if least > 1:
                 continue
             num_readable -= drafter.read(sequence, num_readable)
@@ -152,7 +152,7 @@ class Planner:
                 tree = tree.beginning(num_slots)
                 if drafter is not None:
                     drafter.promise(0.0)  # what is left of it promises something else
-            if tree is not None and drafter is not None and drafter.settings.always:
+            if tree is not None and sequence.always_verifies:
                 self._fairness.charge_draft(sequence, len(tree.token_ids))
         self._builder.decode(sequence, new_blocks or None, tree, num_candidates)
 

@@ -257,8 +257,7 @@ class Policy(Transitions):
                 if sequence.status == "waiting":  # it was parked, and its sink has room again
                     self._enter(sequence)
         if life.max_draft_nodes:
-            drafters = [sequence.drafter for sequence in planned.sequences if sequence.drafter is not None]
-            is_forced = any(drafter.settings.always for drafter in drafters)
+            is_forced = any(sequence.always_verifies for sequence in planned.sequences)
             seconds = max(result.device_s, self._now() - planned.begun_s)
             life.draft_choice.learn(planned.plan, result, seconds, is_forced=is_forced)
 

@@ -135,6 +135,11 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def always_verifies(self) -> bool:
+        """Whether its guesses are verified at any cost."""
+        return self.drafter is not None and self.drafter.settings.always
+
+    @property
     def is_ended_by_token(self) -> bool:
         """Whether the last output token is a stop token, which is no part of the text."""
         return self.finish_reason == "stop" and bool(self.output_ids) and self.output_ids[-1] in self.stop_token_ids

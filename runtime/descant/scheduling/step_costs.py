@@ -27,7 +27,6 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._plain: dict[int, float] = {}  # by number of rows
-        self._near: dict[int, int | None] = {}  # for numbers of rows that were not seen: which one stands for them
         self._products = [[0.0] * 3 for _ in range(3)]  # sums of products of what steps had
         self._targets = [0.0] * 3  # and with what they took beyond a plain step
         self.added = _PRIOR  # what any draft, a node, and any draft heads add to a step, in plain steps
@@ -57,15 +56,10 @@ class StepCosts:
     def _nearest(self, num_rows: int) -> int | None:
         if num_rows in self._plain:
             return num_rows
-        if num_rows not in self._near:
-            nearest = min(self._plain, key=lambda known: abs(known - num_rows), default=None)
-            is_near = nearest is not None and abs(nearest - num_rows) <= num_rows * _NEARLY
-            self._near[num_rows] = nearest if is_near else None
-        return self._near[num_rows]
+        nearest = min(self._plain, key=lambda known: abs(known - num_rows), default=None)
+        return nearest if nearest is not None and abs(nearest - num_rows) <= num_rows * _NEARLY else None
 
     def _average(self, num_rows: int, seconds: float) -> None:
-        if num_rows not in self._plain:
-            self._near.clear()
         known = self._plain.get(num_rows, seconds)
         self._plain[num_rows] = known + _NEW_SHARE * (min(seconds, _MOST * known) - known)
         self._fit((0.0, 0.0, 0.0), 0.0, _KEPT_OVER_PLAIN)
@@ -79,9 +73,10 @@ class StepCosts:
 
     def _solved(self) -> tuple[float, float, float]:
         """The least squares of what cannot be less than `_LEAST`, by coordinate descent from where it was."""
-        found = list(self.added)
+        found, weight = list(self.added), _PRIOR_WEIGHT
         for _ in range(_ROUNDS):
-            for i, (row, target, prior) in enumerate(zip(self._products, self._targets, _PRIOR, strict=True)):
-                others = sum(row[j] * found[j] for j in range(3) if j != i)
-                found[i] = max(_LEAST[i], (target + _PRIOR_WEIGHT * prior - others) / (row[i] + _PRIOR_WEIGHT))
+            for i, row in enumerate(self._products):  # by hand, for it is done with every step
+                others = row[i - 2] * found[i - 2] + row[i - 1] * found[i - 1]
+                one = (self._targets[i] + weight * _PRIOR[i] - others) / (row[i] + weight)
+                found[i] = one if one > _LEAST[i] else _LEAST[i]
         return found[0], found[1], found[2]
