@@ -41,6 +41,10 @@ lint: setup
     .venv/bin/ruff format --check .
     .venv/bin/ruff check .
 
+# Print the folders, low to high, with what each imports; fail if an import goes up
+layers:
+    @python3 tests/layers.py
+
 types: setup
     .venv/bin/pyright
 

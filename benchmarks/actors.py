@@ -22,10 +22,12 @@ import msgspec
 import pykka
 import uvloop
 
-from descant.actor import Actor, Ref
-from descant.remote import Program, spawn_remote
-from descant.remote_child import Notify
-from descant.supervision import Supervisor
+from descant.actor.actor import Actor
+from descant.actor.endpoint import Program
+from descant.actor.ref import Ref
+from descant.actor.remote import spawn_remote
+from descant.actor.remote_child import Notify
+from descant.actor.supervision import Supervisor
 
 NUM_LOCAL = 20_000  # messages per measurement
 NUM_REMOTE = 1_000

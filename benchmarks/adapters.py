@@ -25,10 +25,10 @@ from batches import run, served
 from random_model import projections, write_adapter
 from report import Report, figures, median, ratio, table
 
-from descant.actors.fetch import DEMO_MODEL
-from descant.adapters.extent import extent_bytes
+from descant.assembly.system import System
 from descant.config import AdapterConfig
-from descant.system import System
+from descant.sources.demo import DEMO_MODEL
+from descant.versions.extent import extent_bytes
 from descant_client.client import Client
 from descant_client.loadtest.percentiles import percentile, spread_of
 from descant_client.loadtest.popularity import PowerLaw

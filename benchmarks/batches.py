@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import anyio
 import uvloop
 
+from descant.assembly.system import System, running
 from descant.config import AdapterConfig, Config, MiB, ModelConfig, ServerConfig
-from descant.engine.arch import Dtype
-from descant.system import System, running
+from descant.contract.engine import Dtype
 from descant_client.client import Client, connect
 from descant_client.protocol import Delta, ServerMessage
 

@@ -24,8 +24,8 @@ from gpu_steps import BLOCK_SIZE, RANK, steps
 from gpu_timing import DTYPE, HEADS, Bench, Line, Op, measure_bandwidth, measure_flops, time_op, time_steps
 from report import Report, table
 
-from descant.engine.arch import DecoderConfig, RopeConfig
 from descant.engine.graphs import CudaCapture
+from descant.model.arch import DecoderConfig, RopeConfig
 from descant_kernels import (
     AttentionBatch,
     LoraTables,

@@ -8,8 +8,7 @@ import torch
 from gpu_timing import DTYPE, Bench, Line
 from torch import Tensor
 
-from descant.adapters.extent import extent_offsets
-from descant.engine.arch import lora_modules
+from descant.contract.plan import NO_ADAPTER, AdapterSpan, Admit, Row, pack_ints
 from descant.engine.batch import EngineRow, ForwardBatch, PendingTokens
 from descant.engine.decoder import Decoder
 from descant.engine.draws import draw_later
@@ -17,7 +16,8 @@ from descant.engine.graphs import DecodeGraphs, StaticBatch
 from descant.engine.kv_cache import KVCache
 from descant.engine.rotary import rope_tables
 from descant.engine.weights import DecoderWeights, LayerWeights
-from descant.scheduling.plan import NO_ADAPTER, AdapterSpan, Admit, Row, pack_ints
+from descant.model.arch import lora_modules
+from descant.versions.extent import extent_offsets
 from descant_client.protocol import SamplingParams
 from descant_kernels import LoraTables, Segments, pack_linear
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from descant.engine.arch import DecoderConfig
 from descant.engine.graphs import Capture
+from descant.model.arch import DecoderConfig
 
 REPEATS = 30
 STEPS = 20  # per timing of steps: queued one behind the other, as the engine does

@@ -25,12 +25,12 @@ from batches import answer, deal, run, served
 from random_model import QWEN_05B, checkpoint, num_adapter_parameters, projections, random_prompts, write_adapter
 from report import RESULTS, Report, figures, median, paired_ratio, ratio, spread, stage, table
 
-from descant.actors.fetch import DEMO_MODEL
-from descant.adapters.extent import extent_bytes
+from descant.assembly.system import System
 from descant.config import AdapterConfig
-from descant.engine.arch import LoraModule, from_hf
 from descant.engine.weights import load_weights
-from descant.system import System
+from descant.model.arch import LoraModule, from_hf
+from descant.sources.demo import DEMO_MODEL
+from descant.versions.extent import extent_bytes
 from descant_client.client import Client
 
 MIXED = (8, 16, 64)  # dealt in turn

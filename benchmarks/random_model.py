@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from descant.engine.arch import LoraModule, from_hf, lora_modules
+from descant.model.arch import LoraModule, from_hf, lora_modules
 
 FILES_VERSION = 1  # part of every directory's name: raise it when other files are written
 

@@ -14,10 +14,10 @@ import random
 import statistics
 import time
 
-from descant.scheduling.plan import EngineLimits, RowResult, StepPlan, StepResult, pack_ints
+from descant.contract.plan import EngineLimits, RowResult, StepPlan, StepResult, pack_ints
+from descant.contract.version import AdapterVersion
 from descant.scheduling.policy import Policy
 from descant.scheduling.sequence import Sequence, SequenceTable
-from descant.scheduling.version import AdapterVersion
 from descant_client.protocol import SamplingParams
 
 LIMITS = EngineLimits(num_blocks=65536, block_size=16, max_context=131072, vocab_size=32000, num_adapter_slots=64)

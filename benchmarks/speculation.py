@@ -28,7 +28,7 @@ from batches import run, served
 from random_model import QWEN_05B, markov_checkpoint
 from report import RESULTS, Report, figures, median, paired_ratio, stage, table
 
-from descant.actors.fetch import DEMO_HEADS
+from descant.sources.demo import DEMO_HEADS
 from descant_client.client import Client
 from descant_client.speculation import Speculation, SpeculationChoice
 from descant_client.stream import Result

@@ -25,13 +25,13 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
+from descant.actor.remote_child import Notify
 from descant.actors.executor import Executor
-from descant.child_config import ExecutorConfig
+from descant.assembly.system import running
 from descant.config import Config, ModelConfig, SchedulingConfig, ServerConfig
+from descant.contract.child_config import ExecutorConfig
+from descant.contract.executor import EngineReady
 from descant.engine.dummy import DummyEngine, DummyOptions
-from descant.messages import EngineReady
-from descant.remote_child import Notify
-from descant.system import running
 from descant_client.protocol import SUBPROTOCOLS
 
 MAX_STREAMS = 1024

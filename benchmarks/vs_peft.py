@@ -37,8 +37,8 @@ from random_model import (
 )
 from report import RESULTS, Report, figures, median, paired_ratio, spread, stage, table
 
-from descant.adapters.extent import extent_bytes
 from descant.config import AdapterConfig
+from descant.versions.extent import extent_bytes
 from descant_client.client import Client
 
 RANK = 16

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from descant.system import System
+    from descant.assembly.system import System
     from servers import Checkpoint, Neighbor
 
 

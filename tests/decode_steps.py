@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from descant.scheduling.draft_choice import DraftChoice
-from descant.scheduling.guess import Guess
-from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import Row, RowResult, StepPlan, StepResult, TokenDraft, pack_ints
+from descant.contract.plan import Row, RowResult, StepPlan, StepResult, TokenDraft, pack_ints
+from descant.scheduling.speculation.draft_choice import DraftChoice
+from descant.scheduling.speculation.guess import Guess
+from descant.scheduling.speculation.ngram import DraftTree
 
 
 def plan(num_rows: int, nodes: int = 0, with_heads: int = 0) -> StepPlan:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from descant.engine.batch import ForwardBatch
-from descant.engine.interface import EngineOptions
-from descant.engine.runner import Engine
-from descant.scheduling.plan import (
+from descant.contract.engine import EngineOptions
+from descant.contract.plan import (
     NO_ADAPTER,
     NO_LOGPROBS,
     AdapterSpan,
@@ -22,6 +20,8 @@ from descant.scheduling.plan import (
     pack_ints,
     unpack_ints,
 )
+from descant.engine.batch import ForwardBatch
+from descant.engine.runner import Engine
 from descant_client.protocol import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from descant.scheduling.plan import (
+from descant.contract.plan import (
     NO_ADAPTER,
     EngineLimits,
     HeadCandidates,

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from descant.scheduling.plan import Admit, LogprobRows, pack_floats, pack_ints
+from descant.contract.plan import Admit, LogprobRows, pack_floats, pack_ints
 
 PRIME = 2**61 - 1
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from descant.scheduling.adapter_work import AdapterLoad
+from descant.contract.version import AdapterVersion
+from descant.scheduling.placement.adapter_work import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence, SequenceTable, Stopper
-from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError
 from descant_client.protocol import SamplingParams
 from fake_engine import EngineDied, FakeEngine

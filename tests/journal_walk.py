@@ -12,11 +12,11 @@ from pathlib import Path
 
 import msgspec
 
+from descant.catalog.catalog import Catalog
 from descant.catalog.entry import Entry
 from descant.catalog.journal import JournalFile
-from descant.catalog.names import Catalog
-from descant.messages import Principal
-from descant.scheduling.version import AdapterVersion
+from descant.contract.principal import Principal
+from descant.contract.version import AdapterVersion
 from descant_client.errors import DescantError
 
 NAMES = [f"n{index}" for index in range(12)]

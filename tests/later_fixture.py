@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from descant.remote_child import Later, Notify
+from descant.actor.remote_child import Later, Notify
 from descant_client.errors import AdapterTooLarge
 
 

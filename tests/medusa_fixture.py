@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peft_fixture
-from descant.adapters.draft_heads import DraftHeads
+from descant.versions.draft_heads import DraftHeads
 
 CONFIG, TENSORS = "config.json", "medusa_lm_head.safetensors"
 HIDDEN, VOCAB = 32, 96  # of `peft_fixture.tiny_base`

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from descant.adapters.low_rank import Factors, LowRankAdapter
+from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.lifecycle import Combination
 
 MODULES = {"k": (7, 5), "q": (6, 9), "v": (11, 4)}  # (in, out), in the order in which PEFT visits them

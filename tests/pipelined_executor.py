@@ -6,10 +6,10 @@ import dataclasses
 
 import msgspec
 
+from descant.actor.remote_child import Notify
 from descant.actors.executor import Executor
 from descant.actors.executor import start as start_executor
-from descant.child_config import ExecutorConfig
-from descant.remote_child import Notify
+from descant.contract.child_config import ExecutorConfig
 
 FACTORY = "pipelined_executor:start"
 

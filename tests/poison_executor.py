@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 
+from descant.actor.remote_child import Later, Notify
 from descant.actors.executor import Executor
 from descant.actors.executor import start as start_executor
-from descant.messages import ExecutorMessage, Loaded, Staged, Step, StepDone
-from descant.remote_child import Later, Notify
-from descant.scheduling.plan import unpack_ints
+from descant.contract.executor import ExecutorMessage, Placed, Staged, Step, StepDone
+from descant.contract.plan import unpack_ints
 
 FACTORY = "poison_executor:start"
 POISON = 7  # the token id
@@ -24,7 +24,7 @@ class PoisonedExecutor:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
-    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | Later | None:
+    def handle(self, message: ExecutorMessage) -> Staged | Placed | StepDone | Later | None:
         """Carry out one message, or die of it."""
         if isinstance(message, Step) and any(POISON in unpack_ints(admit.token_ids) for admit in message.plan.admit):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -12,30 +12,28 @@ from typing import Any
 
 import anyio
 
-from descant.actor import Actor, ActorFailed, Ref
+from descant.actor.actor import Actor
+from descant.actor.errors import ActorFailed
+from descant.actor.ref import Ref
+from descant.actor.supervision import Supervisor
 from descant.actors.fetch import Fetch
 from descant.actors.registry import Registry
 from descant.catalog.configured import reconcile
 from descant.catalog.journal import Journal, opened
 from descant.config import AdapterConfig, AdapterEntry
-from descant.leases import Lease, LeaseTable
-from descant.messages import (
-    AdapterList,
-    ChangeAdapter,
+from descant.contract.principal import Principal
+from descant.contract.version import AdapterVersion
+from descant.contract.worker import (
     ComposeAdapters,
     CreateVersion,
     ExportAdapter,
     Exported,
     ExportMerged,
-    ListRegistered,
     PrepareAdapter,
     Prepared,
-    Principal,
-    ResolveAdapters,
-    VersionFree,
 )
-from descant.scheduling.version import AdapterVersion
-from descant.supervision import Supervisor
+from descant.messages import AdapterList, ChangeAdapter, ListRegistered, ResolveAdapters, VersionFree
+from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import AdapterInvalid
 from descant_client.lifecycle import (
     AdapterInfo,
@@ -252,8 +250,8 @@ def crash(actor: Ref[Any]) -> None:
     async def fail() -> None:
         raise RuntimeError("injected by a test")
 
-    assert actor._cell.actor is not None
-    actor._cell.actor.start_soon(fail)
+    assert actor._address.tasks is not None
+    actor._address.tasks.start_soon(fail)
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from descant.remote_child import Notify
+from descant.actor.remote_child import Notify
 from descant_client.errors import AdapterTooLarge, ModelInvalid
 
 

@@ -22,9 +22,9 @@ from websockets.asyncio.client import connect as open_websocket
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
-from descant.actor import Ref
+from descant.actor.ref import Ref
+from descant.assembly.system import System, running
 from descant.config import AdapterConfig, AdapterEntry, Config, ModelConfig, SchedulingConfig, ServerConfig
-from descant.system import System, running
 from descant_client.client import Client
 from descant_client.protocol import JSON_SUBPROTOCOL
 from descant_client.stream import Result, Stream
@@ -129,8 +129,8 @@ def crash(actor: Ref[Any]) -> None:
     async def fail() -> None:
         raise RuntimeError("injected by a test")
 
-    assert actor._cell.actor is not None
-    actor._cell.actor.start_soon(fail)
+    assert actor._address.tasks is not None
+    actor._address.tasks.start_soon(fail)
 
 
 async def wait_until(condition: Callable[[], Any], deadline_s: float = LONG) -> None:

@@ -8,8 +8,10 @@ import anyio
 import msgspec
 import pytest
 
-from descant.actor import Actor, ActorFailed, ActorStopped, AskTimeout, MailboxFull, Ref
-from descant.supervision import Supervisor
+from descant.actor.actor import Actor
+from descant.actor.errors import ActorFailed, ActorStopped, AskTimeout, MailboxFull
+from descant.actor.ref import Ref
+from descant.actor.supervision import Supervisor
 from descant_client.errors import InvalidRequest
 
 pytestmark = pytest.mark.anyio

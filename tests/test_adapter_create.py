@@ -12,13 +12,13 @@ from peft.tuners.lora import LoraLayer
 
 import peft_fixture
 from descant.actors.worker import Worker
-from descant.adapters.base import BaseModel
 from descant.adapters.create import choose_targets, create
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import LowRankAdapter
 from descant.adapters.prepare import AdapterWorker
-from descant.adapters.store import read_version
-from descant.messages import CreateVersion, Prepared
+from descant.contract.limits import AdapterLimits
+from descant.contract.worker import CreateVersion, Prepared
+from descant.model.base_model import BaseModel
+from descant.versions.low_rank import LowRankAdapter
+from descant.versions.store import read_version
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 
 LIMITS = AdapterLimits(max_rank=64)

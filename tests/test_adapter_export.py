@@ -16,15 +16,15 @@ from peft.tuners.lora import LoraLayer
 
 import peft_fixture
 from descant.actors.worker import Worker
-from descant.adapters.base import BaseModel
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import Factors, LowRankAdapter, float32
+from descant.adapters.formats.read import read_adapter
 from descant.adapters.prepare import AdapterWorker
-from descant.adapters.read import read_adapter
-from descant.adapters.store import write_version
-from descant.engine.arch import from_hf, lora_modules
-from descant.messages import ExportAdapter, Exported
-from descant.scheduling.version import AdapterVersion
+from descant.contract.limits import AdapterLimits
+from descant.contract.version import AdapterVersion
+from descant.contract.worker import ExportAdapter, Exported
+from descant.model.arch import from_hf, lora_modules
+from descant.model.base_model import BaseModel
+from descant.versions.low_rank import Factors, LowRankAdapter, float32
+from descant.versions.store import write_version
 from descant_client.errors import AdapterInvalid, InvalidRequest
 
 BASE = peft_fixture.tiny_base()

@@ -14,13 +14,13 @@ from peft import PeftModel
 
 import medusa_fixture
 import peft_fixture
-from descant.adapters.draft_heads import DraftHeads
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import LowRankAdapter
 from descant.adapters.prepare import AdapterWorker
-from descant.adapters.store import read_version
-from descant.engine.arch import from_hf, lora_modules
-from descant.scheduling.version import AdapterVersion
+from descant.contract.limits import AdapterLimits
+from descant.contract.version import AdapterVersion
+from descant.model.arch import from_hf, lora_modules
+from descant.versions.draft_heads import DraftHeads
+from descant.versions.low_rank import LowRankAdapter
+from descant.versions.store import read_version
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, InvalidRequest
 from descant_client.lifecycle import Combination
 from medusa_fixture import assert_same, random_heads, save_heads

@@ -10,13 +10,14 @@ import torch
 
 import merge_fixture as fixture
 import peft_fixture
-from descant.adapters import prepare, store
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import Factors, LowRankAdapter
+from descant.adapters import prepare
 from descant.adapters.merge import combine
 from descant.adapters.prepare import AdapterWorker
 from descant.adapters.prune import drop_mask, keep_largest
 from descant.adapters.truncate import truncated_matrix, truncated_product
+from descant.contract.limits import AdapterLimits
+from descant.versions import store
+from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.errors import AdapterInvalid, AdapterTooLarge
 from descant_client.lifecycle import Combination
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import merge_fixture as fixture
-from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.adapters.merge import combine
 from descant.adapters.prune import drop_mask
+from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.lifecycle import Combination
 
 few = settings(derandomize=True, deadline=None, max_examples=8)

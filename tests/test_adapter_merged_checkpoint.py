@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import tiny_models
 from descant.actors.worker import Worker
 from descant.adapters.prepare import AdapterWorker
-from descant.messages import Exported, ExportMerged
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
+from descant.contract.worker import Exported, ExportMerged
 from descant_client.errors import AdapterInvalid, InvalidRequest, ModelInvalid
 
 WITH_HEAD = [*tiny_models.EVERY_MODULE, "lm_head"]

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import peft_fixture
-from descant.adapters.base import BaseModel
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.read import read_adapter
+from descant.adapters.formats.read import read_adapter
+from descant.contract.limits import AdapterLimits
+from descant.model.base_model import BaseModel
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import peft_fixture
-from descant.adapters.base import BaseModel
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.read import read_adapter
+from descant.adapters.formats.read import read_adapter
+from descant.contract.limits import AdapterLimits
+from descant.model.base_model import BaseModel
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from peft_fixture import TENSORS, edit_config, edit_tensors
 

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import peft_fixture
 from descant.actors.worker import Worker
-from descant.adapters import store
-from descant.adapters.compose import weighted_sum
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import Factors, LowRankAdapter
+from descant.adapters.merge import weighted_sum
 from descant.adapters.prepare import AdapterWorker
-from descant.engine.arch import LoraModule
-from descant.messages import ComposeAdapters, Member
+from descant.contract.limits import AdapterLimits
+from descant.contract.worker import ComposeAdapters, Member
+from descant.model.arch import LoraModule
+from descant.versions import store
+from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.errors import AdapterInvalid, AdapterTooLarge
 from descant_client.lifecycle import Combination
 from medusa_fixture import random_heads

@@ -9,10 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from descant.catalog.catalog import Catalog
 from descant.catalog.entry import SHARED, Entry
-from descant.catalog.names import Catalog
-from descant.messages import Principal
-from descant.scheduling.version import AdapterVersion
+from descant.contract.principal import Principal
+from descant.contract.version import AdapterVersion
 from descant_client.errors import AdapterExists, AdapterForbidden, AdapterNotFound, DescantError, InvalidRequest
 
 OWNERS = ("anna", "bert", "")  # a principal may be called as the shared owner is

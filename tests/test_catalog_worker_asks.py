@@ -8,13 +8,13 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from descant.actor import ActorFailed, AskTimeout
+from descant.actor.errors import ActorFailed, AskTimeout
+from descant.actor.remote_child import NUM_SIDE_THREADS
 from descant.catalog.changes import EXPORT_TIMEOUT_S
 from descant.catalog.worker_asks import MAX_ASKS, MAX_EXPORTS, WorkerAsks
-from descant.change import OPERATION_TIMEOUT_S
-from descant.messages import ExportMerged, PrepareAdapter
-from descant.remote_child import NUM_SIDE_THREADS
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
+from descant.contract.worker import ExportMerged, PrepareAdapter
+from descant.requests.change import OPERATION_TIMEOUT_S
 from descant_client.errors import AdapterInvalid, DeadlineExceeded, DescantError
 
 pytestmark = pytest.mark.anyio

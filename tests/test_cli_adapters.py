@@ -12,7 +12,7 @@ import anyio.from_thread
 import pytest
 from click.testing import CliRunner, Result
 
-from descant.cli import cli, main
+from descant.cli.app import cli, main
 from descant_client.lifecycle import (
     Combination,
     CreateAdapter,

@@ -13,7 +13,7 @@ import anyio
 import msgspec
 import pytest
 
-from descant.cli_loadtest import loadtest
+from descant.cli.loadtest import loadtest
 from descant.config import Config, KeyConfig, hash_key
 from descant_client import connect
 from descant_client.errors import ConfigInvalid

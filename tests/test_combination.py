@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from descant.combination import check, from_lorax
+from descant.requests.combination import check, from_lorax
 from descant_client.errors import InvalidRequest
 from descant_client.lifecycle import Combination, CombinationType
 from descant_client.protocol import MergedAdapters

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from descant.catalog.entry import SHARED
-from descant.default_heads import RETRY_S, DefaultHeads
-from descant.leases import LeaseTable
+from descant.requests.default_heads import RETRY_S, DefaultHeads
+from descant.sessions.leases import LeaseTable
 from descant_client.errors import AdapterNotFound
 from descant_client.speculation import Speculation, SpeculationChoice
 

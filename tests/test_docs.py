@@ -8,8 +8,8 @@ from pathlib import Path
 import anyio
 import pytest
 
+from descant.assembly.system import running
 from descant.config import Config, ModelConfig, ServerConfig
-from descant.system import running
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURE = (ROOT / "docs/ARCHITECTURE.md").read_text("utf-8")

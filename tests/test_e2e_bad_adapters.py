@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 import spoilers
+from descant.assembly.system import System
 from descant.config import KeyConfig, hash_key
-from descant.system import System
 from descant_client import connect
 from descant_client.client import Client
 from descant_client.errors import (

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from descant.system import System
+from descant.assembly.system import System
 from descant_client.protocol import MSGPACK_SUBPROTOCOL
 from servers import LONG, Neighbor, RawClient, decode, dummy_config, fetch, raw, serve, wait_until
 

@@ -10,8 +10,8 @@ import anyio.lowlevel
 import pytest
 
 import descant
+from descant.assembly.system import System, running
 from descant.config import Config, ModelConfig, ServerConfig
-from descant.system import System, running
 from descant_client import Client, connect
 from descant_client.errors import InvalidRequest
 

@@ -13,15 +13,16 @@ import anyio
 import msgspec
 import pytest
 
-from descant.actors.fetch import DEMO_MODEL
 from descant.config import Config, KeyConfig, SchedulingConfig, hash_key
-from descant.default_heads import DefaultHeads
-from descant.generate import start_stream
-from descant.messages import Principal, Submit
+from descant.contract.principal import Principal
+from descant.messages import Submit
+from descant.model.tokenizer import Tokenizer
+from descant.requests.default_heads import DefaultHeads
+from descant.requests.generate import start_stream
+from descant.requests.time_limits import TimeLimits
 from descant.scheduling.sequence import SequenceTable
-from descant.stream import Stream
-from descant.time_limits import TimeLimits
-from descant.tokenizer import Tokenizer
+from descant.sessions.stream import Stream
+from descant.sources.demo import DEMO_MODEL
 from descant_client import connect
 from descant_client.errors import DeadlineExceeded, InvalidRequest, Overloaded
 from descant_client.protocol import Delta, Error, Generate

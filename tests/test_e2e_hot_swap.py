@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from descant.system import System
+from descant.assembly.system import System
 from descant_client import connect
 from descant_client.client import Client
 from descant_client.stream import Stream

@@ -11,8 +11,8 @@ import anyio
 import msgspec
 import pytest
 
-from descant.scheduling.residency import AdapterResidency
-from descant.system import System
+from descant.assembly.system import System
+from descant.scheduling.placement.residency import AdapterResidency
 from descant_client import connect
 from descant_client.client import Client
 from descant_client.errors import AdapterInvalid
@@ -56,8 +56,7 @@ def stored_files(data_dir: Path) -> set[Path]:
 
 
 def residency_of(system: System) -> AdapterResidency:
-    cell = system.services.scheduler._cell
-    return cell.actor._policy._life.gate.residency  # type: ignore[union-attr]
+    return system.services.scheduler._address.actor._policy._life.gate.residency
 
 
 async def evict(client: Client, *others: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
+from descant.assembly.system import System
 from descant.config import Config
-from descant.system import System
 from descant_client import connect
 from descant_client.client import Client
 from descant_client.stream import Stream

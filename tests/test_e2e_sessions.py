@@ -10,8 +10,8 @@ import anyio
 import msgspec
 import pytest
 
+from descant.assembly.system import System
 from descant.config import KeyConfig, hash_key
-from descant.system import System
 from descant_client import connect
 from descant_client.errors import Overloaded, Unauthorized
 from servers import Neighbor, RawClient, answers, dummy_config, raw, serve, tokens_of, wait_until

@@ -15,12 +15,12 @@ import pytest
 from anyio import to_thread
 from rich.console import Console
 
-from descant.actors.fetch import DEMO_ADAPTERS
+from descant.assembly.registry_setup import registry_config
+from descant.assembly.system import System
 from descant.config import AdapterConfig, Config, ModelConfig, SchedulingConfig, ServerConfig, check_config
-from descant.default_heads import DefaultHeads
-from descant.leases import Lease
-from descant.registry_setup import registry_config
-from descant.system import System
+from descant.requests.default_heads import DefaultHeads
+from descant.sessions.leases import Lease
+from descant.sources.demo import DEMO_ADAPTERS
 from descant_client import connect
 from descant_client.client import Client
 from descant_client.errors import AdapterInvalid, AdapterNotFound, ConfigInvalid, InvalidRequest

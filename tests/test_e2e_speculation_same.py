@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from descant.config import Config, ModelConfig, ServerConfig
-from descant.engine.arch import Dtype
+from descant.contract.engine import Dtype
 from descant_client import connect
 from descant_client.speculation import Speculation, SpeculationChoice
 from servers import results, serve

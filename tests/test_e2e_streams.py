@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from descant.system import System
+from descant.assembly.system import System
 from descant_client import connect
 from descant_client.client import Client
 from servers import (

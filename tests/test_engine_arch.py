@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 import tiny_models
-from descant.engine.arch import DecoderConfig, from_hf, lora_modules
+from descant.model.arch import DecoderConfig, from_hf, lora_modules
 from descant_client.errors import ModelInvalid
 
 BASE: dict[str, Any] = {

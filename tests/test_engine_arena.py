@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from descant.adapters.extent import extent_bytes
-from descant.adapters.low_rank import Factors, LowRankAdapter
-from descant.adapters.store import write_version
 from descant.engine import arena as arena_module
-from descant.engine.arch import LoraModule
 from descant.engine.arena import Arena
+from descant.model.arch import LoraModule
+from descant.versions.extent import extent_bytes
+from descant.versions.low_rank import Factors, LowRankAdapter
+from descant.versions.store import write_version
 from descant_client.errors import AdapterInvalid
 from descant_kernels import PairLayout, Segments, add_lora
 

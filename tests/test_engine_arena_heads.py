@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from descant.adapters import store
-from descant.adapters.draft_heads import DraftHeads, HeadsShape
-from descant.adapters.extent import extent_bytes
-from descant.adapters.low_rank import Factors, LowRankAdapter
 from descant.engine import arena as arena_module
-from descant.engine.arch import LoraModule
 from descant.engine.arena import Arena, StagedVersion
 from descant.engine.host_cache import HostCache
+from descant.model.arch import LoraModule
+from descant.versions import store
+from descant.versions.draft_heads import DraftHeads, HeadsShape
+from descant.versions.extent import extent_bytes
+from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.errors import AdapterInvalid
 from medusa_fixture import assert_same, random_heads, some
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from descant.contract.plan import AdapterSpan, Admit, Row, pack_ints
 from descant.engine.batch import EngineRow, ForwardBatch
-from descant.scheduling.plan import AdapterSpan, Admit, Row, pack_ints
 from descant_client.protocol import SamplingParams
 
 PARAMS = SamplingParams(temperature=0.5)

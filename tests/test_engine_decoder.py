@@ -8,8 +8,8 @@ import torch
 
 import tiny_models
 from descant.adapters.prepare import AdapterWorker
-from descant.engine.arch import from_hf
 from descant.engine.rotary import rope_tables
+from descant.model.arch import from_hf
 from engine_driver import Driver, Voice, engine_for
 
 TOLERANCE = 1e-4  # of logits; a top-two gap below it may go either way

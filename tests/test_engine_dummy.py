@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from descant.contract.plan import Admit, Row, StepPlan, pack_ints, unpack_floats, unpack_ints
 from descant.engine import dummy
 from descant.engine.dummy import DummyEngine, DummyOptions
-from descant.scheduling.plan import Admit, Row, StepPlan, pack_ints, unpack_floats, unpack_ints
 from descant_client.errors import InvalidRequest, UnsupportedRequest
 from descant_client.protocol import SamplingParams
 

@@ -11,12 +11,12 @@ import torch
 
 import tiny_models
 from descant.adapters.prepare import AdapterWorker
+from descant.contract.plan import NO_ADAPTER, AdapterSpan, Admit, Row, RowResult, StepPlan, pack_ints, unpack_ints
+from descant.contract.version import AdapterVersion
 from descant.engine import graphs as graphs_module
 from descant.engine.batch import ForwardBatch, PendingTokens
 from descant.engine.graphs import StaticBatch, graph_contexts, graph_sizes
 from descant.engine.runner import Engine
-from descant.scheduling.plan import NO_ADAPTER, AdapterSpan, Admit, Row, RowResult, StepPlan, pack_ints, unpack_ints
-from descant.scheduling.version import AdapterVersion
 from descant_client.errors import InvalidRequest
 from descant_client.protocol import SamplingParams
 from engine_driver import GREEDY, engine_for

@@ -10,11 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tiny_models
-from descant.adapters.draft_heads import DraftHeads
 from descant.adapters.prepare import AdapterWorker
-from descant.engine.heads import candidates_of
-from descant.engine.runner import Engine
-from descant.scheduling.plan import (
+from descant.contract.plan import (
     NO_ADAPTER,
     AdapterSpan,
     Row,
@@ -24,6 +21,9 @@ from descant.scheduling.plan import (
     unpack_floats,
     unpack_ints,
 )
+from descant.engine.heads import candidates_of
+from descant.engine.runner import Engine
+from descant.versions.draft_heads import DraftHeads
 from descant_client.errors import InvalidRequest
 from engine_driver import Driver, Voice, engine_for
 from medusa_fixture import named, random_heads, save_heads

@@ -10,8 +10,8 @@ from peft import PeftModel
 
 import tiny_models
 from descant.adapters.prepare import AdapterWorker
-from descant.scheduling.plan import NO_ADAPTER
-from descant.scheduling.version import AdapterVersion
+from descant.contract.plan import NO_ADAPTER
+from descant.contract.version import AdapterVersion
 from descant_client.lifecycle import Combination
 from engine_driver import Driver, Voice, engine_for
 

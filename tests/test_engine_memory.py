@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 import tiny_models
-from descant.adapters.draft_heads import DraftHeads
-from descant.adapters.low_rank import Factors, LowRankAdapter
-from descant.adapters.store import write_version
+from descant.contract.engine import EngineOptions
 from descant.engine import memory
-from descant.engine.arch import LoraModule, from_hf
 from descant.engine.arena import Arena, StagedVersion
 from descant.engine.batch import PendingTokens
 from descant.engine.draws import draw_later, needs_host
-from descant.engine.interface import EngineOptions
 from descant.engine.memory import MemoryShares, divide_memory, memory_shares, run_largest_step, usable_bytes
 from descant.engine.sampling import Sampler, SamplingRow
 from descant.engine.uploads import Download, Mark, pack, unpack, upload
 from descant.engine.weights import DecoderWeights, load_weights
+from descant.model.arch import LoraModule, from_hf
+from descant.versions.draft_heads import DraftHeads
+from descant.versions.low_rank import Factors, LowRankAdapter
+from descant.versions.store import write_version
 from descant_client.errors import ConfigInvalid
 from descant_client.protocol import SamplingParams
 

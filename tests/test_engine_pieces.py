@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from descant.engine import pieces
 from descant.engine.uploads import HostUploader
+from descant.versions import pieces
 
 SIZE = 10 * pieces.PIECE + 7
 

@@ -11,17 +11,8 @@ import torch
 
 import tiny_models
 from descant.adapters.prepare import AdapterWorker
+from descant.contract.plan import AdapterSpan, Admit, Row, StepPlan, TokenDraft, pack_ints, unpack_floats, unpack_ints
 from descant.engine.runner import Engine
-from descant.scheduling.plan import (
-    AdapterSpan,
-    Admit,
-    Row,
-    StepPlan,
-    TokenDraft,
-    pack_ints,
-    unpack_floats,
-    unpack_ints,
-)
 from descant_client.errors import ConfigInvalid, InvalidRequest, UnsupportedRequest
 from descant_client.protocol import SamplingParams
 from engine_driver import GREEDY, Driver, Voice, engine_for

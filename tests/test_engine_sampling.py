@@ -15,9 +15,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from descant.contract.plan import LogprobRows, unpack_floats, unpack_ints
 from descant.engine import sampling
 from descant.engine.sampling import Sampler, SamplingRow
-from descant.scheduling.plan import LogprobRows, unpack_floats, unpack_ints
 from descant_client.protocol import SamplingParams
 
 VOCAB = 3000

@@ -10,10 +10,10 @@ import torch
 
 import tiny_models
 from descant.adapters.prepare import AdapterWorker
+from descant.contract.plan import Row, RowResult, TokenDraft, pack_ints, unpack_ints
 from descant.engine.runner import Engine
 from descant.engine.sampling import SampledToken, Sampler, SamplingRow
 from descant.engine.tree import TokenTree, accept, ancestors
-from descant.scheduling.plan import Row, RowResult, TokenDraft, pack_ints, unpack_ints
 from descant_client.protocol import SamplingParams
 from engine_driver import GREEDY, Driver, Voice, engine_for
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_models
-from descant.engine.arch import from_hf
 from descant.engine.weights import DecoderWeights, load_weights
+from descant.model.arch import from_hf
 from descant_client.errors import ModelInvalid
 from descant_kernels import linear
 

@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 
 from descant.actors.executor import Executor
+from descant.contract.executor import (
+    AdapterMove,
+    DropAdapter,
+    MoveAdapters,
+    PlaceAdapter,
+    Placed,
+    StageAdapter,
+    Staged,
+    Step,
+)
+from descant.contract.plan import StepPlan
 from descant.engine.dummy import DummyEngine, DummyOptions
-from descant.messages import DropAdapter, Loaded, MoveAdapters, PlaceAdapter, StageAdapter, Staged, Step
-from descant.scheduling.adapter_work import AdapterMove
-from descant.scheduling.plan import StepPlan
 from fakes import version
 
 
@@ -50,7 +58,7 @@ STAGE, PLACE = StageAdapter(A, is_placed=True, epoch=1), PlaceAdapter(3, 128, A)
 def test_what_is_staged_is_placed_without_reading_it_again(num_host_bytes: int) -> None:
     executor = Executor(engine := Engine(), num_host_bytes)
 
-    assert (executor.handle(STAGE), executor.handle(PLACE)) == (Staged("a"), Loaded(3))
+    assert (executor.handle(STAGE), executor.handle(PLACE)) == (Staged("a"), Placed(3))
     assert engine.calls == [STAGED, PLACED]
 
 

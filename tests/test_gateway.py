@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from descant.actors.gateway import open_listener
+from descant.assembly.system import System, running
 from descant.config import ServerConfig
-from descant.system import System, running
 from descant_client import connect
 from descant_client.client import Client
 from descant_client.errors import ConfigInvalid, ConnectionLost, Draining
@@ -218,7 +218,7 @@ async def test_a_scheduler_that_crashes_between_steps_of_many_streams_repeats_no
 async def test_a_gateway_that_always_crashes_is_given_up(tmp_path: Path) -> None:
     async with serve(dummy_config(tmp_path)) as (system, _):
         for number in range(6):
-            await wait_until(lambda: system.gateway.stats().restarts == number and system.gateway._cell.is_up)  # noqa: B023
+            await wait_until(lambda: system.gateway.stats().restarts == number and system.gateway._address.is_up)  # noqa: B023
             crash(system.gateway)
         with anyio.fail_after(LONG):
             await system.failed.wait()

@@ -12,9 +12,9 @@ import torch
 
 import tiny_models
 from descant.adapters.prepare import AdapterWorker
+from descant.contract.plan import NO_ADAPTER, RowResult, unpack_ints
+from descant.contract.version import AdapterVersion
 from descant.engine.runner import Engine
-from descant.scheduling.plan import NO_ADAPTER, RowResult, unpack_ints
-from descant.scheduling.version import AdapterVersion
 from descant_client.errors import ConfigInvalid
 from descant_client.protocol import SamplingParams
 from engine_driver import GREEDY, engine_for

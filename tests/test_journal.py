@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from descant.catalog.entry import Entry
 from descant.catalog.journal import FILE, JournalFile, opened
 from descant.catalog.journal_rows import from_row, to_row
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
 from descant_client.errors import ConfigInvalid, InternalError
 
 pytestmark = pytest.mark.anyio

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import layers
+
 ROOT = Path(__file__).parent.parent
 SOURCES = {
     "descant": ROOT / "runtime" / "descant",
@@ -27,8 +29,15 @@ SERVER_ONLY = {
     "numpy",
 }
 # Run in the children; everything else of `descant` may be imported by the server process.
-CHILD_ONLY = ("descant.engine", "descant.adapters", "descant.actors.worker", "descant.doctor")
-TORCH_FREE_ENGINE = {"descant.engine", "descant.engine.dummy", "descant.engine.interface"}
+CHILD_ONLY = (
+    "descant.engine",
+    "descant.adapters",
+    "descant.versions",
+    "descant.model.base_model",
+    "descant.model.checkpoint",
+    "descant.actors.worker",
+    "descant.cli.doctor",
+)
 
 
 def _modules() -> dict[str, Path]:
@@ -72,7 +81,7 @@ def _is_within(name: str, prefix: str) -> bool:
 
 def test_there_is_something_to_look_at() -> None:
     assert len(MODULES) > 50
-    assert "descant_client.errors" in _imports("descant.system")
+    assert "descant_client.errors" in _imports("descant.assembly.system")
 
 
 @pytest.mark.parametrize("package", ["descant_client", "descant_kernels"])
@@ -88,15 +97,26 @@ def test_kernels_do_not_know_the_client() -> None:
     assert _offenders("descant_kernels", {"descant_client"} | ASYNC) == {}
 
 
+def test_every_import_goes_down_from_folder_to_folder() -> None:
+    assert layers.upward_arrows() == []
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert [module for module in layers.modules() if module and layers.unit_of(module) is None] == []
+
+
+def test_no_folder_holds_more_than_a_reader_can_look_over() -> None:
+    folders = {path.parent for path in MODULES.values()}
+    assert {folder: num for folder in folders if (num := len(list(folder.glob("*.py"))) - 1) > 20} == {}
+
+
 def test_scheduling_is_pure() -> None:
     assert _offenders("descant.scheduling", {"torch", "numpy", "threading", "time", "descant_kernels"} | ASYNC) == {}
-    others = {"descant.engine", "descant.adapters", "descant.actors", "descant.actor", "descant.messages"}
-    assert _offenders("descant.scheduling", others) == {}
 
 
-@pytest.mark.parametrize("package", ["descant.engine", "descant.adapters"])
-def test_what_computes_waits_for_nothing(package: str) -> None:
-    assert _offenders(package, {"descant.actors", "descant.actor", "descant.remote", "descant.messages"} | ASYNC) == {}
+@pytest.mark.parametrize("folder", ["contract", "model", "versions", "engine", "adapters"])
+def test_what_computes_waits_for_nothing(folder: str) -> None:
+    assert _offenders(f"descant.{folder}", ASYNC) == {}
 
 
 def test_actors_do_not_import_each_other() -> None:
@@ -105,7 +125,7 @@ def test_actors_do_not_import_each_other() -> None:
 
 def test_only_what_runs_in_children_names_torch() -> None:
     assert [module for module in _offenders("descant", {"torch"}) if not module.startswith(CHILD_ONLY)] == []
-    assert set(_offenders("descant.engine", {"torch"})).isdisjoint(TORCH_FREE_ENGINE)
+    assert "descant.engine.dummy" not in _offenders("descant.engine", {"torch"})
 
 
 def _python(code: str) -> None:
@@ -116,9 +136,7 @@ def _python(code: str) -> None:
 def test_client_and_command_line_work_without_torch_and_without_the_servers_dependencies() -> None:
     blocked = sorted({"torch", "triton", *SERVER_ONLY} - {"platformdirs"})
     modules = [module for module in MODULES if module.startswith("descant_client")]
-    _python(
-        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import descant, descant.cli, {', '.join(modules)}"
-    )
+    _python(f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import descant.cli, {', '.join(modules)}")
 
 
 def test_the_server_process_works_without_torch() -> None:
@@ -131,7 +149,7 @@ def test_a_running_server_has_not_imported_torch() -> None:
     _python(
         "import sys, tempfile, anyio\n"
         "from descant.config import Config, ModelConfig, ServerConfig\n"
-        "from descant.system import running\n"
+        "from descant.assembly.system import running\n"
         "from descant_client import connect\n"
         "async def main():\n"
         "    with tempfile.TemporaryDirectory() as data_dir:\n"

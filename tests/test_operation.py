@@ -11,8 +11,8 @@ import anyio
 import pytest
 
 from descant.actors.dummy_registry import DummyRegistry
+from descant.assembly.system import System
 from descant.messages import AdapterList, ChangeAdapter
-from descant.system import System
 from descant_client.errors import AdapterExists, AdapterUnsupported, StoreFull
 from servers import RawClient, crash, dummy_config, raw, serve, wait_until
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from descant.references import MAX_LENGTH, Reference, check_name, parse_reference
+from descant.sources.grammar import MAX_LENGTH, Reference, check_name, parse_reference
 from descant_client.errors import AdapterUnsupported, InvalidRequest
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import anyio
 import pytest
 
-from descant.actor import ActorFailed
+from descant.actor.errors import ActorFailed
 from descant.catalog import versions
 from descant.catalog.worker_asks import MAX_ASKS
-from descant.messages import ComposeAdapters, PrepareAdapter, Principal
+from descant.contract.principal import Principal
+from descant.contract.worker import ComposeAdapters, PrepareAdapter
 from descant_client.errors import (
     AdapterForbidden,
     AdapterInvalid,

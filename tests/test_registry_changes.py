@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from descant.messages import CreateVersion, ExportAdapter, ExportMerged, Principal
+from descant.contract.principal import Principal
+from descant.contract.worker import CreateVersion, ExportAdapter, ExportMerged
 from descant_client.errors import (
     AdapterExists,
     AdapterForbidden,

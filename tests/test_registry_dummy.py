@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from descant.actor.supervision import Supervisor
 from descant.actors.dummy_registry import DummyRegistry
 from descant.config import AdapterEntry
-from descant.leases import LeaseTable
 from descant.messages import ChangeAdapter, ListRegistered, ResolveAdapters, VersionFailed, VersionFree
-from descant.supervision import Supervisor
+from descant.sessions.leases import LeaseTable
 from descant_client.errors import AdapterExists
 from descant_client.wire import WeightedAdapter
 from registry_desk import ADMIN, ANNA, BERT, CHANGES

@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from descant.messages import ComposeAdapters, ExportAdapter, ExportMerged, PrepareAdapter
+from descant.contract.worker import ComposeAdapters, ExportAdapter, ExportMerged, PrepareAdapter
 from descant_client.errors import AdapterInvalid
 from registry_desk import ANNA, BERT, Desk, digest_of, open_desk, wait_until, write_adapter
 

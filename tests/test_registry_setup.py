@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from descant.assembly.registry_setup import configured_adapters, model_directory, registry_config
 from descant.config import AdapterConfig, AdapterEntry, Config, KeyConfig, ModelConfig, SchedulingConfig, hash_key
-from descant.registry_setup import configured_adapters, model_directory, registry_config
 from descant_client.errors import ConfigInvalid
 from descant_client.speculation import Speculation
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from descant.messages import ComposeAdapters, PrepareAdapter, VersionFailed
+from descant.contract.worker import ComposeAdapters, PrepareAdapter
+from descant.messages import VersionFailed
 from descant_client.errors import AdapterInvalid, AdapterNotFound, InvalidRequest, StoreFull
 from registry_desk import ADMIN, ANNA, BERT, Desk, digest_of, open_desk, wait_until, write_adapter
 

@@ -16,10 +16,13 @@ import anyio.lowlevel
 import pytest
 
 import remote_fixture as fixture
-from descant.actor import ActorFailed, AskTimeout
-from descant.remote import Heartbeat, Program, Remote, spawn_remote
-from descant.remote_child import Kind, Start, Uplink, encode_frame
-from descant.supervision import RestartPolicy, Supervisor
+from descant.actor.endpoint import Program, Remote
+from descant.actor.errors import ActorFailed, AskTimeout
+from descant.actor.frames import Kind, Start, encode_frame
+from descant.actor.process import Heartbeat
+from descant.actor.remote import spawn_remote
+from descant.actor.remote_child import Uplink
+from descant.actor.supervision import RestartPolicy, Supervisor
 from descant_client.errors import AdapterTooLarge, InternalError, ModelInvalid
 
 pytestmark = pytest.mark.anyio
@@ -309,7 +312,7 @@ def start_by_hand(*messages: Any) -> tuple[subprocess.Popen[bytes], socket.socke
     pulse, their_pulse = socket.socketpair()
     with theirs, their_pulse:
         fds = (theirs.fileno(), their_pulse.fileno())
-        command = [sys.executable, "-m", "descant.remote_child", "remote_fixture:make", *map(str, fds)]
+        command = [sys.executable, "-m", "descant.actor.remote_child", "remote_fixture:make", *map(str, fds)]
         process = subprocess.Popen(command, pass_fds=fds)
     ours.sendall(encode_frame(Kind.START, 0, Start("child", b"ready", 20)))
     for message in (ECHO, *messages):

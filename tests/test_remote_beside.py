@@ -12,10 +12,11 @@ import anyio
 import pytest
 
 import remote_fixture as fixture
-from descant.actor import ActorFailed
-from descant.remote import Program, Remote, spawn_remote
-from descant.remote_child import NUM_SIDE_THREADS
-from descant.supervision import Supervisor
+from descant.actor.endpoint import Program, Remote
+from descant.actor.errors import ActorFailed
+from descant.actor.remote import spawn_remote
+from descant.actor.remote_child import NUM_SIDE_THREADS
+from descant.actor.supervision import Supervisor
 from descant_client.errors import AdapterTooLarge
 
 pytestmark = pytest.mark.anyio

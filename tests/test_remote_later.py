@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 import later_fixture as fixture
-from descant.actor import ActorFailed
-from descant.remote import Program, Remote, spawn_remote
-from descant.supervision import Supervisor
+from descant.actor.endpoint import Program, Remote
+from descant.actor.errors import ActorFailed
+from descant.actor.remote import spawn_remote
+from descant.actor.supervision import Supervisor
 from descant_client.errors import AdapterTooLarge
 
 pytestmark = pytest.mark.anyio

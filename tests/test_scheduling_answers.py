@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from descant.scheduling.adapter_work import AdapterLoad
-from descant.scheduling.plan import NO_ADAPTER, EngineLimits, LogprobRows, RowResult, StepResult
+from descant.contract.plan import NO_ADAPTER, EngineLimits, LogprobRows, RowResult, StepResult
+from descant.scheduling.placement.adapter_work import AdapterLoad
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, InternalError, UnsupportedRequest
 from fake_engine import LIMITS, FakeEngine

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from decode_steps import chain
-from descant.scheduling.draft_choice import DraftChoice
-from descant.scheduling.drafting import Drafter
-from descant.scheduling.plan import Row, RowResult, StepPlan, StepResult, TokenDraft, num_drafted, pack_ints
+from descant.contract.plan import Row, RowResult, StepPlan, StepResult, TokenDraft, num_drafted, pack_ints
+from descant.scheduling.speculation.draft_choice import DraftChoice
+from descant.scheduling.speculation.drafting import Drafter
 from descant_client.speculation import Speculation
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.doubt import MOST, RAISED, RELENT_EVERY, STEPS, Doubt, gain_of
-from descant.scheduling.plan import Row, RowResult, StepPlan, StepResult, pack_ints
+from descant.contract.plan import Row, RowResult, StepPlan, StepResult, pack_ints
+from descant.scheduling.speculation.doubt import MOST, RAISED, RELENT_EVERY, STEPS, Doubt, gain_of
 
 
 def seen(doubt: Doubt, gain: float, times: int = 1) -> float:

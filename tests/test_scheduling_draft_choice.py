@@ -8,17 +8,12 @@ import msgspec
 import pytest
 
 from decode_steps import chain, learn, plan
-from descant.scheduling.doubt import RAISED, RELENT_EVERY, STEPS
-from descant.scheduling.draft_choice import PROBE_EVERY, PROBE_NODES, DraftChoice
-from descant.scheduling.drafting import Drafter
-from descant.scheduling.guess import Guess
-from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import (
-    HeadCandidates,
-    StepPlan,
-    pack_floats,
-    pack_ints,
-)
+from descant.contract.plan import HeadCandidates, StepPlan, pack_floats, pack_ints
+from descant.scheduling.speculation.doubt import RAISED, RELENT_EVERY, STEPS
+from descant.scheduling.speculation.draft_choice import PROBE_EVERY, PROBE_NODES, DraftChoice
+from descant.scheduling.speculation.drafting import Drafter
+from descant.scheduling.speculation.guess import Guess
+from descant.scheduling.speculation.ngram import DraftTree
 from descant_client.speculation import Speculation
 from fake_engine import LIMITS, FakeEngine
 from fake_model import echo, hash_history

@@ -9,9 +9,9 @@ import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from descant.engine.interface import check_plan
-from descant.scheduling.drafting import Drafter
-from descant.scheduling.plan import EngineLimits, StepPlan
+from descant.contract.engine import check_plan
+from descant.contract.plan import EngineLimits, StepPlan
+from descant.scheduling.speculation.drafting import Drafter
 from descant_client.errors import AdapterInvalid
 from descant_client.speculation import Speculation
 from fake_engine import FakeEngine

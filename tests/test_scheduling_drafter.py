@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.drafting import Drafter, depth_of
-from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import HeadCandidates, pack_floats, pack_ints
+from descant.contract.plan import HeadCandidates, pack_floats, pack_ints
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.speculation.drafting import Drafter, depth_of
+from descant.scheduling.speculation.ngram import DraftTree
 from descant_client.protocol import SamplingParams
 from descant_client.speculation import Speculation
 from fakes import FakeSink

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from descant.scheduling.plan import EngineLimits
+from descant.contract.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
 from fake_engine import FakeEngine
 from fakes import Loop, version

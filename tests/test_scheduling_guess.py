@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from descant.scheduling.guess import Guess, merged, of_heads, of_text, of_ways, pruned
-from descant.scheduling.ngram import DraftTree
+from descant.scheduling.speculation.guess import Guess, merged, of_heads, of_text, of_ways, pruned
+from descant.scheduling.speculation.ngram import DraftTree
 
 Likelihoods = list[list[float]]
 

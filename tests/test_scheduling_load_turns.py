@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from descant.scheduling.adapter_work import AdapterLoad
-from descant.scheduling.load_turns import MAX_READS, LoadTurns
-from descant.scheduling.plan import EngineLimits
+from descant.contract.plan import EngineLimits
+from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.scheduling.placement.load_turns import MAX_READS, LoadTurns
 from fake_engine import FakeEngine
 from fakes import Loop, version
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descant.scheduling.ngram import MAX_OCCURRENCES, DraftTree, NgramIndex
+from descant.scheduling.speculation.ngram import MAX_OCCURRENCES, DraftTree, NgramIndex
 
 LIMITS = st.tuples(st.integers(0, 6), st.integers(0, MAX_OCCURRENCES + 1), st.integers(0, 14))
 LENGTHS = st.tuples(st.integers(1, 3), st.integers(1, 3)).map(sorted)

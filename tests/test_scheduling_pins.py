@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from descant.contract.plan import EngineLimits
 from descant.scheduling.gate import MAX_PASSES, AdapterGate
-from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterTooLarge
 from descant_client.protocol import SamplingParams

@@ -1,7 +1,7 @@
 """Pins that come while answers are being given: they wait for who was promised a place before."""
 
+from descant.contract.plan import EngineLimits
 from descant.scheduling.gate import MAX_PASSES, AdapterGate
-from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
 from descant_client.protocol import SamplingParams
 from fake_engine import FakeEngine

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from descant.scheduling.plan import EngineLimits, unpack_ints
+from descant.contract.plan import EngineLimits, unpack_ints
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import ExecutorFailed, InternalError
 from fake_engine import LIMITS, FakeEngine

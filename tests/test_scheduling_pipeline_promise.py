@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 import test_scheduling_promise as promise
 import test_scheduling_tiers as tiers
-from descant.scheduling.plan import unpack_ints
+from descant.contract.plan import unpack_ints
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterInvalid, DeadlineExceeded, InternalError
 from fake_engine import FakeEngine

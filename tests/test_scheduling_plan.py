@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descant.scheduling.plan import (
+from descant.contract.plan import (
     NO_ADAPTER,
     AdapterSpan,
     Admit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.plan import EngineLimits, Row, StepPlan, unpack_ints
+from descant.contract.plan import EngineLimits, Row, StepPlan, unpack_ints
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import InvalidRequest
 from fake_engine import FakeEngine

@@ -13,7 +13,7 @@ from random import Random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from descant.scheduling.plan import EngineLimits
+from descant.contract.plan import EngineLimits
 from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
 from fake_engine import FakeEngine
 from fake_model import extend_history, logprob_rows

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descant.scheduling.residency import AdapterResidency
-from descant.scheduling.room import Piece, Room, find_room
+from descant.scheduling.placement.residency import AdapterResidency
+from descant.scheduling.placement.room import Piece, Room, find_room
 from descant_client.errors import AdapterTooLarge, UnsupportedRequest
 from fakes import version
 

@@ -1,6 +1,6 @@
 """A sequence takes tokens until something ends it."""
 
-from descant.scheduling.plan import LogprobRows, pack_floats, pack_ints
+from descant.contract.plan import LogprobRows, pack_floats, pack_ints
 from descant.scheduling.sequence import Sequence, SequenceTable, TokenLogprobs, unpack_logprobs
 from descant_client.protocol import SamplingParams
 from fakes import FakeSink

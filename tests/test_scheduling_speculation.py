@@ -7,10 +7,10 @@ import random
 import msgspec
 import pytest
 
-from descant.scheduling.drafting import Drafter
+from descant.contract.plan import BASE_SPANS, StepPlan
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.plan import BASE_SPANS, StepPlan
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.speculation.drafting import Drafter
 from descant_client.speculation import Speculation
 from fake_engine import LIMITS, FakeEngine
 from fake_model import FakeRow, echo, extend_history, hash_history

@@ -7,8 +7,8 @@ import random
 import pytest
 
 from decode_steps import plan
-from descant.scheduling.plan import Admit, Row, StepPlan, pack_ints
-from descant.scheduling.step_costs import StepCosts
+from descant.contract.plan import Admit, Row, StepPlan, pack_ints
+from descant.scheduling.speculation.step_costs import StepCosts
 from descant_client.protocol import SamplingParams
 
 

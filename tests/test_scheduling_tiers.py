@@ -10,11 +10,11 @@ from random import Random
 
 import pytest
 
-from descant.scheduling.adapter_work import AdapterLoad
-from descant.scheduling.plan import EngineLimits
-from descant.scheduling.residency import AdapterResidency
+from descant.contract.plan import EngineLimits
+from descant.contract.version import AdapterVersion
+from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.scheduling.placement.residency import AdapterResidency
 from descant.scheduling.sequence import Sequence
-from descant.scheduling.version import AdapterVersion
 from descant_client.errors import AdapterInvalid, DescantError
 from fake_engine import FakeEngine
 from fakes import Loop, version

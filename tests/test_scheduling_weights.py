@@ -2,7 +2,7 @@
 
 import pytest
 
-from descant.scheduling.plan import EngineLimits
+from descant.contract.plan import EngineLimits
 from fake_engine import FakeEngine
 from fakes import Loop, version
 

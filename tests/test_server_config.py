@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from descant.actors.gateway import open_listener
-from descant.cli import cli
+from descant.cli.app import cli
 from descant.config import AdapterConfig, AdapterEntry, Config, check_config, load_config
 from descant.sources.local import find_adapter
 from descant_client.errors import AdapterForbidden, ConfigInvalid

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from descant.actors.dummy_registry import DummyRegistry
+from descant.assembly.system import System, running
 from descant.config import Config, SchedulingConfig
-from descant.connection import Connection
 from descant.messages import ResolveAdapters
-from descant.system import System, running
+from descant.websocket.connection import Connection
 from descant_client import connect
 from descant_client.errors import Draining, ExecutorFailed
 from servers import LONG, crash, dummy_config, kill_executor, raw, serve, tokens_of, wait_until
@@ -81,8 +81,8 @@ async def test_questions_of_a_client_that_does_not_read_wait_where_they_cost_not
 async def test_a_registry_that_takes_too_long_is_a_deadline_exceeded(
     server: tuple[System, str], preparing: asyncio.Event, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("descant.generate.RESOLVE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr("descant.connection.ASK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("descant.requests.generate.RESOLVE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("descant.websocket.connection.ASK_TIMEOUT_S", 0.01)
     async with raw(server[1]) as client:
         await client.send(kind, **({"prompt": "x", "adapter": "upper"} if kind == "generate" else {}))
 

@@ -8,8 +8,8 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from descant.messages import Principal
-from descant.session import Session, SessionTable
+from descant.contract.principal import Principal
+from descant.sessions.session import Session, SessionTable
 from descant_client.errors import InternalError, InvalidRequest, Overloaded, StreamNotFound
 from descant_client.lifecycle import Adapters
 

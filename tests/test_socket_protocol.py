@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN
 
-from descant.socket_protocol import BINARY, TEXT, SocketProtocol, frame_header
+from descant.websocket.socket_protocol import BINARY, TEXT, SocketProtocol, frame_header
 
 pytestmark = pytest.mark.anyio
 

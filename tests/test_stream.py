@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descant.mailbox import ActorFailed
+from descant.actor.errors import ActorFailed
+from descant.model.tokenizer import Tokenizer
 from descant.scheduling.sequence import Sequence, TokenLogprobs
-from descant.stream import BYTES_PER_TOKEN, MAX_DELTA_TOKENS, Stream, error_message
-from descant.tokenizer import Tokenizer
+from descant.sessions.stream import BYTES_PER_TOKEN, MAX_DELTA_TOKENS, Stream, error_message
 from descant_client.errors import AdapterNotFound, InternalError, InvalidRequest
 from descant_client.protocol import Accepted, Delta, Done, Error, Progress, SamplingParams
 from servers import END, save_tokenizer

@@ -7,8 +7,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from descant.actor import Actor, ActorFailed, ActorStopped, AskTimeout
-from descant.supervision import Escalated, RestartPolicy, Supervisor
+from descant.actor.actor import Actor
+from descant.actor.errors import ActorFailed, ActorStopped, AskTimeout, Escalated
+from descant.actor.supervision import RestartPolicy, Supervisor
 from descant_client.errors import ModelInvalid
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from descant.tokenizer import Detokenizer, StopStrings, Tokenizer
+from descant.model.tokenizer import Detokenizer, StopStrings, Tokenizer
 from descant_client.errors import InvalidRequest, ModelInvalid
 from descant_client.protocol import ChatMessage
 from servers import ANSWER, BEGIN, END, save_tokenizer

@@ -5,11 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from descant.__about__ import __version__
+
 if TYPE_CHECKING:
     from descant.local import local
 
 __all__ = ["__version__", "local"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -14,12 +14,11 @@ from typing import Annotated, Literal
 import msgspec
 import platformdirs
 
-from descant.engine.arch import Dtype
-from descant.references import NAME
+from descant.contract.engine import Dtype, EngineKind
+from descant.sources.grammar import NAME
 from descant_client.errors import ConfigInvalid
 from descant_client.speculation import Speculation, SpeculationChoice
 
-EngineKind = Literal["model", "dummy"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]

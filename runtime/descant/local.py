@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
+from descant.assembly.system import running
 from descant.config import AdapterConfig, AdapterEntry, Config, ModelConfig, ServerConfig
-from descant.engine.arch import Dtype
-from descant.system import running
+from descant.contract.engine import Dtype
 from descant_client.client import Client, connect
 
 

@@ -5,9 +5,10 @@ Accepts: Authenticate. Asks: nobody. Owns: the hashed keys of the configuration.
 
 from __future__ import annotations
 
-from descant.actor import Actor
+from descant.actor.actor import Actor
 from descant.config import Config, hash_key
-from descant.messages import Authenticate, AuthMessage, Principal
+from descant.contract.principal import Principal
+from descant.messages import Authenticate, AuthMessage
 from descant_client.errors import Unauthorized
 
 LOCAL = "local"  # the principal of a server without keys

@@ -10,22 +10,22 @@ import hashlib
 
 import msgspec
 
-from descant.actor import Actor
+from descant.actor.actor import Actor
+from descant.catalog.catalog import Catalog
 from descant.catalog.entry import SHARED, Entry, Key
-from descant.catalog.names import Catalog
 from descant.config import AdapterEntry
+from descant.contract.principal import Principal
+from descant.contract.version import AdapterVersion
 from descant.messages import (
     AdapterList,
     ChangeAdapter,
     ListRegistered,
-    Principal,
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
     VersionFree,
 )
-from descant.references import check_name, parse_reference
-from descant.scheduling.version import AdapterVersion
+from descant.sources.grammar import check_name, parse_reference
 from descant_client.errors import AdapterNotFound
 from descant_client.lifecycle import (
     AdapterChange,

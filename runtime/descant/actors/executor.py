@@ -13,26 +13,26 @@ from collections import deque
 
 import msgspec
 
-from descant.child_config import ExecutorConfig
-from descant.engine.allocator import keep_freed_memory
-from descant.engine.dummy import DummyEngine, DummyOptions
-from descant.engine.host_cache import HostCache
-from descant.engine.interface import StagedAdapter, StepEngine
-from descant.messages import (
+from descant.actor.remote_child import Later, Notify
+from descant.contract.child_config import ExecutorConfig
+from descant.contract.engine import StagedAdapter, StepEngine
+from descant.contract.executor import (
     DropAdapter,
     EngineReady,
     ExecutorMessage,
-    Loaded,
     LoadProgress,
     MoveAdapters,
     PlaceAdapter,
+    Placed,
     StageAdapter,
     Staged,
     Step,
     StepDone,
 )
-from descant.remote_child import Later, Notify
-from descant.scheduling.plan import StepPlan, StepResult
+from descant.contract.plan import StepPlan, StepResult
+from descant.engine.allocator import keep_freed_memory
+from descant.engine.dummy import DummyEngine, DummyOptions
+from descant.engine.host_cache import HostCache
 
 SWITCH_INTERVAL_S = 0.0005  # a side thread that runs Python holds up each operator of a step no longer than this
 
@@ -50,7 +50,7 @@ class Executor:
         self._num_launched = 0  # steps that are not collected
         self._collected: deque[StepResult] = deque()  # and not answered
 
-    def handle(self, message: ExecutorMessage) -> Staged | Loaded | StepDone | Later | None:
+    def handle(self, message: ExecutorMessage) -> Staged | Placed | StepDone | Later | None:
         """Carry out one message. DescantErrors concern that message; anything else ends the process."""
         match message:
             case StageAdapter():
@@ -59,7 +59,7 @@ class Executor:
                 # It is gone only if it was dropped meanwhile; then this reads it on the main thread.
                 staged = self._host.take(version.digest) or self._engine.stage_adapter(version.path)
                 self._engine.place_adapter(adapter_slot, offset, staged)
-                return Loaded(adapter_slot)
+                return Placed(adapter_slot)
             case MoveAdapters(moves):
                 for move in moves:
                     self._engine.move_adapter(move.adapter_slot, move.offset)

@@ -9,16 +9,11 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from descant.actor import Actor, Later
+from descant.actor.actor import Actor, Later
 from descant.messages import FetchAdapter, FetchMessage, FetchModel
 from descant.sources.hub import download_model
 from descant.sources.local import find_adapter
 from descant_client.errors import ModelInvalid
-
-DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
-DEMO_ADAPTERS = Path(__file__).parent.parent / "demo" / "adapters"
-DEMO_HEADS_DIRECTORY = Path(__file__).parent.parent / "demo" / "heads"
-DEMO_HEADS = "base-heads"  # the name of the adapter that is the base with draft heads
 
 
 class Fetch(Actor[FetchMessage]):

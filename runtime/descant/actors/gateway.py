@@ -21,13 +21,14 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from descant import __version__
-from descant.actor import Actor, ActorStats
-from descant.connection import Connection
-from descant.generate import give_up
+from descant.__about__ import __version__
+from descant.actor.actor import Actor
+from descant.actor.ref import ActorStats
 from descant.messages import CancelRequest, Drain, GatewayMessage
-from descant.services import Services
-from descant.socket_protocol import SocketProtocol
+from descant.requests.generate import give_up
+from descant.requests.services import Services
+from descant.websocket.connection import Connection
+from descant.websocket.socket_protocol import SocketProtocol
 from descant_client.errors import ConfigInvalid, InternalError
 
 logger = logging.getLogger(__name__)

@@ -14,33 +14,33 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from descant.actor import Actor, Later, Ref
+from descant.actor.actor import Actor, Later
+from descant.actor.ref import Ref
+from descant.catalog.catalog import Catalog
 from descant.catalog.changes import Changes
 from descant.catalog.contents import Contents
 from descant.catalog.entry import Entry
 from descant.catalog.journal import Journal
-from descant.catalog.names import Catalog
 from descant.catalog.pins import PinBudget
 from descant.catalog.quota import OwnerQuota
 from descant.catalog.register import Register
 from descant.catalog.versions import Versions
 from descant.catalog.worker_asks import WorkerAsks
 from descant.config import AdapterConfig
-from descant.leases import Lease, LeaseTable
+from descant.contract.principal import Principal
+from descant.contract.version import AdapterVersion
+from descant.contract.worker import Member, WorkerMessage
 from descant.messages import (
     AdapterList,
     ChangeAdapter,
     FetchMessage,
     ListRegistered,
-    Member,
-    Principal,
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
     VersionFree,
-    WorkerMessage,
 )
-from descant.scheduling.version import AdapterVersion
+from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import DescantError
 from descant_client.wire import AdapterSource
 

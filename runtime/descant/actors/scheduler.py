@@ -14,35 +14,39 @@ from collections.abc import Callable
 import anyio
 import anyio.lowlevel
 
-from descant.actor import Actor, ActorError, ActorFailed, AskTimeout, Ref
-from descant.messages import (
-    CancelRequest,
+from descant.actor.actor import Actor
+from descant.actor.endpoint import Remote
+from descant.actor.errors import ActorError, ActorFailed, AskTimeout
+from descant.actor.ref import Ref
+from descant.contract.executor import (
     DropAdapter,
     EngineReady,
-    ExecutorDown,
     ExecutorMessage,
-    ExecutorUp,
-    ForgetVersion,
     MoveAdapters,
-    PinVersions,
     PlaceAdapter,
-    RegistryMessage,
-    SchedulerMessage,
     StageAdapter,
     Step,
     StepDone,
+)
+from descant.contract.plan import StepResult
+from descant.contract.version import AdapterVersion
+from descant.messages import (
+    CancelRequest,
+    ExecutorDown,
+    ExecutorUp,
+    ForgetVersion,
+    PinVersions,
+    RegistryMessage,
+    SchedulerMessage,
     Submit,
     Unpark,
     VersionFailed,
 )
-from descant.remote import Remote
-from descant.scheduling.adapter_work import AdapterLoad
-from descant.scheduling.plan import StepResult
+from descant.requests.services import ModelState
+from descant.scheduling.placement.adapter_work import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence
-from descant.scheduling.version import AdapterVersion
-from descant.services import ModelState
 from descant_client.errors import AdapterInvalid, DeadlineExceeded, DescantError
 from descant_client.protocol import SamplingParams
 

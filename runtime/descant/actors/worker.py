@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import msgspec
 
+from descant.actor.remote_child import Notify
 from descant.adapters.prepare import AdapterWorker
-from descant.child_config import WorkerConfig
-from descant.engine.arch import from_hf
-from descant.messages import (
+from descant.contract.child_config import WorkerConfig
+from descant.contract.worker import (
     ComposeAdapters,
     CreateVersion,
     ExportAdapter,
@@ -25,7 +25,7 @@ from descant.messages import (
     WorkerMessage,
     WorkerReply,
 )
-from descant.remote_child import Notify
+from descant.model.arch import from_hf
 
 
 class Worker:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from descant.adapters.base import BaseModel
 from descant.adapters.formats.peft_config import PeftConfig, TargetModule, select_targets
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import Factors, LowRankAdapter, float32
+from descant.contract.limits import AdapterLimits
+from descant.model.base_model import BaseModel
+from descant.versions.low_rank import Factors, LowRankAdapter, float32
 from descant_client.errors import AdapterInvalid
 
 _ALL_LINEAR = "all-linear"

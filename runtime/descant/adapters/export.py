@@ -11,11 +11,11 @@ import msgspec
 from safetensors.torch import save_file
 from torch import Tensor
 
-from descant.adapters.base import BaseModel
-from descant.adapters.draft_heads import DraftHeads
 from descant.adapters.formats import medusa
 from descant.adapters.formats.peft import CONFIG_FILE, PICKLE_FILE, TENSOR_FILE
-from descant.adapters.low_rank import Factors, LowRankAdapter
+from descant.model.base_model import BaseModel
+from descant.versions.draft_heads import DraftHeads
+from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.errors import AdapterInvalid
 
 _HEADS_FILES = {medusa.CONFIG_FILE, medusa.TENSOR_FILE}

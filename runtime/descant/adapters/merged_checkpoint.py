@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from descant.adapters.base import BaseModel
-from descant.adapters.low_rank import Factors, LowRankAdapter
-from descant.engine.checkpoint import tensor_files
-from descant.engine.config_reader import read_json
+from descant.model.base_model import BaseModel
+from descant.model.checkpoint import tensor_files
+from descant.model.config_reader import read_json
+from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.errors import AdapterInvalid, ModelInvalid
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from descant.adapters.base import BaseModel
 from descant.adapters.create import choose_targets, create
 from descant.adapters.directory import write_directory
-from descant.adapters.draft_heads import HeadsShape
 from descant.adapters.export import check_exportable, is_adapter, write_adapter
-from descant.adapters.extent import extent_bytes, module_ranks
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import LowRankAdapter
+from descant.adapters.formats.read import read_adapter
 from descant.adapters.merge import combine
 from descant.adapters.merged_checkpoint import write_merged
-from descant.adapters.read import read_adapter
-from descant.adapters.store import read_version, sweep, write_version
-from descant.engine.arch import Dtype
-from descant.scheduling.version import AdapterVersion
+from descant.contract.engine import Dtype
+from descant.contract.limits import AdapterLimits
+from descant.contract.version import AdapterVersion
+from descant.model.base_model import BaseModel
+from descant.versions.draft_heads import HeadsShape
+from descant.versions.extent import extent_bytes, module_ranks
+from descant.versions.low_rank import LowRankAdapter
+from descant.versions.store import read_version, sweep, write_version
 from descant_client.errors import AdapterInvalid, AdapterTooLarge
 from descant_client.lifecycle import Combination
 

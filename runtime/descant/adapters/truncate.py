@@ -7,7 +7,7 @@ is positive, so that every machine gets the same factors up to rounding.
 import torch
 from torch import Tensor
 
-from descant.adapters.low_rank import Factors
+from descant.versions.low_rank import Factors
 
 
 def truncated_product(left: Tensor, right: Tensor, rank: int, clamp: float | None) -> Factors:

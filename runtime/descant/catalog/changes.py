@@ -14,18 +14,19 @@ from typing import Any
 import anyio.to_thread
 import msgspec
 
+from descant.catalog.catalog import Catalog
 from descant.catalog.contents import Content, Contents, local_reference
 from descant.catalog.entry import SHARED, Entry, Key
-from descant.catalog.names import Catalog
 from descant.catalog.pins import PinBudget
 from descant.catalog.quota import OwnerQuota
 from descant.catalog.register import Register
 from descant.catalog.versions import Versions
 from descant.catalog.worker_asks import WorkerAsks
-from descant.leases import Lease
-from descant.messages import ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged, Member, Principal
-from descant.references import parse_reference
-from descant.scheduling.version import AdapterVersion
+from descant.contract.principal import Principal
+from descant.contract.version import AdapterVersion
+from descant.contract.worker import ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged, Member
+from descant.sessions.leases import Lease
+from descant.sources.grammar import parse_reference
 from descant.sources.local import find_target
 from descant_client.errors import AdapterExists, AdapterNotFound, InvalidRequest
 from descant_client.lifecycle import (

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from descant.catalog.catalog import Catalog
 from descant.catalog.entry import SHARED, Entry, Key
-from descant.catalog.names import Catalog
 from descant.config import AdapterEntry
-from descant.references import parse_reference
+from descant.sources.grammar import parse_reference
 from descant_client.errors import ConfigInvalid, DescantError
 
 

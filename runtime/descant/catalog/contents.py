@@ -8,14 +8,14 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from descant.catalog.catalog import version_of
 from descant.catalog.entry import Entry, Key
-from descant.catalog.names import version_of
 from descant.catalog.register import Edit, Register
 from descant.catalog.versions import Versions
-from descant.leases import Lease
-from descant.messages import Principal
-from descant.references import Reference, parse_reference
-from descant.scheduling.version import AdapterVersion
+from descant.contract.principal import Principal
+from descant.contract.version import AdapterVersion
+from descant.sessions.leases import Lease
+from descant.sources.grammar import Reference, parse_reference
 from descant_client.errors import AdapterInvalid
 
 ResultT = TypeVar("ResultT")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
 from descant_client.lifecycle import AdapterInfo
 
 SHARED = ""

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from descant.catalog.entry import Entry
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
 
 SCHEMA_VERSION = 2
 SCHEMA = """

@@ -9,7 +9,7 @@ import msgspec
 from descant.catalog.entry import SHARED, Entry, Key
 from descant.catalog.quota import owner_share
 from descant.config import AdapterConfig
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
 from descant_client.errors import AdapterTooLarge, InvalidRequest
 
 

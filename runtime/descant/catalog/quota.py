@@ -11,7 +11,7 @@ import msgspec
 
 from descant.catalog.entry import SHARED, Entry, Key
 from descant.config import AdapterConfig
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
 from descant_client.errors import InvalidRequest, StoreFull
 
 

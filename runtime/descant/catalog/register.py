@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 
 import anyio
 
+from descant.catalog.catalog import Catalog
 from descant.catalog.entry import SHARED, Entry, Key
 from descant.catalog.journal import Journal
-from descant.catalog.names import Catalog
 from descant_client.errors import AdapterNotFound
 
 Edit = Callable[[Entry | None], Entry | None]

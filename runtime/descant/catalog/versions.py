@@ -17,22 +17,15 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from descant.actor import AskTimeout, Ref
+from descant.actor.errors import AskTimeout
+from descant.actor.ref import Ref
 from descant.catalog.single_flight import SingleFlight
 from descant.catalog.store_index import StoreIndex, scan
 from descant.catalog.worker_asks import WorkerAsks
-from descant.leases import Lease, LeaseTable
-from descant.messages import (
-    ComposeAdapters,
-    CreateVersion,
-    FetchAdapter,
-    FetchMessage,
-    Member,
-    PrepareAdapter,
-    Prepared,
-    TakeHeads,
-)
-from descant.scheduling.version import AdapterVersion
+from descant.contract.version import AdapterVersion
+from descant.contract.worker import ComposeAdapters, CreateVersion, Member, PrepareAdapter, Prepared, TakeHeads
+from descant.messages import FetchAdapter, FetchMessage
+from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import DeadlineExceeded, InternalError, StoreFull
 from descant_client.lifecycle import Combination
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import anyio
 
-from descant.actor import ActorFailed, AskTimeout, Ref
-from descant.messages import ExportAdapter, ExportMerged, WorkerMessage
+from descant.actor.errors import ActorFailed, AskTimeout
+from descant.actor.message import Ask, ReplyT
+from descant.actor.ref import Ref
+from descant.contract.worker import Export, Exported, MakeVersion, Prepared, WorkerMessage
 from descant_client.errors import AdapterInvalid, DeadlineExceeded
 
 # At once, of either kind. Together no more than the worker has threads: or one kind would wait there for the other.
@@ -36,7 +37,7 @@ class WorkerAsks:
         self._turn_over = anyio.Condition()
         self._alone = anyio.Lock()
 
-    async def ask(self, message: WorkerMessage, timeout_s: float) -> Any:
+    async def ask(self, message: MakeVersion, timeout_s: float) -> Prepared:
         """Have a version made; return the worker's reply.
 
         Raises:
@@ -45,17 +46,17 @@ class WorkerAsks:
         """
         try:
             async with self._beside_others():
-                return await self._ask(message, timeout_s)
+                return await self._ask(message, message.adapter, timeout_s)
         except ActorFailed:
             pass  # of whatever it was doing
         try:
             async with self._by_itself():
-                return await self._ask(message, timeout_s)
+                return await self._ask(message, message.adapter, timeout_s)
         except ActorFailed as error:
             reason = f"working on it ended the worker: {error.data()['reason']}"
             raise AdapterInvalid(message.adapter, reason) from error
 
-    async def export(self, principal: str, message: ExportAdapter | ExportMerged, timeout_s: float) -> Any:
+    async def export(self, principal: str, message: Export, timeout_s: float) -> Exported:
         """Have a version written out, one at a time for each principal; return the worker's reply.
 
         Raises:
@@ -65,18 +66,18 @@ class WorkerAsks:
         while True:
             try:
                 async with self._exporting(principal):
-                    return await self._ask(message, timeout_s)
+                    return await self._ask(message, message.adapter, timeout_s)
             except ActorFailed as error:
                 num_left -= 1
                 if not num_left:
                     reason = f"the worker ended {NUM_EXPORT_TRIES} times while writing it: {error.data()['reason']}"
                     raise AdapterInvalid(message.adapter, reason) from error
 
-    async def _ask(self, message: WorkerMessage, timeout_s: float) -> Any:
+    async def _ask(self, message: Ask[ReplyT], adapter: str, timeout_s: float) -> ReplyT:
         try:
             return await self._worker.ask(message, timeout=timeout_s)
         except AskTimeout as exc:
-            raise DeadlineExceeded(f"working on adapter {message.adapter!r}", timeout_s) from exc
+            raise DeadlineExceeded(f"working on adapter {adapter!r}", timeout_s) from exc
 
     @asynccontextmanager
     async def _beside_others(self) -> AsyncIterator[None]:

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from descant.adapters.draft_heads import DraftHeads, HeadsShape
-from descant.adapters.extent import apply_scalings, extent_offsets, heads_layout
-from descant.adapters.store import read_extent
-from descant.engine.arch import LoraModule
 from descant.engine.uploads import Mark, Uploader, upload, uploader_for
+from descant.model.arch import LoraModule
+from descant.versions.draft_heads import DraftHeads, HeadsShape
+from descant.versions.extent import apply_scalings, extent_offsets, heads_layout
+from descant.versions.store import read_extent
 from descant_kernels import LoraTables
 from descant_kernels.pair import ALIGNMENT
 

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from descant.contract.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row
 from descant.engine.sampling import SamplingRow
 from descant.engine.tree import TokenTree, ancestors
 from descant.engine.uploads import upload
-from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row
 from descant_client.protocol import SamplingParams
 from descant_kernels import AttentionBatch, Segments
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from descant.engine.arch import LORA_MODULES_PER_LAYER, DecoderConfig
 from descant.engine.batch import ForwardBatch
 from descant.engine.kv_cache import KVCache
 from descant.engine.weights import DecoderWeights, LayerWeights
+from descant.model.arch import LORA_MODULES_PER_LAYER, DecoderConfig
 from descant_kernels import (
     LoraTables,
     PackedLinear,

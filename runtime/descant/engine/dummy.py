@@ -10,8 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from descant.engine.interface import EngineInfo, StagedAdapter, check_plan
-from descant.scheduling.plan import (
+from descant.contract.engine import EngineInfo, StagedAdapter, check_plan
+from descant.contract.plan import (
     NO_LOGPROBS,
     Admit,
     EngineLimits,

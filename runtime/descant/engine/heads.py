@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from descant.adapters.draft_heads import DraftHeads
+from descant.contract.plan import HeadCandidates
 from descant.engine.arena import Arena
 from descant.engine.batch import ScheduledRow
 from descant.engine.tree import Accepted
-from descant.scheduling.plan import HeadCandidates
+from descant.versions.draft_heads import DraftHeads
 
 _MAX_LOGIT_ROWS = 64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from descant.engine.arch import DecoderConfig
+from descant.model.arch import DecoderConfig
 from descant_client.errors import ConfigInvalid
 from descant_kernels import copy_blocks, move_kv
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from descant.engine.arch import DecoderConfig
+from descant.contract.engine import EngineOptions
 from descant.engine.batch import ForwardBatch
 from descant.engine.decoder import Decoder
-from descant.engine.interface import EngineOptions
 from descant.engine.kv_cache import KVCache, block_bytes
 from descant.engine.rotary import rope_tables
 from descant.engine.uploads import upload
 from descant.engine.weights import DecoderWeights
+from descant.model.arch import DecoderConfig
 from descant_client.errors import ConfigInvalid
 from descant_kernels import AttentionBatch, LoraTables, Segments
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from descant.engine.arch import DecoderConfig, RopeConfig
+from descant.model.arch import DecoderConfig, RopeConfig
 
 
 def rope_tables(config: DecoderConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

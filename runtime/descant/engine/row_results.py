@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from descant.contract.plan import HeadCandidates, LogprobRows, RowResult, pack_ints
 from descant.engine.batch import ScheduledRow
 from descant.engine.sampling import NOT_FINITE
 from descant.engine.tree import Accepted
-from descant.scheduling.plan import HeadCandidates, LogprobRows, RowResult, pack_ints
 
 
 def row_result(

@@ -18,15 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from descant.engine.arch import DecoderConfig, from_hf, lora_modules
+from descant.contract.engine import EngineInfo, EngineOptions, check_plan
+from descant.contract.plan import EngineLimits, LogprobRows, StepPlan, StepResult, unpack_ints
 from descant.engine.arena import Arena, StagedVersion
 from descant.engine.batch import EngineRow, ForwardBatch, PendingTokens, ScheduledRow
-from descant.engine.checkpoint import ProgressCallback
 from descant.engine.decoder import Decoder
 from descant.engine.draws import Draw, DrawnAlready, draw_later, needs_host
 from descant.engine.graphs import MAX_GRAPH_ROWS, Capture, CudaCapture, DecodeGraphs, StaticBatch
 from descant.engine.heads import propose
-from descant.engine.interface import EngineInfo, EngineOptions, check_plan
 from descant.engine.kv_cache import KVCache, blocks_within
 from descant.engine.memory import memory_shares
 from descant.engine.rotary import rope_tables
@@ -35,13 +34,8 @@ from descant.engine.sampling import Sampler
 from descant.engine.tree import Accepted, accept
 from descant.engine.uploads import upload
 from descant.engine.weights import load_weights
-from descant.scheduling.plan import (
-    EngineLimits,
-    LogprobRows,
-    StepPlan,
-    StepResult,
-    unpack_ints,
-)
+from descant.model.arch import DecoderConfig, from_hf, lora_modules
+from descant.model.checkpoint import ProgressCallback
 from descant_client.errors import InvalidRequest
 from descant_kernels import LoraTables, Segments, probe_invariance
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from descant.scheduling.plan import NO_LOGPROBS, LogprobRows
+from descant.contract.plan import NO_LOGPROBS, LogprobRows
 from descant_client.protocol import SamplingParams
 from descant_kernels import NodeNoise, sample_nodes
 

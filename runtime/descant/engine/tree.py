@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from descant.contract.plan import TokenDraft, unpack_ints
 from descant.engine.sampling import SampledToken
-from descant.scheduling.plan import TokenDraft, unpack_ints
 from descant_kernels import walk_tree
 
 

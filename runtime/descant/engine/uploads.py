@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from descant.engine import pieces
+from descant.versions import pieces
 
 _ALIGNMENT_BYTES = 16  # of every tensor in a packed upload: enough for any dtype
 

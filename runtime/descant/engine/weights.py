@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from descant.engine.arch import DecoderConfig
-from descant.engine.checkpoint import Checkpoint, ProgressCallback
+from descant.model.arch import DecoderConfig
+from descant.model.checkpoint import Checkpoint, ProgressCallback
 from descant_kernels import PackedLinear, pack_linear
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
-from descant.scheduling.adapter_work import AdapterLoad, AdapterMove, AdapterWork
-from descant.scheduling.load_turns import LoadTurns
-from descant.scheduling.plan import BASE_SPANS, NO_ADAPTER, AdapterSpan
-from descant.scheduling.residency import AdapterResidency, Placement, aligned
+from descant.contract.executor import AdapterMove
+from descant.contract.plan import BASE_SPANS, NO_ADAPTER, AdapterSpan
+from descant.contract.version import AdapterVersion
+from descant.scheduling.placement.adapter_work import AdapterLoad, AdapterWork
+from descant.scheduling.placement.load_turns import LoadTurns
+from descant.scheduling.placement.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
-from descant.scheduling.version import AdapterVersion
 from descant.scheduling.waiting_version import WaitingVersion, by_turn
 from descant_client.errors import AdapterTooLarge, UnsupportedRequest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from descant.scheduling.plan import StepPlan, StepResult
+from descant.contract.plan import StepPlan, StepResult
 from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import InternalError

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from descant.contract.plan import EngineLimits
 from descant.scheduling.blocks import BlockAllocator, hash_of
-from descant.scheduling.draft_choice import DraftChoice
 from descant.scheduling.gate import AdapterGate
-from descant.scheduling.plan import EngineLimits
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.speculation.draft_choice import DraftChoice
 from descant_client.errors import InvalidRequest
 
 CHECKS_IDLE = False  # set by tests: it takes milliseconds where there are many blocks

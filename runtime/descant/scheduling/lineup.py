@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from descant.scheduling.adapter_turns import SlotTurns
 from descant.scheduling.admission import QueueLimits
 from descant.scheduling.fairness import Fairness
 from descant.scheduling.rows import StepBuilder
 from descant.scheduling.sequence import Sequence, by_arrival
-from descant.scheduling.slots import SlotTurns
 
 
 class Lineup:

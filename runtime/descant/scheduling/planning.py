@@ -16,12 +16,9 @@ from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
-from descant.scheduling.drafting import Drafter
 from descant.scheduling.fairness import Account
-from descant.scheduling.guess import Guess
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.lineup import Lineup
-from descant.scheduling.ngram import DraftTree
 from descant.scheduling.preemption import (
     block_victims,
     blocks_held,
@@ -34,6 +31,9 @@ from descant.scheduling.preemption import (
 )
 from descant.scheduling.rows import StepBuilder
 from descant.scheduling.sequence import Sequence, SequenceTable, by_arrival
+from descant.scheduling.speculation.drafting import Drafter
+from descant.scheduling.speculation.guess import Guess
+from descant.scheduling.speculation.ngram import DraftTree
 from descant_client.protocol import FinishReason
 
 MAX_READ = 1024  # tokens that drafters take in before a step: a long prompt shall not hold up everybody

@@ -22,16 +22,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from descant.scheduling.adapter_work import AdapterLoad, AdapterWork
+from descant.contract.plan import EngineLimits, Row, RowResult, StepResult
+from descant.contract.version import AdapterVersion
 from descant.scheduling.deadlines import Deadlines
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.plan import EngineLimits, Row, RowResult, StepResult
+from descant.scheduling.placement.adapter_work import AdapterLoad, AdapterWork
 from descant.scheduling.planning import Moves, Planner
 from descant.scheduling.results import take_computed, take_sampled
 from descant.scheduling.rows import PlannedStep, StepBuilder
 from descant.scheduling.sequence import Sequence, SequenceTable
 from descant.scheduling.transitions import Transitions
-from descant.scheduling.version import AdapterVersion
 from descant_client.errors import DescantError, ExecutorFailed, InternalError
 
 

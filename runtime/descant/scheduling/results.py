@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from descant.scheduling.drafting import depth_of
+from descant.contract.plan import LogprobRows, Row, RowResult, TokenDraft, unpack_ints
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.plan import LogprobRows, Row, RowResult, TokenDraft, unpack_ints
 from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
+from descant.scheduling.speculation.drafting import depth_of
 from descant_client.errors import InternalError
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from descant.scheduling.ngram import DraftTree
-from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row, StepPlan, TokenDraft, num_drafted, pack_ints
+from descant.contract.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row, StepPlan, TokenDraft, num_drafted, pack_ints
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.speculation.ngram import DraftTree
 
 
 class PlannedStep(NamedTuple):

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from descant.scheduling.drafting import Drafter
-from descant.scheduling.plan import NO_ADAPTER, NO_LOGPROBS, AdapterSpan, LogprobRows, Row, unpack_floats, unpack_ints
-from descant.scheduling.version import AdapterVersion
+from descant.contract.plan import NO_ADAPTER, NO_LOGPROBS, AdapterSpan, LogprobRows, Row, unpack_floats, unpack_ints
+from descant.contract.version import AdapterVersion
+from descant.scheduling.speculation.drafting import Drafter
 from descant_client.errors import DescantError
 from descant_client.protocol import FinishReason, SamplingParams
 

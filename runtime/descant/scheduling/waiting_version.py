@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from descant.contract.version import AdapterVersion
 from descant.scheduling.sequence import Sequence
-from descant.scheduling.version import AdapterVersion
 
 
 @dataclass(slots=True, eq=False)

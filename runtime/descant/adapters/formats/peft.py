@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from descant.adapters.base import BaseModel
 from descant.adapters.formats.files import open_tensors, read_tensor, tensor_names
 from descant.adapters.formats.peft_config import TargetModule, read_config, select_targets
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.low_rank import Factors, LowRankAdapter, float32
+from descant.contract.limits import AdapterLimits
+from descant.model.base_model import BaseModel
+from descant.versions.low_rank import Factors, LowRankAdapter, float32
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 
 CONFIG_FILE = "adapter_config.json"

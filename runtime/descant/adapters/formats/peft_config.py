@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from descant.adapters.formats.files import read_config_bytes
-from descant.adapters.limits import AdapterLimits
-from descant.adapters.patterns import Patterns
-from descant.engine.arch import LoraModule
+from descant.adapters.formats.patterns import Patterns
+from descant.contract.limits import AdapterLimits
+from descant.model.arch import LoraModule
 from descant_client.errors import AdapterInvalid, AdapterUnsupported
 
 _FILE = "adapter_config.json"

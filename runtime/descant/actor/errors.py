@@ -1,0 +1,54 @@
+"""Errors between actors. The gateway translates them before anything reaches a client."""
+
+from __future__ import annotations
+
+from descant_client.errors import DescantError
+
+
+class ActorError(DescantError):
+    """Base of what can go wrong between two actors; never sent to a client as it is."""
+
+    code = "actor_error"
+    http_status = 503
+    fields = ("actor",)
+    sentence = "Actor {actor} failed."
+
+
+class ActorStopped(ActorError):
+    """The actor stopped, or was stopped before the message was handled."""
+
+    code = "actor_stopped"
+    sentence = "Actor {actor} has stopped."
+
+
+class ActorFailed(ActorError):
+    """The actor crashed while it owed the reply; `exit_status` and `signal` are set if it was a process."""
+
+    code = "actor_failed"
+    fields = ("actor", "reason", "exit_status", "signal")
+    sentence = "Actor {actor} crashed: {reason}"
+
+
+class AskTimeout(ActorError):
+    """No reply before the asker's deadline; the message may still be handled."""
+
+    code = "ask_timeout"
+    http_status = 504
+    fields = ("actor", "message", "timeout_s")
+    sentence = "Actor {actor} did not answer {message} within {timeout_s} s."
+
+
+class MailboxFull(ActorError):
+    """The mailbox is full and the sender may not wait."""
+
+    code = "mailbox_full"
+    fields = ("actor", "size")
+    sentence = "The mailbox of actor {actor} is full ({size} messages)."
+
+
+class Escalated(ActorError):
+    """An actor crashed too often, or refused to start; it will not be started again."""
+
+    code = "actor_escalated"
+    fields = ("actor", "reason")
+    sentence = "Actor {actor} cannot be kept running: {reason}"

@@ -1,0 +1,184 @@
+"""`ProcessEndpoint`: one life of a remote actor as a child process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import anyio
+import msgspec
+
+from descant.actor.endpoint import Endpoint, Remote, Watchers
+from descant.actor.frames import HEADER, Frame, Kind, Refusal, Start, decode_frame, encode_frame
+from descant_client.errors import DescantError, InternalError, from_wire
+
+READ_LIMIT = 1 << 20  # bytes that the reader buffers before it lets the child wait
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """The process is killed when it answers no beat for `allowance_s` seconds.
+
+    Missed beats are counted, not time: a stall of this side counts as one.
+    """
+
+    interval_s: float = 1.0
+    allowance_s: float = 30.0
+
+    @property
+    def max_missed(self) -> int:
+        return max(math.ceil(self.allowance_s / self.interval_s), 1)
+
+
+class ProcessEndpoint(Endpoint):
+    """One process, its two sockets, and the asks it has not answered."""
+
+    def __init__(self, remote: Remote[Any], watchers: Watchers, heartbeat: Heartbeat, exit_grace_s: float) -> None:
+        super().__init__(remote, watchers)
+        self.stop_grace_s = exit_grace_s + 5.0
+        self._heartbeat = heartbeat
+        self._exit_grace_s = exit_grace_s
+        self._started = anyio.Event()
+        self._last_words: str | None = None  # why it dies, if anybody said so
+        self._asks: dict[int, asyncio.Future[Any]] = {}
+        self._num_asks = 0
+        self._decode_reply = msgspec.msgpack.Decoder(remote.program.replies).decode
+        self._decode_notice = msgspec.msgpack.Decoder(remote.program.notices).decode
+        self._sockets = contextlib.ExitStack()
+        self._reader: asyncio.StreamReader
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def on_start(self) -> None:
+        await self._launch()
+        self.start_soon(self._read)
+        self.start_soon(self._watch)
+        start = Start(self._remote.name, self._remote.program.config, logging.getLogger().getEffectiveLevel())
+        await self._send(encode_frame(Kind.START, 0, start))
+        await self._started.wait()
+        self._begin_life()
+
+    async def on_receive(self, message: Any) -> Any:
+        if not self.is_asked:
+            return await self._send(encode_frame(Kind.TELL, 0, message))
+        self._num_asks += 1
+        try:
+            frame = encode_frame(Kind.ASK, self._num_asks, message)
+        except (TypeError, ValueError, OverflowError) as exc:  # this message is at fault, and nobody else's
+            raise InternalError(f"{type(message).__name__} cannot be sent to the {self._remote.name}: {exc}") from exc
+        reply = self._asks[self._num_asks] = asyncio.get_running_loop().create_future()
+        await self._send(frame)
+        return self.later(reply)
+
+    async def on_stop(self) -> None:
+        if self._writer is not None and self.is_up and self._death is None:
+            self._writer.write(encode_frame(Kind.STOP, 0, None))
+            await self._wait_for_exit(self._exit_grace_s)
+        await self._wait_for_exit(0)
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(ConnectionError):
+                await self._writer.wait_closed()
+        self._sockets.close()
+        self._end_life()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def _launch(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._pulse, their_pulse = socket.socketpair()
+        self._sockets.enter_context(self._pulse)
+        self._pulse.setblocking(False)
+        with theirs, their_pulse:
+            self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=READ_LIMIT)
+            fds = (theirs.fileno(), their_pulse.fileno())
+            command = (sys.executable, "-m", "descant.actor.remote_child", self._remote.program.factory, *map(str, fds))
+            self._process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, pass_fds=fds)
+        self.pid = self._process.pid
+
+    async def _send(self, frame: bytearray) -> None:
+        assert self._writer is not None, "a message before on_start"
+        self._writer.write(frame)
+        try:
+            await self._writer.drain()
+        except ConnectionError:
+            raise await self._obituary() from None
+
+    async def _read(self) -> None:
+        while (frame := await self._next_frame()) is not None:
+            self._receive(frame)
+        if not self.is_stopping:
+            raise await self._obituary()
+
+    async def _next_frame(self) -> Frame | None:
+        try:
+            (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+            return decode_frame(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    def _receive(self, frame: Frame) -> None:
+        match frame.kind:
+            case Kind.REPLY:
+                self._asks.pop(frame.ask_id).set_result(self._decode_reply(frame.payload))
+            case Kind.ERROR:
+                refusal = msgspec.msgpack.decode(frame.payload, type=Refusal)
+                error = from_wire(refusal.code, refusal.message, refusal.data)
+                if frame.ask_id in self._asks:
+                    self._asks.pop(frame.ask_id).set_exception(error)
+                else:
+                    self._death = error
+            case Kind.NOTICE:
+                self._watchers.on_notice(self._decode_notice(frame.payload))
+            case Kind.UP:
+                self._started.set()
+            case Kind.FATAL:
+                self._last_words = msgspec.msgpack.decode(frame.payload, type=str)
+            case _:
+                raise ValueError(f"unexpected frame {frame.kind!r}")
+
+    async def _watch(self) -> None:
+        """Send a beat every interval; kill the process when it misses too many in a row."""
+        loop = asyncio.get_running_loop()
+        missed = 0
+        while missed < self._heartbeat.max_missed:
+            missed += 1
+            with anyio.move_on_after(self._heartbeat.interval_s):
+                try:
+                    await loop.sock_sendall(self._pulse, b".")
+                    if not await loop.sock_recv(self._pulse, 64):
+                        return  # it is dead: the reader reports
+                except ConnectionError:
+                    return
+                missed = 0
+                await anyio.sleep_forever()
+        self._last_words = f"no heartbeat for {self._heartbeat.allowance_s} s"
+        self.kill()
+        raise await self._obituary()
+
+    async def _obituary(self) -> DescantError:
+        """Reap the process and return what it died of."""
+        status = await self._wait_for_exit(self._exit_grace_s)
+        if self._death is None:
+            killed_by = signal.Signals(-status).name if status < 0 else None
+            reason = self._last_words or (f"killed by {killed_by}" if killed_by else f"exit status {status}")
+            self._death = self._failure(reason, exit_status=None if killed_by else status, killed_by=killed_by)
+        return self._death
+
+    async def _wait_for_exit(self, grace_s: float) -> int:
+        """Return the status, after SIGKILL if it takes longer; 0 if there never was a process."""
+        if self._process is None:
+            return 0
+        with anyio.move_on_after(grace_s):
+            return await self._process.wait()
+        self.kill()
+        return await self._process.wait()

@@ -1,0 +1,145 @@
+"""Who starts actors, starts them again after a crash, and stops them in order.
+
+Owns the task of every actor it spawned. A crashed actor gets a new object from its factory behind the same
+`Ref`; too many crashes in too short a time escalate, so that the system can drain with a clear message.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import msgspec
+
+from descant.actor.actor import Actor
+from descant.actor.address import Address
+from descant.actor.cell import Cell, failure_of, first_leaf
+from descant.actor.errors import ActorError, Escalated
+from descant.actor.ref import ActorStats, Ref
+from descant_client.errors import DescantError
+
+logger = logging.getLogger(__name__)
+
+
+class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """More than `max_restarts` crashes within `within_s` seconds escalate.
+
+    A life that its owner marked productive (`Actor.is_productive`) clears the record, its own end included.
+    """
+
+    max_restarts: int = 5
+    within_s: float = 60.0
+
+
+class Supervisor:
+    """Runs actors inside `async with`; leaving the block stops them in reverse order of spawn.
+
+    Cancelling the block, or an exception of `on_escalate`, cancels all actors at once; every pending ask is
+    answered all the same.
+
+    `on_escalate(name, error)` is called, once per actor, when an actor is given up; the others go on. Without
+    it, leaving the block raises `Escalated` and the other actors are cancelled.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_escalate: Callable[[str, Exception], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._on_escalate = on_escalate
+        self._clock = clock
+        self._cells: dict[str, Cell] = {}  # in order of spawn, without the stopped
+        self._tasks = anyio.create_task_group()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        try:
+            if kind is None or issubclass(kind, Exception):
+                await self.stop()
+        except anyio.get_cancelled_exc_class() as cancelled:
+            kind, exc, trace = type(cancelled), cancelled, cancelled.__traceback__
+        try:
+            return await self._tasks.__aexit__(kind, exc, trace)
+        except BaseExceptionGroup as group:
+            escalated = group.subgroup(Escalated)
+            if escalated is None:
+                raise
+            raise first_leaf(escalated) from None
+
+    def spawn(
+        self,
+        factory: Callable[[], Actor[Any]],
+        name: str,
+        *,
+        mailbox_size: int = 1024,
+        restarts: RestartPolicy = RestartPolicy(),  # noqa: B008 - frozen
+    ) -> Ref[Any]:
+        """Start an actor and return its address at once; messages wait for the end of its `on_start`.
+
+        The name is free again once the actor has stopped.
+        """
+        assert name not in self._cells, f"two actors named {name}"
+        cell = Cell(Address(name, mailbox_size))
+        self._tasks.start_soon(self._supervise, cell, factory, restarts, name=name)
+        self._cells[name] = cell
+        return cell.ref
+
+    async def stop(self, *, timeout: float = 10.0) -> None:
+        """Stop every actor, the last spawned first, each given `timeout` seconds for the message in hand."""
+        for cell in reversed(list(self._cells.values())):
+            await cell.ref.stop(timeout=timeout)
+
+    def stats(self) -> list[ActorStats]:
+        """Return the counters of every running actor, in order of spawn."""
+        return [cell.address.stats() for cell in self._cells.values()]
+
+    async def _supervise(self, cell: Cell, factory: Callable[[], Actor[Any]], restarts: RestartPolicy) -> None:
+        crashes: deque[float] = deque()
+        try:
+            while not cell.address.is_stopping:
+                failure = await cell.live(factory)
+                if failure is None:
+                    break
+                logger.error(
+                    "%s crashed: %s",
+                    cell.address.name,
+                    failure,
+                    exc_info=None if isinstance(failure, DescantError) else failure,
+                )
+                if cell.address.is_stopping:
+                    break
+                if cell.address.actor is not None and cell.address.actor.is_productive:
+                    crashes.clear()
+                elif self._is_hopeless(cell, failure, crashes, restarts):
+                    self._give_up(cell, failure)
+                    break
+        finally:
+            cell.address.close()
+            del self._cells[cell.address.name]
+
+    def _is_hopeless(self, cell: Cell, failure: Exception, crashes: deque[float], restarts: RestartPolicy) -> bool:
+        if not cell.address.is_up and isinstance(failure, DescantError) and not isinstance(failure, ActorError):
+            return True
+        now = self._clock()
+        crashes.append(now)
+        while crashes and crashes[0] < now - restarts.within_s:
+            crashes.popleft()
+        return len(crashes) > restarts.max_restarts
+
+    def _give_up(self, cell: Cell, failure: Exception) -> None:
+        cell.address.close(partial(failure_of, cell.address.name, failure))
+        if self._on_escalate is None:
+            raise Escalated(cell.address.name, f"{type(failure).__name__}: {failure}") from failure
+        self._on_escalate(cell.address.name, failure)

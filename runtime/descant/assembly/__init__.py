@@ -1,0 +1,1 @@
+"""How the actors are put together into a system."""

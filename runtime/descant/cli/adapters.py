@@ -1,0 +1,177 @@
+"""`descant adapter …`: the life of the adapters of a running server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, get_args
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from descant.cli.options import WeightedName, asyncly, connection_options
+from descant_client.adapters import Adapter
+from descant_client.client import connect
+from descant_client.errors import AdapterNotFound
+from descant_client.lifecycle import CombinationType
+from descant_client.terminal import printable
+from descant_client.wire import AdapterSource
+
+_SHARED = click.option("--shared", is_flag=True, help="For everybody to use; administrators only.")
+_SOURCE = click.option(
+    "--source", type=click.Choice(get_args(AdapterSource)), help="Where to look; default: as REF says."
+)
+
+
+@click.group()
+def adapter() -> None:
+    """Adapters of a running server: names, versions, merges."""
+
+
+@adapter.command("list")
+@connection_options
+@asyncly
+async def list_adapters(uri: str, token: str | None) -> None:
+    """List the adapters you may use, in order of registration."""
+    async with connect(uri, token) as client:
+        adapters = await client.adapters.list()
+    table = Table("name", "source", "rank", "bytes", "version", "marks")
+    for entry in adapters:
+        cells = (entry.name, entry.source, entry.rank, entry.num_bytes, _version(entry), _marks(entry))
+        table.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in cells))
+    Console().print(table)
+
+
+@adapter.command("create")
+@click.argument("name")
+@click.option("--rank", type=int, default=8, show_default=True)
+@click.option("--alpha", type=float, help="Default: the rank, for a scaling of 1.")
+@click.option("--target", "targets", multiple=True, metavar="MODULE", help="Repeatable; default: q_proj and v_proj.")
+@_SHARED
+@connection_options
+@asyncly
+async def create(uri: str, token: str | None, name: str, targets: tuple[str, ...], **options: Any) -> None:
+    """Make the adapter NAME, which changes nothing yet."""
+    async with connect(uri, token) as client:
+        _say(await client.adapters.create(name, target_modules=targets or None, **options))
+
+
+@adapter.command("load")
+@click.argument("name")
+@click.argument("ref")
+@_SOURCE
+@_SHARED
+@connection_options
+@asyncly
+async def load(uri: str, token: str | None, name: str, ref: str, **options: Any) -> None:
+    """Put what REF names under NAME; what runs finishes on the version before."""
+    async with connect(uri, token) as client:
+        _say(await client.adapters.load(name, ref, **options))
+
+
+@adapter.command("merge")
+@click.argument("name")
+@click.argument("members", nargs=-1, required=True, type=WeightedName())
+@click.option("--type", type=click.Choice(get_args(CombinationType)), default="cat", show_default=True)
+@click.option("--rank", type=int, help="Of the result, for the svd types; default: the largest of the members'.")
+@click.option("--clamp", type=float, help="For the svd types: the quantile beyond which singular vectors are cut.")
+@click.option("--density", type=float, help="For ties, dare and magnitude_prune: the share of values kept.")
+@click.option("--sign", "majority_sign_method", type=click.Choice(["total", "frequency"]), default="total")
+@click.option("--seed", type=int, default=0, help="Draws what dare drops.")
+@_SOURCE
+@_SHARED
+@connection_options
+@asyncly
+async def merge(uri: str, token: str | None, name: str, members: tuple[tuple[str, float], ...], **options: Any) -> None:
+    """Put a combination of adapters, each with a weight (1 if none is given), under NAME."""
+    async with connect(uri, token) as client:
+        _say(await client.adapters.merge(name, members, **options))
+
+
+@adapter.command("fork")
+@click.argument("name")
+@click.argument("new_name")
+@_SHARED
+@connection_options
+@asyncly
+async def fork(uri: str, token: str | None, name: str, new_name: str, shared: bool) -> None:
+    """Give the version under NAME a second name, NEW_NAME."""
+    async with _opened(uri, token, name) as entry:
+        _say(await entry.fork(new_name, shared=shared))
+
+
+@adapter.command("save")
+@click.argument("name")
+@click.argument("directory")
+@connection_options
+@asyncly
+async def save(uri: str, token: str | None, name: str, directory: str) -> None:
+    """Write NAME as a directory that PEFT reads, on the server's machine."""
+    async with _opened(uri, token, name) as entry:
+        _say(await entry.save(directory))
+
+
+@adapter.command("merge-and-save")
+@click.argument("name")
+@click.argument("directory")
+@connection_options
+@asyncly
+async def merge_and_save(uri: str, token: str | None, name: str, directory: str) -> None:
+    """Write the base model with NAME merged into it as a checkpoint, on the server's machine."""
+    async with _opened(uri, token, name) as entry:
+        _say(await entry.merge_and_save(directory))
+
+
+@adapter.command("destroy")
+@click.argument("name")
+@connection_options
+@asyncly
+async def destroy(uri: str, token: str | None, name: str) -> None:
+    """Forget NAME; what runs finishes."""
+    async with _opened(uri, token, name) as entry:
+        await entry.destroy()
+    click.echo(f"{printable(name)} is gone")
+
+
+async def _turn(change: Callable[[Adapter], Any], uri: str, token: str | None, name: str) -> None:
+    async with _opened(uri, token, name) as entry:
+        _say(await change(entry))
+
+
+for _change, _help in (
+    (Adapter.pin, "Keep NAME on the device."),
+    (Adapter.unpin, "Let NAME leave the device when others need the room."),
+    (Adapter.enable, "Let NAME act again."),
+    (Adapter.disable, "Let requests for NAME be answered by the base model."),
+):
+    _command = click.argument("name")(connection_options(asyncly(partial(_turn, _change))))
+    adapter.command(_change.__name__, help=_help)(_command)
+
+
+@asynccontextmanager
+async def _opened(uri: str, token: str | None, name: str) -> AsyncIterator[Adapter]:
+    async with connect(uri, token) as client:
+        entry = await client.adapters.open(name)
+        if entry is None:
+            raise AdapterNotFound(name)
+        yield entry
+
+
+def _say(entry: Adapter) -> None:
+    rank = None if entry.rank is None else f"rank {entry.rank}"
+    num_bytes = None if entry.num_bytes is None else f"{entry.num_bytes:,} bytes"
+    version = _version(entry) or "not read yet"
+    parts = [entry.name, version, rank, num_bytes, _marks(entry) or None]
+    click.echo(" · ".join(printable(part) for part in parts if part is not None))
+
+
+def _version(entry: Adapter) -> str | None:
+    return entry.digest and entry.digest[:12]
+
+
+def _marks(entry: Adapter) -> str:
+    marks = {"shared": entry.is_shared, "pinned": entry.is_pinned, "disabled": not entry.is_enabled}
+    return ", ".join(mark for mark, is_set in marks.items() if is_set)

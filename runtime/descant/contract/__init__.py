@@ -1,0 +1,1 @@
+"""What crosses a process boundary: step plans, adapter versions, messages to the children. No torch."""

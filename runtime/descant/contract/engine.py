@@ -1,0 +1,185 @@
+"""What an engine is to its owner: how it is sized, what it says of itself, what it can be asked. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from descant.contract.plan import Admit, EngineLimits, Row, StepPlan, StepResult, num_drafted, validate_plan
+from descant_client.errors import InvalidRequest
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+EngineKind = Literal["model", "dummy"]
+
+_INT_BYTES = 4
+_PAIR_BYTES = 2 * _INT_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Sizes and placement of an engine.
+
+    `dtype` None serves in the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as
+    fit in `num_kv_bytes`. Cache and arena None: on a GPU what `memory_fraction` of its memory leaves beside the weights
+    and the largest step, elsewhere 256 MiB each. `num_threads` is of the whole process; None takes one for small models
+    and torch's choice for others. `probe` measures at start whether rows are bitwise independent on this machine, which
+    takes a second. `max_steps_in_flight` None is 1 on a CPU, which has no idle time to fill, and 2 on a GPU.
+    """
+
+    dtype: Dtype | None = None
+    device: str = "cpu"
+    num_kv_bytes: int | None = None
+    num_blocks: int | None = None
+    block_size: int = 16
+    num_adapter_slots: int = 64
+    num_adapter_bytes: int | None = None
+    memory_fraction: float = 0.9
+    num_host_bytes: int = 512 * 1024 * 1024  # of adapters kept in host memory
+    max_num_batched_tokens: int = 1024  # new tokens of all rows of a step
+    num_threads: int | None = None
+    probe: bool = True
+    max_steps_in_flight: int | None = None
+
+    @property
+    def pipeline_depth(self) -> int:
+        """Steps that may be launched before the first of them is collected."""
+        return self.max_steps_in_flight or (1 if self.device == "cpu" else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself once it is loaded."""
+
+    dtype: Dtype
+    device: str
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    num_adapter_bytes: int
+    is_invariant: bool  # the probe ran and found rows bitwise independent of what shares their batch
+
+
+class StagedAdapter(Protocol):
+    """A version on the host; what is in it is the engine's."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory it takes."""
+        ...
+
+
+class StepEngine(Protocol):
+    """What the model's engine and the dummy have in common.
+
+    Steps are launched and collected in the same order, at most `limits.max_steps_in_flight` of them at once. A step
+    works on the rows, the cache and the adapters as those launched before it, and what was placed and moved since,
+    will leave them; a row that failed in one of those is lost, not the step. Calls come from one thread, but for
+    `stage_adapter` and `wait`.
+    """
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What plans may ask for."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo:
+        """What clients may want to know."""
+        ...
+
+    def stage_adapter(self, path: Path | str) -> StagedAdapter:
+        """Read, verify and lay out the version stored at `path` on the host. Any thread may call it at any time.
+
+        Raises:
+            AdapterInvalid: the file is missing, damaged or made for another base.
+        """
+        ...
+
+    def place_adapter(self, adapter_slot: int, offset: int, staged: Any) -> None:
+        """Copy what this engine's `stage_adapter` returned into the arena at `offset` bytes, and put it into a slot."""
+        ...
+
+    def move_adapter(self, adapter_slot: int, offset: int) -> None:
+        """Move what is in a slot to `offset` bytes; the two extents may overlap."""
+        ...
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step, and return at once where the device works by itself.
+
+        Raises:
+            InvalidRequest, UnsupportedRequest: as `check_plan`; nothing of the plan was carried out.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Wait until the oldest launched step is done. One other thread may, while this one launches."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Return the result of the oldest launched step, once it is done."""
+        ...
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Carry out a plan, `launch` and `collect` in one, while no step is in flight."""
+        ...
+
+
+class RowCounts(Protocol):
+    """What there must be to know of a row before a plan touches it: as the steps launched before will leave it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, those still being sampled included."""
+        ...
+
+    @property
+    def num_computed(self) -> int:
+        """Positions whose K/V is, or will be, valid."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Length of the block table."""
+        ...
+
+
+def check_plan(
+    plan: StepPlan, limits: EngineLimits, rows: Mapping[int, RowCounts], max_num_batched_tokens: int
+) -> None:
+    """Check a plan against the limits and the state of the rows, before any of it is carried out.
+
+    Raises:
+        InvalidRequest: the plan contradicts itself, the limits or the rows; the field names the row.
+        UnsupportedRequest: it uses what engines do not do yet.
+    """
+    validate_plan(plan, limits, tuple(rows))
+    if len(plan.copy_blocks) % _PAIR_BYTES:
+        raise InvalidRequest("copy_blocks", "is not made of pairs")
+    num_new_tokens = sum(row.num_new_tokens + num_drafted(row) for row in plan.rows)
+    if num_new_tokens > max_num_batched_tokens:
+        raise InvalidRequest("rows", f"{num_new_tokens} new tokens exceed the engine's {max_num_batched_tokens}")
+    admitted = {admit.row: admit for admit in plan.admit}
+    for row in plan.rows:
+        _check_row(row, admitted.get(row.row), rows, limits)
+
+
+def _check_row(row: Row, admit: Admit | None, rows: Mapping[int, RowCounts], limits: EngineLimits) -> None:
+    if admit is not None:
+        num_computed, num_tokens = admit.num_cached_tokens, len(admit.token_ids) // _INT_BYTES
+        num_blocks = len(admit.blocks) // _INT_BYTES
+    else:
+        state = rows[row.row]
+        num_computed, num_tokens, num_blocks = state.num_computed, state.num_tokens, state.num_blocks
+    drafted = num_drafted(row)
+    end = num_computed + row.num_new_tokens
+    num_slots = (num_blocks + len(row.blocks) // _INT_BYTES) * limits.block_size
+    if drafted and (row.num_new_tokens != 1 or end != num_tokens):
+        raise InvalidRequest(f"rows[{row.row}].draft", "it follows the row's last token, computed alone")
+    for last, limit, what in (
+        (end, num_tokens, "known tokens"),
+        (end + drafted, num_slots, "positions of its blocks"),
+        (end + drafted, limits.max_context, "positions of the context"),
+    ):
+        if last > limit:
+            raise InvalidRequest(f"rows[{row.row}]", f"position {last - 1} is beyond the {limit} {what}")

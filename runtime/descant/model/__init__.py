@@ -1,0 +1,1 @@
+"""What a base model is: its architecture, its checkpoint, its tokenizer."""

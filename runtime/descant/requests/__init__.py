@@ -1,0 +1,1 @@
+"""Requests checked, prepared and submitted, whichever door they came through."""

@@ -1,0 +1,1 @@
+"""Where adapter versions go on the device: slots, bytes, order of loads."""

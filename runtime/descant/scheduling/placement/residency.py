@@ -1,0 +1,220 @@
+"""`AdapterResidency`: which version is in which adapter slot, and where in the arena its bytes are."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from descant.contract.version import AdapterVersion
+from descant.scheduling.placement.room import Piece, find_room
+from descant_client.errors import AdapterTooLarge, UnsupportedRequest
+
+ALIGNMENT_BYTES = 64
+
+
+class Placement(NamedTuple):
+    """Where a version is on the device, or will be once it is loaded there (`is_new`)."""
+
+    adapter_slot: int
+    offset: int  # bytes from the beginning of the arena
+    is_new: bool = False
+
+
+@dataclass(slots=True)
+class _Resident:
+    adapter_slot: int
+    offset: int
+    num_bytes: int  # aligned
+    num_users: int = 0
+    is_loading: bool = True
+    is_pinned: bool = False
+    is_doomed: bool = False  # it goes as soon as it can
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.num_users or self.is_loading or self.is_pinned)
+
+
+class AdapterResidency:
+    """Places versions in slots and bytes.
+
+    Only what nobody uses, what is not pinned and not being loaded is evicted, the least recently used first. What is
+    loaded may move: `take_moves` says where to, and a load that is decided later may lie where something was.
+    """
+
+    def __init__(self, num_slots: int, num_bytes: int) -> None:
+        self.num_slots = num_slots
+        self.num_bytes = num_bytes
+        self._residents: dict[str, _Resident] = {}
+        self._unused: OrderedDict[str, None] = OrderedDict()  # evictable, least recently used first
+        self._free_slots = list(range(num_slots))[::-1]
+        self.num_available = num_bytes
+        """Bytes that are free or evictable."""
+        self._moves: list[Placement] = []  # not yet taken
+
+    def check_fits(self, version: AdapterVersion, pins: Iterable[AdapterVersion] | None = None) -> None:
+        """Check that the version can ever have a place beside `pins`, or else beside what is pinned now.
+
+        Raises:
+            AdapterTooLarge: it cannot; the error says how many bytes there are for it.
+            UnsupportedRequest: there are no slots at all.
+        """
+        if self.num_slots == 0:
+            raise UnsupportedRequest("adapter", "this engine serves the base model only")
+        if pins is None:
+            pinned = {digest: one.num_bytes for digest, one in self._residents.items() if one.is_pinned}
+        else:
+            pinned = {pin.digest: aligned(pin.num_bytes) for pin in pins}
+        pinned.pop(version.digest, None)
+        num_bytes = self.num_bytes - sum(pinned.values()) if len(pinned) < self.num_slots else 0
+        if aligned(version.num_bytes) > num_bytes:
+            raise AdapterTooLarge(version.digest, version.num_bytes, num_bytes)
+
+    def has_free_slot(self) -> bool:
+        """Whether some slot is empty or evictable."""
+        return bool(self._free_slots or self._unused)
+
+    def is_loaded(self, digest: str) -> bool:
+        """Whether the version can be used in a step now."""
+        resident = self._residents.get(digest)
+        return resident is not None and not resident.is_loading
+
+    def is_resident(self, digest: str) -> bool:
+        """Whether the version has a place, loaded or not."""
+        return digest in self._residents
+
+    def is_pinned(self, digest: str) -> bool:
+        """Whether the version has a place that is never taken from it."""
+        resident = self._residents.get(digest)
+        return resident is not None and resident.is_pinned
+
+    def offset_of(self, digest: str) -> int:
+        """Return where the bytes of a resident version are, once the moves are done."""
+        return self._residents[digest].offset
+
+    def place(self, version: AdapterVersion) -> Placement | None:
+        """Return the version's place, giving it one if it has none; None if there is no room for it now.
+
+        A new one has to be loaded, which ends with `loaded` or `forget`.
+
+        Raises:
+            AdapterTooLarge: there is never room beside what is pinned.
+        """
+        resident = self._residents.get(version.digest)
+        if resident is not None:
+            return Placement(resident.adapter_slot, resident.offset)
+        self.check_fits(version)
+        num_bytes = aligned(version.num_bytes)
+        if num_bytes > self.num_available or not self.has_free_slot():
+            return None
+        room = find_room(self._pieces(), list(self._unused), num_bytes, needs_victim=not self._free_slots)
+        if room is None:
+            return None
+        for digest in room.victims:
+            self.forget(digest)
+        for digest, offset in room.moves:
+            moved = self._residents[digest]
+            moved.offset = offset
+            self._moves.append(Placement(moved.adapter_slot, offset))
+        resident = self._residents[version.digest] = _Resident(self._free_slots.pop(), room.offset, num_bytes)
+        self.num_available -= num_bytes
+        return Placement(resident.adapter_slot, room.offset, is_new=True)
+
+    def acquire(self, version: AdapterVersion) -> Placement | None:
+        """Use a version once more, as `place` places it."""
+        placement = self.place(version)
+        if placement is not None:
+            self._residents[version.digest].num_users += 1
+            self._settle(version.digest)
+        return placement
+
+    def take_moves(self) -> list[Placement]:
+        """Return what has moved since the last call and where to, in the order in which that is safe."""
+        moves, self._moves = self._moves, []
+        return moves
+
+    def loaded(self, digest: str) -> None:
+        """The version is on the device."""
+        self._residents[digest].is_loading = False
+        self._settle(digest)
+
+    def release(self, digest: str) -> None:
+        """End one use; the version stays until its place is needed."""
+        resident = self._residents[digest]
+        assert resident.num_users > 0, f"adapter {digest} was released twice"
+        resident.num_users -= 1
+        self._settle(digest)
+
+    def pin(self, digest: str) -> None:
+        """Keep a version that has a place."""
+        self._residents[digest].is_pinned = True
+        self._settle(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Let a version, which may have no place, go like any other."""
+        if digest in self._residents:
+            self._residents[digest].is_pinned = False
+            self._settle(digest)
+
+    def doom(self, digest: str) -> None:
+        """Free the place of a version, which may have none, as soon as nothing keeps it there."""
+        if digest in self._residents:
+            self._residents[digest].is_doomed = True
+            self._settle(digest)
+
+    def forget(self, digest: str) -> None:
+        """Free the place of a version whose load failed, or which nobody uses. Its uses are void."""
+        resident = self._residents.pop(digest)
+        if digest in self._unused:
+            del self._unused[digest]
+        else:
+            self.num_available += resident.num_bytes
+        self._free_slots.append(resident.adapter_slot)
+
+    def check_integrity(self) -> None:
+        """Assert that slots and bytes are each given once or free."""
+        slots = [resident.adapter_slot for resident in self._residents.values()]
+        assert sorted([*slots, *self._free_slots]) == list(range(self.num_slots)), "an adapter slot is lost"
+        pieces = self._pieces()
+        ends = [(piece.offset + piece.num_bytes, after.offset) for piece, after in pairwise(pieces)]
+        assert all(end == begin for end, begin in ends), "two extents overlap"
+        assert sum(piece.num_bytes for piece in pieces) == self.num_bytes, "an extent is outside the arena"
+        idle = {digest for digest, resident in self._residents.items() if resident.is_idle}
+        assert idle == set(self._unused), "an unused version is not evictable"
+        kept = sum(resident.num_bytes for digest, resident in self._residents.items() if digest not in idle)
+        assert self.num_available == self.num_bytes - kept, "the count of available bytes is wrong"
+        assert not any(self._residents[digest].is_doomed for digest in idle), "a version outlived its last use"
+
+    def _settle(self, digest: str) -> None:
+        """Note whether the version can be evicted now."""
+        resident = self._residents[digest]
+        if resident.is_idle and digest not in self._unused:
+            self._unused[digest] = None
+            self.num_available += resident.num_bytes
+        elif not resident.is_idle and digest in self._unused:
+            del self._unused[digest]
+            self.num_available -= resident.num_bytes
+        if resident.is_idle and resident.is_doomed:
+            self.forget(digest)
+
+    def _pieces(self) -> list[Piece]:
+        """The arena from its beginning to its end."""
+        pieces: list[Piece] = []
+        end = 0
+        by_offset = sorted((resident.offset, digest) for digest, resident in self._residents.items())
+        for offset, digest in [*by_offset, (self.num_bytes, None)]:
+            if offset > end:
+                pieces.append(Piece(end, offset - end))
+            if digest is not None:
+                resident = self._residents[digest]
+                pieces.append(Piece(offset, resident.num_bytes, digest, resident.is_loading))
+                end = offset + resident.num_bytes
+        return pieces
+
+
+def aligned(num_bytes: int) -> int:
+    """Return what an extent of that many bytes takes of the arena."""
+    return max(1, -(-num_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES

@@ -1,0 +1,214 @@
+"""`Drafter`: what a sequence may say next, guessed from its own text and by the draft heads of its adapter.
+
+It learns from the text alone how far it is to be believed: whenever a token comes, it looks whether that is the one it
+would have guessed, whether or not the guess was verified. So it soon knows when a text begins to repeat itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from descant.contract.plan import HeadCandidates, unpack_floats, unpack_ints
+from descant.scheduling.speculation.guess import Guess, merged, of_heads, of_text, of_ways, pruned, second_chance
+from descant.scheduling.speculation.ngram import NgramIndex
+from descant_client.speculation import Speculation
+
+_KEPT = 0.95  # of the weight of what was seen earlier, with each new token
+_LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
+_MAX_AWAITED = 256  # choices of heads that are yet to be judged
+_NUM_ODDS = 8  # nodes whose likelihoods are remembered
+_NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
+_SILENT_LOOKS = 4  # that make it wait for one token more,
+_MAX_PATIENCE = 3  # up to so many more than one
+AUTO = Speculation()
+
+
+class Spoken(Protocol):
+    """A sequence, as far as drafting goes."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output."""
+        ...
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Return the ids of positions `start` to `stop`."""
+        ...
+
+
+class _Record:
+    """How often something came true, of late, against how often it was to be expected."""
+
+    def __init__(self, hits: float, expected: float) -> None:
+        self._hits, self._expected = hits, expected
+
+    def add(self, hits: float, expected: float = 1.0) -> None:
+        self._hits = _KEPT * self._hits + hits
+        self._expected = _KEPT * self._expected + expected
+
+    def drift(self) -> None:
+        """Go back a little to where it began, as if so much had come true: nothing is held against anybody for ever."""
+        if self._hits < self._expected:
+            self.add(2.0 * (1.0 - _KEPT), 2.0 * (1.0 - _KEPT))
+
+    @property
+    def rate(self) -> float:
+        return min(1.0, max(_LEAST_RATE, self._hits / self._expected))
+
+
+class Drafter:
+    """Guesses for one sequence. What came of those that were verified is counted here."""
+
+    def __init__(self, settings: Speculation = AUTO) -> None:
+        self.settings = settings
+        self.num_drafts = 0  # verified
+        self.num_drafted = 0  # tokens on the longest way through each
+        self.num_accepted = 0  # tokens of drafts that came true: each is a step saved
+        self._index = NgramIndex(settings.min_ngram, max(settings.min_ngram, settings.max_ngram))
+        self._num_silent = 0  # looks at the text, one after the other, that found nothing to say
+        self._text_record = _Record(1.0, 2.0)
+        self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
+        self._awaited = deque[tuple[int, int, int, float]](maxlen=_MAX_AWAITED)  # position, head, its choice, how sure
+        self._head_records: list[_Record] = []
+        self.odds: list[float] = []  # of the likeliest nodes that heads propose, of late
+        self._promises = _Record(2.0, 2.0)
+        self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
+
+    def read(self, sequence: Spoken, max_tokens: int) -> int:
+        """Take in what the text has become since it was last read, at most so many tokens; return how many.
+
+        Where there was nothing to say for long, it waits for several tokens: read at once, they take less time.
+        """
+        num_tokens, index = sequence.num_tokens, self._index
+        if self._awaited:
+            self._judge_heads(sequence)
+        self._promises.drift()
+        if not self.settings.ngram:
+            return 0
+        known = index.num_tokens
+        patience = min(self._num_silent // _SILENT_LOOKS, _MAX_PATIENCE)
+        if num_tokens - known <= patience and not self.settings.always:
+            return 0
+        new = sequence.tokens(known, min(num_tokens, known + max_tokens))
+        num_prompt = max(0, sequence.num_prompt_tokens - known)
+        index.extend(new[:num_prompt])
+        for token_id in new[num_prompt:]:
+            is_hit = index.take(token_id)
+            if is_hit is not None:
+                self._text_record.add(is_hit)
+        return len(new)
+
+    def guess(self, sequence: Spoken, max_nodes: int, least: float = 0.0) -> Guess | None:
+        """Return a guess of what follows the sequence's last token; None: there is none, or not all of it is read.
+
+        Args:
+          least: likelihood below which nodes need not be named.
+        """
+        max_nodes = min(max_nodes, self.settings.max_nodes)
+        said = self._text_guess(sequence, max_nodes, least)
+        proposed = self._heads_guess(sequence, max_nodes)
+        if said is None or proposed is None:
+            return said or proposed
+        return pruned(merged((said, proposed)), 0.0, max_nodes)  # each alone may have as many as there may be
+
+    @property
+    def kept_share(self) -> float:
+        """How much of what verified guesses promised came true, of late, from 0 to 1."""
+        return self._promises.rate
+
+    def promise(self, num_tokens: float) -> None:
+        """A draft will be verified whose nodes' likelihoods add up to so many tokens."""
+        self._promised = num_tokens
+
+    def heads_gain(self, least: float) -> float:
+        """Return how many tokens the heads are good for beyond what verifying them costs, `least` each, of late."""
+        share, odds = self.kept_share, self.odds or [1.0]
+        return sum(max(0.0, share * likelihood - least) for likelihood in odds)
+
+    def take_candidates(self, position: int, candidates: HeadCandidates) -> None:
+        """Keep what the heads propose from `position` on; it is good until another token is there."""
+        width = candidates.num_candidates
+        try:
+            ids, odds = unpack_ints(candidates.token_ids), unpack_floats(candidates.probabilities)
+        except ValueError:
+            return
+        if width <= 0 or not ids or len(ids) % width or len(ids) != len(odds) or not all(0 <= one <= 1 for one in odds):
+            return  # of no use; what they are for is only speed
+        starts = range(0, len(ids), width)
+        self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
+        self._head_records += [_Record(2.0, 2.0) for _ in range(len(self._head_records), len(starts))]
+        self._awaited.extend((position + head, head, ids[at], odds[at]) for head, at in enumerate(starts))
+        guess = self._heads_tree(_NUM_ODDS)
+        new_odds = [*(guess.probabilities if guess is not None else ()), *[0.0] * _NUM_ODDS][:_NUM_ODDS]
+        before = self.odds or new_odds
+        self.odds = [old + _NEW_SHARE * (new - old) for old, new in zip(before, new_odds, strict=True)]
+
+    def learn(self, depth: int, num_accepted: int) -> None:
+        """A draft of so many tokens, one after the other, was verified, and so many of them came true.
+
+        How many of those the text has got, before it ended, is for whoever puts them there to count.
+        """
+        self.num_drafts += 1
+        self.num_drafted += depth
+        if self._promised:
+            self._promises.add(num_accepted, self._promised)
+            self._promised = 0.0
+
+    def forget_text(self) -> None:
+        """The sequence has ended: only what is counted is still of use."""
+        self._index = NgramIndex(1, 1)
+        self._awaited.clear()
+        self._candidates = None
+
+    def _judge_heads(self, sequence: Spoken) -> None:
+        """Take note of what heads said of tokens that are known by now."""
+        later: list[tuple[int, int, int, float]] = []
+        for position, head, token_id, likelihood in self._awaited:
+            if position < sequence.num_tokens:
+                self._head_records[head].add([token_id] == sequence.tokens(position, position + 1), likelihood)
+            else:
+                later.append((position, head, token_id, likelihood))
+        self._awaited.clear()
+        self._awaited.extend(later)
+
+    def _text_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
+        settings, rate = self.settings, self._text_record.rate
+        if not settings.ngram or self._index.num_tokens < sequence.num_tokens:
+            return None
+        if rate < least:
+            return None
+        depth = settings.max_depth if least <= 0 or rate >= 1 else int(math.log(least) / math.log(rate))
+        width = 1 if second_chance(rate) < least else settings.max_width
+        tree = self._index.propose(min(settings.max_depth, depth), width, max_nodes)
+        self._num_silent = 0 if tree is not None else self._num_silent + 1
+        return None if tree is None else of_text(tree, rate)
+
+    def _heads_guess(self, sequence: Spoken, max_nodes: int) -> Guess | None:
+        is_of_now = self._candidates is not None and self._candidates[0] == sequence.num_tokens
+        return self._heads_tree(max_nodes) if is_of_now else None
+
+    def _heads_tree(self, max_nodes: int) -> Guess | None:
+        """What heads proposed last, as a tree."""
+        assert self._candidates is not None, "they have proposed something"
+        _, ids, odds = self._candidates
+        ids, weighed = ids[: self.settings.max_depth], odds[: self.settings.max_depth]
+        if not self.settings.always:
+            rates = [record.rate for record in self._head_records]
+            weighed = [[rate * likelihood for likelihood in one] for rate, one in zip(rates, weighed, strict=False)]
+        if self.settings.tree is not None:
+            return of_ways(self.settings.tree, ids, weighed, max_nodes)
+        return of_heads(ids, weighed, self.settings.max_width, max_nodes)
+
+
+def depth_of(parents: Iterable[int]) -> int:
+    """Return the number of nodes on the longest way through a tree."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return max(depths)

@@ -1,0 +1,82 @@
+"""`StepCosts`: what a step takes, learned from steps that only decoded.
+
+A plain step is measured by how many rows it has. What verifying adds is fitted to the steps that verified, by least
+squares in which older steps count less: so much for having any draft, so much per node of a draft, so much for running
+draft heads, which mostly read their weights. So it holds for any machine, a CPU as well, and follows what else it does.
+"""
+
+from __future__ import annotations
+
+from descant.contract.plan import StepPlan, num_drafted
+
+_NEW_SHARE = 0.2  # of a new measurement in the average of plain steps
+_KEPT = 0.97  # of the weight of earlier steps, with each new one
+_KEPT_OVER_PLAIN = 0.99  # the same, with each plain one: what is not seen again is not believed for ever
+_PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
+_PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, any draft heads
+_ROUNDS = 4  # of the solver, with each step; it begins where it was
+# Heads mostly run where there are drafts as well, so steps hardly tell the two apart; neither is ever for nothing.
+_LEAST = (0.02, 0.0, 0.1)
+_NEARLY = 0.125  # of a number of rows
+_SURELY_LESS = 0.8  # of a plain step: what did more and took less
+_MOST = 10.0  # plain steps: what takes longer was held up by something else
+
+
+class StepCosts:
+    """Seconds of decode steps. It knows nothing until it has seen a plain one."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, float] = {}  # by number of rows
+        self._products = [[0.0] * 3 for _ in range(3)]  # sums of products of what steps had
+        self._targets = [0.0] * 3  # and with what they took beyond a plain step
+        self.added = _PRIOR  # what any draft, a node, and any draft heads add to a step, in plain steps
+
+    def learn(self, plan: StepPlan, seconds: float) -> bool:
+        """Take a step into account, if it only decoded; return whether it did."""
+        if seconds <= 0 or plan.admit or any(row.num_new_tokens > 1 for row in plan.rows):
+            return False
+        num_rows = len(plan.rows)
+        num_nodes = sum(map(num_drafted, plan.rows))
+        has_heads = any(row.num_candidates for row in plan.rows)
+        if not num_nodes and not has_heads:
+            self._average(num_rows, seconds)
+        elif (known := self._nearest(num_rows)) is not None:
+            if seconds < _SURELY_LESS * self._plain[known]:  # it did more, so the plain ones had been held up
+                self._average(known, seconds)
+            else:
+                added = min(seconds / self._plain[known], _MOST) - 1.0
+                self._fit((float(num_nodes > 0), float(num_nodes), float(has_heads)), added)
+        return True
+
+    def plain(self, num_rows: int) -> float | None:
+        """Return the seconds of a plain step of so many rows, or nearly so many; None: none was seen."""
+        known = self._nearest(num_rows)
+        return None if known is None else self._plain[known]
+
+    def _nearest(self, num_rows: int) -> int | None:
+        if num_rows in self._plain:
+            return num_rows
+        nearest = min(self._plain, key=lambda known: abs(known - num_rows), default=None)
+        return nearest if nearest is not None and abs(nearest - num_rows) <= num_rows * _NEARLY else None
+
+    def _average(self, num_rows: int, seconds: float) -> None:
+        known = self._plain.get(num_rows, seconds)
+        self._plain[num_rows] = known + _NEW_SHARE * (min(seconds, _MOST * known) - known)
+        self._fit((0.0, 0.0, 0.0), 0.0, _KEPT_OVER_PLAIN)
+
+    def _fit(self, had: tuple[float, float, float], added: float, kept: float = _KEPT) -> None:
+        for i, one in enumerate(had):
+            self._targets[i] = kept * self._targets[i] + one * added
+            for j, other in enumerate(had):
+                self._products[i][j] = kept * self._products[i][j] + one * other
+        self.added = self._solved()
+
+    def _solved(self) -> tuple[float, float, float]:
+        """The least squares of what cannot be less than `_LEAST`, by coordinate descent from where it was."""
+        found, weight = list(self.added), _PRIOR_WEIGHT
+        for _ in range(_ROUNDS):
+            for i, row in enumerate(self._products):  # by hand, for it is done with every step
+                others = row[i - 2] * found[i - 2] + row[i - 1] * found[i - 1]
+                one = (self._targets[i] + weight * _PRIOR[i] - others) / (row[i] + weight)
+                found[i] = one if one > _LEAST[i] else _LEAST[i]
+        return found[0], found[1], found[2]

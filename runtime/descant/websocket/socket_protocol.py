@@ -1,0 +1,54 @@
+"""A WebSocket's way to its socket: uvicorn's protocol, with a short way for messages.
+
+The handshake, pings and closing are uvicorn's. Messages are framed here and written at once while the client reads,
+because a server spends most of its time on frames of one token.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from starlette.websockets import WebSocket
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import OPEN
+
+STATE_KEY = "descant.websocket.socket_protocol"
+TEXT, BINARY = 1, 2  # opcodes
+FINAL = 0x80  # a message is one frame
+MAX_SHORT, MAX_MEDIUM = 125, 0xFFFF  # bytes of payload whose length needs no bytes of its own, or two
+LENGTH_IN_2_BYTES, LENGTH_IN_8_BYTES = 126, 127
+
+
+class SocketProtocol(WebSocketsSansIOProtocol):
+    """What `uvicorn.Config(ws=…)` is given, without extensions; its application finds it with `of`."""
+
+    async def run_asgi(self) -> None:
+        """Let the application find it."""
+        self.scope.setdefault("state", {})[STATE_KEY] = self
+        await super().run_asgi()
+
+    @staticmethod
+    def of(socket: WebSocket) -> SocketProtocol:
+        """Return what carries a WebSocket."""
+        found = socket.scope["state"][STATE_KEY]
+        assert isinstance(found, SocketProtocol), "the gateway listens with it"
+        return found
+
+    async def send_message(self, opcode: int, payload: bytes) -> None:
+        """Write a frame, at once if the client reads, else when it does again. After a close nothing happens.
+
+        A frame is never mixed with those that other tasks send.
+        """
+        while not self.writable.is_set():
+            await self.writable.wait()
+        if self.conn.state is OPEN and not self.transport.is_closing():
+            self.transport.write(frame_header(opcode, len(payload)) + payload)
+
+
+def frame_header(opcode: int, size: int) -> bytes:
+    """Return what precedes a payload of `size` bytes in a server's frame (RFC 6455, section 5.2)."""
+    if size <= MAX_SHORT:
+        return bytes((FINAL | opcode, size))
+    if size <= MAX_MEDIUM:
+        return struct.pack("!BBH", FINAL | opcode, LENGTH_IN_2_BYTES, size)
+    return struct.pack("!BBQ", FINAL | opcode, LENGTH_IN_8_BYTES, size)

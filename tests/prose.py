@@ -1,0 +1,70 @@
+"""How often docstrings say who or what in place of a noun: `python tests/prose.py` lists the files, the worst first."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    path
+    for package in ("runtime/descant", "kernels/descant_kernels", "clients/descant_client")
+    for path in sorted((ROOT / package).rglob("*.py"))
+]
+RIDDLES = re.compile(r"\b(?:who|whom|whose|whoever|what|whatever)\b", re.IGNORECASE)
+WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
+
+
+class Prose(NamedTuple):
+    """The docstrings of a file: words, and how many of them are riddles."""
+
+    path: Path
+    num_words: int
+    num_riddles: int
+
+    @property
+    def rate(self) -> float:
+        """Riddles per 1,000 words."""
+        return 1000 * self.num_riddles / max(self.num_words, 1)
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """Yield every docstring of a module, attribute docstrings included."""
+    for node in ast.walk(ast.parse(source)):
+        for statement in getattr(node, "body", []) if isinstance(getattr(node, "body", []), list) else []:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                if isinstance(statement.value.value, str):
+                    yield statement.value.value
+
+
+def prose_of(path: Path) -> Prose:
+    """Count the words of a file's docstrings."""
+    text = " ".join(docstrings(path.read_text("utf-8")))
+    return Prose(path, len(WORD.findall(text)), len(RIDDLES.findall(text)))
+
+
+def all_prose() -> list[Prose]:
+    """Return the counts of every source file, the one with most riddles first."""
+    return sorted(map(prose_of, SOURCES), key=lambda prose: (-prose.num_riddles, str(prose.path)))
+
+
+def total_rate(files: list[Prose]) -> float:
+    """Return riddles per 1,000 words over all files."""
+    return 1000 * sum(file.num_riddles for file in files) / sum(file.num_words for file in files)
+
+
+def main() -> None:
+    """Print the rate of all files together, then each file with a riddle in it."""
+    files = all_prose()
+    print(f"{total_rate(files):.1f} per 1,000 docstring words")
+    for file in files:
+        if file.num_riddles:
+            print(f"{file.num_riddles:4} {file.rate:6.1f}  {file.path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
