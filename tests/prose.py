@@ -35,10 +35,11 @@ class Prose(NamedTuple):
 def docstrings(source: str) -> Iterator[str]:
     """Yield every docstring of a module, attribute docstrings included."""
     for node in ast.walk(ast.parse(source)):
-        for statement in getattr(node, "body", []) if isinstance(getattr(node, "body", []), list) else []:
-            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-                if isinstance(statement.value.value, str):
-                    yield statement.value.value
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            for statement in node.body:
+                match statement:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        yield text
 
 
 def prose_of(path: Path) -> Prose:
