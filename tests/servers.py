@@ -274,8 +274,14 @@ async def fetch(system: System, path: str) -> tuple[int, str]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the process ids of a process's children."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Return the process ids of a process's descendants."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [descendant for child in children for descendant in (child, *children_of(child))]
+
+
+def worker_of(pid: int) -> int:
+    """Return the process id of the worker of the server in process `pid`."""
+    return next(child for child in children_of(pid) if Path(f"/proc/{child}/comm").read_text() == "descant-worker\n")
 
 
 def is_alive(pid: int) -> bool:

@@ -85,11 +85,11 @@ async def test_a_second_signal_does_not_wait_for_streams(tmp_path: Path) -> None
     assert not any(is_alive(child) for child in served.children)
 
 
-async def test_a_killed_server_leaves_no_executor_and_no_worker(tmp_path: Path, checkpoint: Checkpoint) -> None:
+async def test_a_killed_server_leaves_no_child(tmp_path: Path, checkpoint: Checkpoint) -> None:
     with _served(tmp_path, str(checkpoint.base), "--adapter", f"alpha={checkpoint.adapters['alpha']}") as served:
         async with connect(served.uri) as client:
             assert (await client.generate("x", adapter="alpha", max_tokens=3).result()).token_ids
-        assert len(served.children) == 2
+        assert len(served.children) == 3
 
         served.process.kill()
 

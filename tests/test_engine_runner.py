@@ -229,4 +229,5 @@ def test_the_cache_fills_its_byte_budget_and_bounds_the_context(tmp_path: Path) 
 
 def test_the_probe_says_whether_rows_are_invariant(tmp_path: Path) -> None:
     tiny_models.save_model(tmp_path, tiny_models.tiny_config("llama"))
-    assert engine_for(tmp_path, probe=True, dtype="bfloat16").info.is_invariant
+    assert engine_for(tmp_path, is_invariant=None, dtype="bfloat16").info.is_invariant
+    assert not engine_for(tmp_path, is_invariant=False, dtype="bfloat16").info.is_invariant

@@ -52,3 +52,11 @@ class Escalated(ActorError):
     code = "actor_escalated"
     fields = ("actor", "reason")
     sentence = "Actor {actor} cannot be kept running: {reason}"
+
+
+class CannotFork(DescantError):
+    """The launcher process refuses to serve. Children start from nothing."""
+
+    code = "cannot_fork"
+    fields = ("reason",)
+    sentence = "The launcher cannot fork children: {reason}"

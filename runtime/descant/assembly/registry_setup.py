@@ -15,6 +15,7 @@ import msgspec
 
 from descant.actor.endpoint import Program, Remote
 from descant.actor.errors import ActorStopped, MailboxFull
+from descant.actor.process import InProcess
 from descant.actor.ref import Ref
 from descant.actor.remote import spawn_remote
 from descant.actor.supervision import Supervisor
@@ -51,6 +52,7 @@ async def spawn_registry(
     fetch: Ref[Any],
     leases: LeaseTable,
     tell_scheduler: Callable[[PinVersions | ForgetVersion], None],
+    placement: InProcess,
 ) -> Ref[Any]:
     """Start the registry of a model and its worker; the journal is open until `exits` is left.
 
@@ -67,7 +69,7 @@ async def spawn_registry(
     # Once per server, not once per life of the registry: what was read since the start stays what it is.
     await journal.apply(*reconcile(await journal.entries(), entries))
     store_dir = directory / "store"
-    worker = _spawn_worker(config, supervisor, model_dir, store_dir)
+    worker = _spawn_worker(config, supervisor, model_dir, store_dir, placement)
     make = partial(
         Registry,
         adapters,
@@ -140,7 +142,9 @@ def _itemsize(config: Config, model_dir: Path) -> int:
         return _ITEM_BYTES["float32"]  # the executor says what is wrong with it
 
 
-def _spawn_worker(config: Config, supervisor: Supervisor, model_dir: Path, store_dir: Path) -> Remote[Any]:
+def _spawn_worker(
+    config: Config, supervisor: Supervisor, model_dir: Path, store_dir: Path, placement: InProcess
+) -> Remote[Any]:
     worker_config = WorkerConfig(
         model_dir=str(model_dir),
         store_dir=str(store_dir),
@@ -156,5 +160,7 @@ def _spawn_worker(config: Config, supervisor: Supervisor, model_dir: Path, store
         factory="descant.actors.worker:start", config=msgspec.msgpack.encode(worker_config), replies=WorkerReply
     )
     # Only lives that never came up count against it: no adapter that crashes it may bring the server down.
-    worker: Remote[Any] = spawn_remote(supervisor, "worker", program, on_up=lambda life: worker.mark_productive())
+    worker: Remote[Any] = spawn_remote(
+        supervisor, "worker", program, placement=placement, on_up=lambda life: worker.mark_productive()
+    )
     return worker

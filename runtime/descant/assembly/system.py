@@ -22,8 +22,11 @@ from typing import Any
 import anyio
 import msgspec
 
+from descant.actor.child_process import StartChild, execute
 from descant.actor.endpoint import Program, Remote
 from descant.actor.errors import ActorStopped
+from descant.actor.launcher import Launching, can_fork
+from descant.actor.process import InProcess
 from descant.actor.ref import Ref
 from descant.actor.remote import spawn_remote
 from descant.actor.supervision import RestartPolicy, Supervisor
@@ -51,7 +54,10 @@ from descant_client.errors import DescantError, ExecutorFailed, InternalError, M
 logger = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 24 * 3600.0
+# What the launcher imports for executor and worker.
+CHILD_MODULES = ("descant.actors.executor", "descant.engine.runner", "descant.actors.worker")
 DRAIN_POLL_S = 0.05
+LAUNCHER = "launcher"
 EXECUTOR = "descant.actors.executor:start"
 
 
@@ -63,6 +69,7 @@ class System:
         self.executor_factory = executor_factory
         self.services: Services
         self.executor: Remote[Any]
+        self.launcher: Launching | None = None  # None: children start from nothing
         self.gateway: Ref[Drain]
         self.port = config.server.port  # the real one, if 0 was asked for
         self.failed = anyio.Event()  # an actor was given up: drain and leave
@@ -73,7 +80,10 @@ class System:
         self.executor.kill()
 
     def give_up(self, actor: str, error: Exception) -> None:
-        """Take note that an actor cannot be kept running."""
+        """Take note that an actor cannot be kept running. Without the launcher, children only start more slowly."""
+        if actor == LAUNCHER:
+            logger.warning("children start from nothing: %s", error)
+            return
         logger.error("%s was given up: %s", actor, error)
         self.failure = self.failure or (error if isinstance(error, DescantError) else InternalError(str(error)))
         if actor in ("executor", "scheduler"):
@@ -160,6 +170,9 @@ async def _assemble(
 ) -> None:
     config = system.config
     fetch = supervisor.spawn(Fetch, "fetch")
+    start_child = execute
+    if config.model.engine != "dummy" and can_fork():
+        start_child = system.launcher = Launching(supervisor, CHILD_MODULES, LAUNCHER)
     model_dir = await _model_dir(config, fetch)
     model = ModelState("descant-demo" if config.model.path is None else config.model.path)
     sequences = SequenceTable()
@@ -175,8 +188,9 @@ async def _assemble(
         fetch=fetch,
         leases=leases,
         tell_scheduler=partial(_tell_first, addresses),
+        placement=InProcess(start_child=start_child),
     )
-    scheduler = _spawn_scheduler(system, supervisor, model, sequences, registry, model_dir, on_progress)
+    scheduler = _spawn_scheduler(system, supervisor, model, sequences, registry, model_dir, start_child, on_progress)
     addresses.append(scheduler)  # nothing has run since the registry was spawned
     system.services = Services(
         config=config,
@@ -211,6 +225,7 @@ def _spawn_scheduler(
     sequences: SequenceTable,
     registry: Ref[Any],
     model_dir: Path,
+    start_child: StartChild,
     on_progress: Callable[[LoadProgress], None],
 ) -> Ref[Any]:
     config = system.config
@@ -222,6 +237,8 @@ def _spawn_scheduler(
 
     def on_notice(note: EngineReady | LoadProgress) -> None:
         if isinstance(note, EngineReady):
+            # Lives to come need not measure again.
+            system.executor.program = _executor_program(system, model_dir, note.info.is_invariant)
             tell_scheduler(ExecutorUp(note))
         else:
             on_progress(note)
@@ -230,6 +247,7 @@ def _spawn_scheduler(
         supervisor,
         "executor",
         _executor_program(system, model_dir),
+        placement=InProcess(start_child=start_child),
         on_notice=on_notice,
         on_down=lambda reason: tell_scheduler(ExecutorDown(str(reason))),
         restarts=RestartPolicy(max_restarts=config.scheduling.max_executor_restarts, within_s=math.inf),
@@ -250,7 +268,7 @@ def _spawn_scheduler(
     return addresses[0]
 
 
-def _executor_program(system: System, model_dir: Path) -> Program:
+def _executor_program(system: System, model_dir: Path, is_invariant: bool | None = None) -> Program:
     config = system.config
     executor_config = ExecutorConfig(
         engine=config.model.engine,
@@ -265,6 +283,7 @@ def _executor_program(system: System, model_dir: Path) -> Program:
             num_host_bytes=config.adapters.host_bytes,
             max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
             num_threads=config.model.num_threads,
+            is_invariant=is_invariant,
         ),
         dummy_tokens_per_s=config.model.dummy_tokens_per_s,
     )

@@ -24,8 +24,9 @@ class EngineOptions:
     `dtype` None serves in the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as
     fit in `num_kv_bytes`. Cache and arena None: on a GPU what `memory_fraction` of its memory leaves beside the weights
     and the largest step, elsewhere 256 MiB each. `num_threads` is of the whole process; None takes one for small models
-    and torch's choice for others. `probe` measures at start whether rows are bitwise independent on this machine, which
-    takes a second. `max_steps_in_flight` None is 1 on a CPU, which has no idle time to fill, and 2 on a GPU.
+    and torch's choice for others. `is_invariant` is the probe's result of an earlier engine on this machine; None runs
+    the probe, which takes a fraction of a second. `max_steps_in_flight` None is 1 on a CPU, which has no idle time to
+    fill, and 2 on a GPU.
     """
 
     dtype: Dtype | None = None
@@ -39,7 +40,7 @@ class EngineOptions:
     num_host_bytes: int = 512 * 1024 * 1024  # of adapters kept in host memory
     max_num_batched_tokens: int = 1024  # new tokens of all rows of a step
     num_threads: int | None = None
-    probe: bool = True
+    is_invariant: bool | None = None
     max_steps_in_flight: int | None = None
 
     @property

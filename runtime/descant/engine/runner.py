@@ -198,7 +198,7 @@ class Engine:
             eos_token_ids=self.config.eos_token_ids,
             num_parameters=num_parameters,
             num_adapter_bytes=self._arena.num_bytes,
-            is_invariant=self._options.probe and self._probe(),
+            is_invariant=self._probe() if self._options.is_invariant is None else self._options.is_invariant,
         )
 
     def _probe(self) -> bool:
