@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from descant.scheduling import life
+from zygote import Zygote
 
 # Every idle moment shows what was not given back.
 life.CHECKS_IDLE = True
@@ -16,7 +17,7 @@ life.CHECKS_IDLE = True
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from descant.assembly.system import System
     from servers import Checkpoint, Neighbor
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 def anyio_backend() -> str:
     """Async tests run on asyncio, which is what Descant runs on."""
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _zygote() -> Iterator[None]:
+    """Fork the launchers of servers in this process from one that has imported torch."""
+    zygote = Zygote()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("descant.actor.launcher.execute_module", zygote.execute_module)
+        yield
+    zygote.close()
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 LauncherNote = Ready | Refused | Forked | Exited
 
 
-class Launcher:
+class Forker:
     """Forks children and reports how they end."""
 
     def __init__(self, control: socket.socket) -> None:
@@ -134,12 +134,13 @@ def preload(modules: list[str]) -> None:
 
 
 def serve(control: socket.socket) -> None:
-    """Serve until the parent is gone; in each forked child, run its factory and return."""
+    """Serve until the parent is gone. A forked child runs its factory and exits."""
+    forked = None
     with contextlib.suppress(ConnectionError):  # the parent is gone
-        forked = Launcher(control).serve()
-        if forked is not None:
-            factory, (fd, pulse_fd) = forked
-            remote_child.run(factory, fd, pulse_fd)
+        forked = Forker(control).serve()
+    if forked is not None:
+        factory, (fd, pulse_fd) = forked
+        remote_child.run(factory, fd, pulse_fd)
 
 
 def main(argv: list[str]) -> None:
@@ -152,6 +153,7 @@ def main(argv: list[str]) -> None:
             control.send(msgspec.msgpack.encode(Refused(f"{type(exc).__name__}: {exc}")))
             return
         serve(control)
+    remote_child.exit_now()
 
 
 if __name__ == "__main__":

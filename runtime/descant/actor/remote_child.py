@@ -27,7 +27,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -281,14 +281,23 @@ def find_factory(path: str) -> Factory:
     return getattr(importlib.import_module(module), name)
 
 
-def run(path: str, fd: int, pulse_fd: int) -> None:
-    """Run the factory at `path` on the two sockets until the parent stops the child or is gone."""
+def run(path: str, fd: int, pulse_fd: int) -> NoReturn:
+    """Run the factory at `path` on the two sockets until the parent stops the child or is gone, then exit."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
         signal.signal(ignored, signal.SIG_IGN)
     pulse = socket.socket(fileno=pulse_fd)
     threading.Thread(target=_beat, args=(pulse,), name="pulse", daemon=True).start()
     with socket.socket(fileno=fd) as sock:
         serve(Uplink(sock), lambda config, notify: find_factory(path)(config, notify))
+    exit_now()
+
+
+def exit_now() -> NoReturn:
+    """End the process with status 0, without finalizing the interpreter: with torch that takes 0.2 s of CPU time."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def main(argv: list[str]) -> None:
