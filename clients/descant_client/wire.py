@@ -39,3 +39,9 @@ class WeightedAdapter(Strict, frozen=True, array_like=True):
 
     adapter: str
     weight: float
+
+
+def split_validation_error(exc: Exception) -> tuple[str, str]:
+    """Return the reason and the path in the text of a msgspec error, "REASON - at `PATH`". The path may be empty."""
+    reason, _, path = str(exc).partition(" - at `")
+    return reason, path.rstrip("`")
