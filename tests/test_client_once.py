@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from descant_client import Adapter, Client, connect
-from descant_client.connection import Backoff
+from descant_client.dialer import Backoff
 from descant_client.errors import AdapterExists, ConnectionLost
 from descant_client.lifecycle import CreateAdapter
 from descant_client.protocol import Ack, ClientMessage, Resume

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from descant_client import Client, Stream, connect
-from descant_client.connection import Backoff
+from descant_client.dialer import Backoff
 from descant_client.errors import ConnectionLost, InternalError, StreamNotFound, Unauthorized
 from descant_client.protocol import Accepted, Ack, Cancel, Delta, Done, Generate, Resume, ServerMessage
 from fake_server import SEED, FakeServer, error_frame, text_of

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import operator
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypedDict, Unpack, cast
 
-import anyio
 import msgspec
 
 from descant_client.adapters import Adapter, AdapterCatalog, reference, weighted
-from descant_client.connection import Backoff, Connection
-from descant_client.errors import InvalidRequest
+from descant_client.connection import Connection
+from descant_client.dialer import Backoff, Dialer
+from descant_client.errors import DescantError, InvalidRequest
 from descant_client.lifecycle import Combination
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
@@ -29,6 +28,7 @@ from descant_client.protocol import (
 from descant_client.question import Question
 from descant_client.speculation import SpeculationChoice
 from descant_client.stream import Stream
+from descant_client.task_groups import running_beside
 from descant_client.transcript import Transcript
 from descant_client.wire import AdapterSource
 
@@ -143,23 +143,16 @@ async def connect(
         Unauthorized: the server refuses `token`.
     """
     subprotocols = (JSON_SUBPROTOCOL,) if encoding == "json" else SUBPROTOCOLS
-    connection = Connection(uri, token, subprotocols, reconnect_s, backoff or Backoff())
-    await connection.open()
-    failure: BaseException | None = None
     try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(connection.run)
-            try:
-                yield Client(connection)
-            except asyncio.CancelledError:
-                raise
-            except BaseException as exc:  # noqa: BLE001 - raised below: the task group would wrap it
-                failure = exc
-            group.cancel_scope.cancel()
+        connection = Connection(Dialer(uri, token, subprotocols, reconnect_s, backoff or Backoff()))
+        await connection.open()
+    except DescantError as error:
+        raise error.with_traceback(None) from None  # its sentence has the reason; the frames of the client add nothing
+    try:
+        async with running_beside(connection.run):
+            yield Client(connection)
     finally:
         await connection.close()
-    if failure is not None:
-        raise failure
 
 
 def _with_prompt(request: Generate, prompt: Prompt) -> Generate:

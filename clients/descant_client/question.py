@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Generic, TypeVar
 
 import anyio
@@ -39,7 +40,7 @@ class Question(Generic[Answer]):
             self.forget()
             raise
         if self._error is not None:
-            raise self._error
+            raise copy.copy(self._error)  # without the frames of the task that made it
         assert self._answer is not None, "finished without an answer"
         return self._answer
 
