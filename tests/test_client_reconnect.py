@@ -23,9 +23,9 @@ class FakeTime:
         self.now_s = 0.0
         self.sleeps: list[float] = []
 
-    async def sleep(self, seconds: float) -> None:
-        self.sleeps.append(seconds)
-        self.now_s += seconds
+    async def sleep(self, delay_s: float) -> None:
+        self.sleeps.append(delay_s)
+        self.now_s += delay_s
         await anyio.lowlevel.checkpoint()
 
     def backoff(self) -> Backoff:
@@ -40,7 +40,7 @@ class HeldTime(FakeTime):
         self.began = anyio.Event()
         self.over = anyio.Event()
 
-    async def sleep(self, seconds: float) -> None:
+    async def sleep(self, delay_s: float) -> None:
         self.began.set()
         await self.over.wait()
 

@@ -127,7 +127,7 @@ def test_a_recorder_notes_each_delivery_once_and_only_those_with_tokens() -> Non
 
     recorder.on_sent()
     for message in heard:
-        recorder.hear(message)
+        recorder.on_message(message)
     recorder.on_answered()
 
     assert recorder.record(is_warmup=True) == Record(
@@ -169,9 +169,9 @@ def test_whether_an_answer_is_whole_is_the_same_while_a_test_runs_and_afterwards
     tally = Tally()
     recorder = Recorder(PlannedRequest(0, 0.0, "x", 4, None, 0, 9), 0.0, False, tally, lambda: 1.0)
     recorder.on_sent()
-    recorder.hear(Delta("r", 0, 0, "a", [1] * num_tokens))
+    recorder.on_message(Delta("r", 0, 0, "a", [1] * num_tokens))
     if finish_reason is not None:
-        recorder.hear(Done("r", 9, [ChoiceEnd(0, finish_reason, 4)], Usage(7, 4), Timings(0.5, 1.0, 2.0)))
+        recorder.on_message(Done("r", 9, [ChoiceEnd(0, finish_reason, 4)], Usage(7, 4), Timings(0.5, 1.0, 2.0)))
 
     if fails:
         recorder.on_failed("connection_lost", "gone")

@@ -1,4 +1,4 @@
-"""One session with a server: the socket, its loss and return, and which message belongs to which request."""
+"""One session with a server: carries messages through reconnects and routes each to its request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class Receiver(Protocol):
-    """Who asked, and gets the messages that carry its `request_id`. No method waits."""
+    """A request as the connection sees it: it gets the messages that carry its `request_id`. No method waits.
+
+    `open` sends the request, `reopen` continues it after a reconnect, `fail` ends it, and `cancel` asks the server to
+    end it. `is_answered` is whether the server has shown that it knows the request.
+    """
 
     @property
     def request_id(self) -> str: ...
@@ -46,7 +50,10 @@ class Receiver(Protocol):
 
 
 class Connection:
-    """The socket of one session, opened again whenever it drops, until that has failed for `patience_s`."""
+    """One session: an outbox of messages, the receivers of answers, and the link that carries both.
+
+    A lost link is replaced; when the dialer gives up, every open request fails.
+    """
 
     def __init__(self, dialer: Dialer) -> None:
         self._dialer = dialer
@@ -61,25 +68,28 @@ class Connection:
 
     @property
     def hello(self) -> Hello:
-        """What the server said last about itself."""
+        """The server's hello on the current link: version, limits, base model."""
         return self._current.hello
 
     @property
     def uri(self) -> str:
-        """Where the server is."""
+        """WebSocket address of the server."""
         return self._dialer.uri
 
     def new_request_id(self) -> str:
-        """Return an id no request of this session has had."""
+        """Return an id that no request of this session has had."""
         return f"{next(self._ids):x}"
 
     def send(self, message: ClientMessage) -> None:
-        """Queue a message; it is written when the socket takes it."""
+        """Add a message to the outbox, without waiting for the socket."""
         self._outbox.append(message)
         self._has_mail.set()
 
     def add(self, receiver: Receiver) -> None:
-        """Let a receiver send its request, and route messages to it, through reconnects, until it has finished."""
+        """Open a receiver and route messages to it, through reconnects, until it has finished.
+
+        Once the session is lost, fail the receiver at once.
+        """
         if self._lost is not None:
             receiver.fail(self._lost)
             return
@@ -87,17 +97,17 @@ class Connection:
         receiver.open()
 
     def drop(self, receiver: Receiver) -> None:
-        """Stop routing to a receiver; what still comes for it is ignored."""
+        """Stop routing to a receiver. Later messages for it are ignored."""
         self._receivers.pop(receiver.request_id, None)
 
     # ---- life -----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect for the first time, in one attempt; raises as `shake_hands`."""
+        """Connect for the first time, in one attempt. Raises as `shake_hands`."""
         self._link = await self._dialer.open()
 
     async def run(self) -> None:
-        """Carry messages until nothing can any more; then fail every open request and return."""
+        """Carry messages until the session is lost; then fail every open request and return."""
         try:
             while True:
                 reason = await self._converse()
@@ -109,7 +119,10 @@ class Connection:
             self._give_up(exc)
 
     async def close(self) -> None:
-        """Cancel what is open at the server, as far as it can still be told, and close. `run` has ended before."""
+        """Cancel every open request, send the messages left in the outbox, and close the socket.
+
+        Call it after `run` has ended. It takes at most 2 s and is shielded from cancellation.
+        """
         for receiver in list(self._receivers.values()):
             receiver.cancel()
         if self._link is not None:
@@ -123,7 +136,7 @@ class Connection:
         self._give_up(ConnectionLost(self.uri, "the client was closed."))
 
     async def _converse(self) -> str:
-        """Read and write until the socket is gone; return why."""
+        """Read and write until the socket is closed. Return the reason."""
         reason = ""
         async with anyio.create_task_group() as group:
             group.start_soon(self._write)
@@ -149,10 +162,10 @@ class Connection:
                 self._has_mail = anyio.Event()
                 await self._has_mail.wait()
         except ConnectionClosed:
-            return  # the reader sees it too, and says why
+            return  # the reader sees it as well, and returns the reason
 
     async def _write_one(self) -> None:
-        """Send the first message of the outbox. One that cannot be sent fails its request alone."""
+        """Send the first message of the outbox. A message that cannot be sent fails its own request only."""
         message = self._outbox.popleft()
         try:
             frame = self._current.encode(message)
@@ -180,7 +193,7 @@ class Connection:
             return
         match message:
             case None | Hello():
-                return  # nothing an answer depends on: a message of a newer server
+                return  # a message type of a newer server: no answer depends on it
             case Error(request_id=None):
                 self._on_connection_error(from_wire(message.code, message.message, message.data))
             case _ if receiver := self._receivers.get(message.request_id or ""):
@@ -194,7 +207,10 @@ class Connection:
             receiver.fail(error)
 
     def _on_connection_error(self, error: DescantError) -> None:
-        """An error that names no request ends us, or answers some request that has had no answer yet."""
+        """Handle an error without a request id: `Unauthorized` ends the session.
+
+        Any other error is the answer to one of the requests that have none yet; all of these fail with it.
+        """
         if isinstance(error, Unauthorized):
             self._lost = error
             return
@@ -216,7 +232,10 @@ class Connection:
         self._reopen(is_same_session=self.hello.session == lost.hello.session)
 
     def _reopen(self, *, is_same_session: bool) -> None:
-        """Say again what the server has to know. Lost acknowledgements do no harm: it forgets in time by itself."""
+        """Empty the outbox and let every open request continue on the new link.
+
+        Acknowledgments lost with the outbox do no harm: the server releases finished requests by itself in time.
+        """
         unsent = {message.request_id for message in self._outbox if not isinstance(message, Resume | Cancel | Ack)}
         self._outbox.clear()
         for receiver in list(self._receivers.values()):

@@ -82,7 +82,7 @@ class Unauthorized(DescantError):
 
 
 class InvalidRequest(DescantError):
-    """The request does not fit the protocol or the model; `field` says where."""
+    """The request does not fit the protocol or the model; `field` is the field at fault."""
 
     field: str
     reason: str
@@ -100,7 +100,7 @@ class UnsupportedRequest(InvalidRequest):
 
 
 class AdapterError(DescantError):
-    """Base of everything that can be wrong with an adapter."""
+    """Base of the errors about one adapter."""
 
     adapter: str
 
@@ -110,7 +110,7 @@ class AdapterError(DescantError):
 
 
 class AdapterNotFound(AdapterError):
-    """No adapter of that name, or nothing at that reference."""
+    """There is no adapter of that name, or none at that reference."""
 
     code = "adapter_not_found"
     http_status = 404
@@ -120,7 +120,7 @@ class AdapterNotFound(AdapterError):
 
 
 class AdapterForbidden(AdapterError):
-    """The reference points outside what the caller may read."""
+    """The caller may not read the reference, or may not write to the path."""
 
     reason: str
 
@@ -130,7 +130,7 @@ class AdapterForbidden(AdapterError):
 
 
 class AdapterExists(AdapterError):
-    """The name is taken."""
+    """The name is in use."""
 
     code = "adapter_exists"
     http_status = 409
@@ -140,7 +140,7 @@ class AdapterExists(AdapterError):
 class AdapterInvalid(AdapterError):
     """The files are not a readable adapter for this base model.
 
-    `digest`, if given, is of a version in the server's store: its file is at fault, and the server makes it again.
+    `digest` is set if the damaged file is a version in the server's store; the server then makes that version again.
     """
 
     reason: str
@@ -151,7 +151,7 @@ class AdapterInvalid(AdapterError):
 
 
 class AdapterUnsupported(AdapterError):
-    """The adapter uses a feature this version does not implement; nothing is ignored."""
+    """The adapter uses a feature that this version does not support."""
 
     feature: str
 
@@ -160,7 +160,7 @@ class AdapterUnsupported(AdapterError):
 
 
 class AdapterTooLarge(AdapterError):
-    """The adapter does not fit the limits of this server."""
+    """The adapter exceeds the limits of this server."""
 
     num_bytes: int
     max_bytes: int
@@ -174,7 +174,7 @@ class AdapterTooLarge(AdapterError):
 
 
 class StoreFull(AdapterError):
-    """The store, or one principal's share of it, has no room for another version beside those with names or in use."""
+    """The store, or a principal's share of it, has no room beside the versions that have names or are in use."""
 
     num_bytes: int
     max_bytes: int
@@ -199,7 +199,7 @@ class Overloaded(DescantError):
 
 
 class DeadlineExceeded(DescantError):
-    """Something took longer than its deadline."""
+    """A request or an operation took longer than its deadline."""
 
     what: str
     deadline_s: float
@@ -210,7 +210,7 @@ class DeadlineExceeded(DescantError):
 
 
 class Draining(DescantError):
-    """The server is going down and takes no new requests."""
+    """The server is shutting down and accepts no new requests."""
 
     reason: str
 
@@ -220,7 +220,7 @@ class Draining(DescantError):
 
 
 class ExecutorFailed(DescantError):
-    """This request cannot be run: alone in a step, it still ends the executor."""
+    """This request cannot be run: it ends the executor even when it is alone in a step."""
 
     reason: str
 
@@ -230,7 +230,7 @@ class ExecutorFailed(DescantError):
 
 
 class SourceUnavailable(DescantError):
-    """A model or adapter source does not answer."""
+    """A source of models or adapters does not answer."""
 
     source: str
     reason: str
@@ -241,7 +241,7 @@ class SourceUnavailable(DescantError):
 
 
 class StreamNotFound(DescantError):
-    """The stream to resume or cancel is unknown, released, or somebody else's."""
+    """The stream to resume or cancel is unknown, released, or another client's."""
 
     request_id: str
 
@@ -261,7 +261,7 @@ class ModelInvalid(DescantError):
 
 
 class ConfigInvalid(DescantError):
-    """A setting of the server is wrong."""
+    """A setting of the server, or a parameter of a load test, is wrong."""
 
     key: str
     reason: str
@@ -271,7 +271,7 @@ class ConfigInvalid(DescantError):
 
 
 class ConnectionLost(DescantError):
-    """The client could not reach the server again within its patience."""
+    """The client cannot reach the server, or could not reach it again within its time limit."""
 
     uri: str
     reason: str
@@ -282,7 +282,7 @@ class ConnectionLost(DescantError):
 
 
 class InternalError(DescantError):
-    """A fault of ours; the log has the trace."""
+    """A fault of the server; its log has the traceback."""
 
     reason: str
 
@@ -299,9 +299,10 @@ def _tree(kind: type[DescantError]) -> list[type[DescantError]]:
 
 
 def from_wire(code: str, message: str, data: dict[str, Any]) -> DescantError:
-    """Return the error a peer sent.
+    """Return the error with the code and data that a peer sent.
 
-    An unknown code (of a newer server) becomes `InternalError` with the sentence; unknown fields are dropped.
+    An unknown code (of a newer server) becomes `InternalError` with `message` as its reason. Unknown fields are
+    dropped; missing ones are None.
     """
     for kind in _tree(DescantError):
         if kind.code == code and kind.fields:
