@@ -101,7 +101,7 @@ class Adapter:
         Raises:
             AdapterExists: the new name is taken.
         """
-        change = ForkAdapter(self._connection.new_request_id(), self.in_use(), new_name, shared)
+        change = ForkAdapter(self._connection.new_request_id(), self.require_name(), new_name, shared)
         return Adapter(await _change(self._connection, change, new_name), self._connection)
 
     async def load(self, ref: Path, *, source: AdapterSource | None = None) -> Adapter:
@@ -112,7 +112,7 @@ class Adapter:
         Raises:
             AdapterInvalid, AdapterUnsupported, AdapterTooLarge: the new adapter cannot be used; the old version stays.
         """
-        request_id, name = self._connection.new_request_id(), self.in_use()
+        request_id, name = self._connection.new_request_id(), self.require_name()
         return await self._update(LoadAdapter(request_id, name, reference(ref, source), source, self.is_shared))
 
     async def save(self, path: Path) -> Adapter:
@@ -123,7 +123,7 @@ class Adapter:
         Raises:
             AdapterForbidden: the server may not write there for this client.
         """
-        return await self._update(SaveAdapter(self._connection.new_request_id(), self.in_use(), _absolute(path)))
+        return await self._update(SaveAdapter(self._connection.new_request_id(), self.require_name(), _absolute(path)))
 
     async def merge_and_save(self, path: Path) -> Adapter:
         """Write the base model with the adapter merged into it as a Hugging Face checkpoint. `path` is as in `save`.
@@ -131,30 +131,30 @@ class Adapter:
         Raises:
             AdapterForbidden: the server may not write there for this client.
         """
-        return await self._update(MergeAndSave(self._connection.new_request_id(), self.in_use(), _absolute(path)))
+        return await self._update(MergeAndSave(self._connection.new_request_id(), self.require_name(), _absolute(path)))
 
     async def pin(self) -> Adapter:
         """Load it onto the device and keep it there. Raises AdapterTooLarge if pins have no room left."""
-        return await self._update(PinAdapter(self._connection.new_request_id(), self.in_use()))
+        return await self._update(PinAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def unpin(self) -> Adapter:
         """Allow its eviction from the device when other adapters need the room."""
-        return await self._update(UnpinAdapter(self._connection.new_request_id(), self.in_use()))
+        return await self._update(UnpinAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def enable(self) -> Adapter:
         """Apply it again in new requests for it."""
-        return await self._update(EnableAdapter(self._connection.new_request_id(), self.in_use()))
+        return await self._update(EnableAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def disable(self) -> Adapter:
         """Answer new requests for it with the base model."""
-        return await self._update(DisableAdapter(self._connection.new_request_id(), self.in_use()))
+        return await self._update(DisableAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def destroy(self) -> None:
         """Remove the name. The version is removed once running requests have finished, unless it has another name."""
-        await Operation(DestroyAdapter(self._connection.new_request_id(), self.in_use())).ask(self._connection)
+        await Operation(DestroyAdapter(self._connection.new_request_id(), self.require_name())).ask(self._connection)
         self._is_destroyed = True
 
-    def in_use(self) -> str:
+    def require_name(self) -> str:
         """Return the name for use in a request. Raises AdapterNotFound after `destroy`."""
         if self._is_destroyed:
             raise AdapterNotFound(self.name)
@@ -273,7 +273,7 @@ def reference(adapter: Path | Adapter, source: AdapterSource | None = None) -> s
         AdapterNotFound: the adapter was destroyed through this handle.
     """
     if isinstance(adapter, Adapter):
-        return adapter.in_use()
+        return adapter.require_name()
     text = os.fspath(adapter)
     if text.startswith(_LOCAL) and source is None:
         return _LOCAL + _absolute(text.removeprefix(_LOCAL))
