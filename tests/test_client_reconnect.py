@@ -1,4 +1,4 @@
-"""The client when the connection drops: every stream goes on unbroken, or ends with one typed error."""
+"""The client when the connection drops: every stream continues unbroken, or ends with one typed error."""
 
 import random
 from collections.abc import Callable
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 
 class FakeTime:
-    """A clock that moves only in sleep, which takes no time."""
+    """A clock that advances only in `sleep`, which returns at once."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -33,7 +33,7 @@ class FakeTime:
 
 
 class HeldTime(FakeTime):
-    """A time in which the client dials again only when told to."""
+    """A time in which the client reconnects only when the test allows it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class HeldTime(FakeTime):
 
 
 def patient(server: FakeServer, time: FakeTime | None = None, **options) -> AbstractAsyncContextManager[Client]:
-    """Connect with a clock that moves only while the client waits to dial again."""
+    """Connect with a clock that advances only while the client waits to reconnect."""
     return connect(server.uri, backoff=(time or FakeTime()).backoff(), **options)
 
 
@@ -230,7 +230,7 @@ def test_delays_double_up_to_a_limit_and_vary() -> None:
 
 
 def losing(num_lost: int) -> Callable[[ServerMessage], list[ServerMessage | str | bytes]]:
-    """Return what loses the first delta of an output, `num_lost` times."""
+    """Return a `tamper` function that drops the first delta of an output, `num_lost` times."""
     lost: list[ServerMessage] = []
 
     def lose(message: ServerMessage) -> list[ServerMessage | str | bytes]:

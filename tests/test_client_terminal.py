@@ -1,4 +1,4 @@
-"""What streams look like in a terminal, and the conversation loop."""
+"""Streams in a terminal, and the conversation loop."""
 
 import io
 import os
@@ -41,7 +41,7 @@ def written(console: Console) -> str:
 
 
 def lines_of(*lines: str) -> Callable[[str], str]:
-    """Return a reader of these lines and then of the end of the input."""
+    """Return a function that reads these lines, then raises EOFError."""
     rest = iter(lines)
 
     def read_line(prompt: str) -> str:

@@ -23,7 +23,7 @@ asyncio.run(main())
 
 
 async def _last_words(uri: str, body: str) -> str:
-    """Run a script whose client fails; return the last line that it prints."""
+    """Run a script until its client fails. Return the last line on its standard error."""
     run = await anyio.run_process([sys.executable, "-c", SCRIPT.format(body=body), uri], check=False)
     stderr = run.stderr.decode()
     assert stderr.count("Traceback") == 1

@@ -1,4 +1,4 @@
-"""The requests of a load test: their times, lengths and adapters have the distributions they are said to have."""
+"""The requests of a load test: their times, lengths and adapters have the documented distributions."""
 
 from __future__ import annotations
 

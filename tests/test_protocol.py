@@ -77,7 +77,7 @@ USAGE, TIMINGS = Usage(3, 2, 1), Timings(0.125, 0.25, 0.5, 1)
 MEMBERS = [WeightedAdapter("a", 0.5), WeightedAdapter("b", -1.0)]
 TIES = Combination("ties_svd", 4, 0.75, 0.5, "frequency", 7)
 
-# File name in tests/golden -> what it says. A frame once released is never changed: add another.
+# File name in tests/golden -> the message in it. A released frame is never changed: add another.
 CLIENT_FRAMES: dict[str, ClientMessage] = {
     "generate_prompt": Generate("1", prompt="hé"),
     "generate_token_ids": Generate(
