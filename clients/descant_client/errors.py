@@ -25,8 +25,8 @@
     └── ActorError              `descant.actor.errors`: inside the server, never sent
 
 The server sends every other error of the tree. An `ActorError`, or an exception outside the tree, reaches a client as
-`InternalError`. `ModelInvalid` is sent only to requests that wait for the model of a starting server. `ConfigInvalid`
-is for the settings of a server and the parameters of a load test.
+`InternalError`. `ModelInvalid` is sent to requests if the executor cannot load the model. `ConfigInvalid` is for the
+settings of a server and the parameters of a load test.
 
 An error carries data: the annotated fields of its class, which are also its constructor's parameters. `str()` makes the
 sentence, which says how to go on. On the wire an error is `code`, `message` and `data`; `from_wire` makes the same
