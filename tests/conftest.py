@@ -1,4 +1,4 @@
-"""Fixtures every test may use."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from descant.scheduling import life
 from zygote import Zygote
 
-# Every idle moment shows what was not given back.
+# Check for leaked resources whenever the scheduler is idle.
 life.CHECKS_IDLE = True
 
-# The models are tiny: more threads only wait for each other. Inherited by the processes that tests start.
+# The models are tiny, so more threads would be slower. Processes started by tests inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Async tests run on asyncio, which is what Descant runs on."""
+    """Run async tests on asyncio, as Descant does."""
     return "asyncio"
 
 
@@ -42,14 +42,14 @@ def _zygote() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A tiny base model with four adapters, built once."""
-    from servers import tiny_checkpoint  # what builds it takes seconds to import
+    from servers import tiny_checkpoint  # the import takes seconds
 
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 async def neighbor(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
-    """A healthy stream beside every test of a module, on the module's own `server`."""
+    """A valid request to run beside each test of a module, on the `server` of the module."""
     from descant_client import connect
     from servers import Neighbor
 

@@ -1,6 +1,6 @@
-"""What every message on the wire is made of: base classes and constrained values.
+"""Base classes and constrained values of the messages on the wire.
 
-Every integer has bounds within 64 bits: JSON has none, and msgpack, which the server's processes speak, knows no more.
+Every integer has bounds within 64 bits: JSON sets none, and msgpack, used between the server's processes, has 64.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ AdapterSource = Literal["local", "hub", "s3", "pbase"]
 
 
 class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Base of everything on the wire that is no message itself."""
+    """Base of all parts of messages."""
 
 
 class Strict(Wire, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Base of what clients send: an unknown field is refused by name."""
+    """Base of the parts that clients send: an unknown field is refused by name."""
 
 
 class ClientMessageBase(Strict, frozen=True, tag_field="type", tag=str.lower):
@@ -39,3 +39,9 @@ class WeightedAdapter(Strict, frozen=True, array_like=True):
 
     adapter: str
     weight: float
+
+
+def split_validation_error(exc: Exception) -> tuple[str, str]:
+    """Return the reason and the path in the text of a msgspec error, "REASON - at `PATH`". The path may be empty."""
+    reason, _, path = str(exc).partition(" - at `")
+    return reason, path.rstrip("`")

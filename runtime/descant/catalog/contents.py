@@ -108,7 +108,7 @@ class Contents:
         try:
             return await work()
         except AdapterInvalid as error:
-            raise AdapterInvalid(names.get(error.digest, error.adapter), error.reason, error.digest) from error
+            raise AdapterInvalid(names.get(error.digest or "", error.adapter), error.reason, error.digest) from error
 
     async def change(self, key: Key, edit: Edit) -> Entry | None:
         """Edit an entry, durably, and let go of the version it no longer stands for. Raises as `Register.change`."""
