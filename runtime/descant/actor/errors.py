@@ -65,6 +65,7 @@ class Escalated(ActorError):
 class CannotFork(DescantError):
     """The launcher process refuses to serve. Children start from nothing."""
 
+    reason: str
+
     code = "cannot_fork"
-    fields = ("reason",)
     sentence = "The launcher cannot fork children: {reason}"

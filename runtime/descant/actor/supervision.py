@@ -19,10 +19,11 @@ import msgspec
 
 from descant.actor.actor import Actor
 from descant.actor.address import Address
-from descant.actor.cell import Cell, failure_of, first_leaf
+from descant.actor.cell import Cell, failure_of
 from descant.actor.errors import ActorError, Escalated
 from descant.actor.ref import ActorStats, Ref
 from descant_client.errors import DescantError
+from descant_client.task_groups import first_leaf
 
 logger = logging.getLogger(__name__)
 
