@@ -236,11 +236,11 @@ def test_a_program_without_rows_reads_no_adapter(form):
 @pytest.mark.usefixtures("ordered_dots")
 def test_host_integers_may_be_bounds_as_in_a_cuda_graph(form):
     case = workload(RANKS, 200, (40, 16))
-    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS), memo={})
+    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS))
     segments = Segments.of([2, 1, 1], [3, -1, 4], device=DEVICE)
     padding = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
     as_captured = replace(
-        segments, tiles=torch.cat((segments.tiles, padding)), host_indptr=(0, 1, 2, 3, 4), host_slots=(0,) * 4, memo={}
+        segments, tiles=torch.cat((segments.tiles, padding)), host_indptr=(0, 1, 2, 3, 4), host_slots=(0,) * 4
     )
     x, y, _ = inputs(case, 4)
 
@@ -254,7 +254,7 @@ def test_a_cuda_graph_follows_its_tables_and_tiles(form):
     case = workload(RANKS, 600, (40, 16), scaled=(3,))
     x, y, bias = inputs(case, 4)
     segments = Segments.of([1, 1, 1, 1], [0, 0, 0, 0], device=DEVICE)
-    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS), memo={})
+    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS))
     captured = replace(case, tables=bounds)
     out = added(captured, segments, x, y, bias)  # compiles
     graph = torch.cuda.CUDAGraph()

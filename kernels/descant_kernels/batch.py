@@ -43,7 +43,7 @@ class Segments:
     tiles: Tensor  # [num_tiles, 3] int32
     host_indptr: tuple[int, ...]
     host_slots: tuple[int, ...]
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Sequence[int], device: torch.device | str = "cpu") -> "Segments":
@@ -87,7 +87,7 @@ class LoraTables:
     host_offsets: list[list[int]]
     host_ranks: list[list[int]]
     host_row_scales: list[list[int]]
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -130,7 +130,7 @@ class AttentionBatch:
     ancestors: Tensor | None = None  # [T, max_depth] int32
     prefix_lens: Tensor | None = None  # [S] int32
     host_prefix_lens: tuple[int, ...] | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(

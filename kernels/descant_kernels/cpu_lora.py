@@ -66,21 +66,28 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SliceGroup:
+    """The touched slices of a group of projections. Compared by identity: equal slices share one object per tables."""
+
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Tile:
     """Rows of y, as consecutive as may be, whose slots have the same shape."""
 
     rows: Tensor | slice
     origins: tuple[int, ...]  # where each row's version begins in the arena
-    updates: dict[int, Update] = field(default_factory=dict[int, Update])  # by the identity of the slices
+    updates: dict[SliceGroup, Update] = field(init=False, default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
     """The touched slices of one layer's group of projections, and the arena from its first pair on."""
 
-    slices: tuple[Slice, ...]
+    touched: SliceGroup
     view: Tensor
-    runs: dict[int, Tensor] = field(default_factory=dict[int, Tensor])  # the view as runs, by their width
+    runs: dict[int, Tensor] = field(init=False, default_factory=dict)  # the view as runs, by their width
 
     def as_runs(self, width: int) -> Tensor:
         """The view as `[N, width]`."""
@@ -95,7 +102,7 @@ class Shape:
 
     ranks: tuple[int, ...]
     distances: tuple[int, ...]
-    groups: dict[int, Group] = field(default_factory=dict[int, Group], compare=False)  # by their first module
+    groups: dict[int, Group] = field(init=False, default_factory=dict, compare=False)  # by their first module
 
 
 def add_lora(
@@ -112,10 +119,11 @@ def add_lora(
         group = shape.groups.get(first_module)
         if group is None:
             group = shape.groups[first_module] = _group(tables, shape, first_module, x.shape[1], out_sizes)
-        for tile in tiles if group.slices else ():
-            update = tile.updates.get(id(group.slices))
+        touched = group.touched
+        for tile in tiles if touched.slices else ():
+            update = tile.updates.get(touched)
             if update is None:
-                update = tile.updates[id(group.slices)] = _cache.of(group.slices, tile.origins)
+                update = tile.updates[touched] = _cache.of(touched.slices, tile.origins)
             h = _weighted_sums(group, x[tile.rows], update.shrink)
             delta = _weighted_sums(group, h, update.expand)
             _add(y, delta.view(len(tile.origins), -1), update, tile)
@@ -218,9 +226,8 @@ def _group(tables: LoraTables, shape: Shape, first_module: int, in_size: int, ou
             first = distance if first is None else first
             slices.append(Slice(column, distance - first, PairLayout.of(rank, in_size, out_size)))
         column += out_size
-    # The same object wherever they are equal: tiles find by it what they have to do.
-    touched = tables.memo.setdefault(("slices", tuple(slices)), tuple(slices))
-    return Group(touched, tables.arena[first or 0 :])
+    key = tuple(slices)
+    return Group(tables.memo.setdefault(("slices", key), SliceGroup(key)), tables.arena[first or 0 :])
 
 
 class UpdateCache:

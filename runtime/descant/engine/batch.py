@@ -14,7 +14,7 @@ from torch import Tensor
 from descant.contract.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row
 from descant.engine.sampling import SamplingRow
 from descant.engine.tree import TokenTree, ancestors
-from descant.engine.uploads import upload
+from descant.engine.uploads import upload_fields
 from descant_client.protocol import SamplingParams
 from descant_kernels import AttentionBatch, Segments
 
@@ -220,27 +220,10 @@ class ForwardBatch:
         if device.type == "cpu":
             return self
         assert self.attention.ancestors is None, "drafts are verified where steps are not queued"
-        attention, segments, sampled = self.attention, self.segments, self.sampled_segments
-        ids, positions, slots, last, cu_seqlens_q, context_lens, tables, *rest = upload(
-            [self.input_ids, self.positions, self.slot_mapping, self.sampled_tokens]
-            + [attention.cu_seqlens_q, attention.context_lens, attention.block_tables]
-            + [segments.indptr, segments.slots, segments.tiles, sampled.indptr, sampled.slots, sampled.tiles]
-            + ([] if self.sources is None else [self.sources]),
-            device,
+        batch, attention, segments, sampled_segments = upload_fields(
+            (self, self.attention, self.segments, self.sampled_segments), device
         )
-        return replace(
-            self,
-            input_ids=ids,
-            sources=rest[6] if rest[6:] else None,
-            positions=positions,
-            slot_mapping=slots,
-            attention=replace(
-                attention, cu_seqlens_q=cu_seqlens_q, context_lens=context_lens, block_tables=tables, memo={}
-            ),
-            segments=replace(segments, indptr=rest[0], slots=rest[1], tiles=rest[2], memo={}),
-            sampled_tokens=last,
-            sampled_segments=replace(sampled, indptr=rest[3], slots=rest[4], tiles=rest[5], memo={}),
-        )
+        return replace(batch, attention=attention, segments=segments, sampled_segments=sampled_segments)
 
     @classmethod
     def _on_host(cls, rows: Sequence[tuple[EngineRow, Row]], block_size: int) -> ForwardBatch:

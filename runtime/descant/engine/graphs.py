@@ -186,7 +186,7 @@ def _packed_fields(max_rows: int) -> list[Tensor]:
 
 
 def _without_tiles(batch: ForwardBatch, rows: tuple[ScheduledRow, ...]) -> ForwardBatch:
-    segments = replace(batch.segments, tiles=batch.segments.tiles[:0], memo={})
+    segments = replace(batch.segments, tiles=batch.segments.tiles[:0])
     return replace(batch, rows=rows, segments=segments, sampled_segments=segments)
 
 
@@ -227,7 +227,7 @@ class DecodeGraphs:
         self._graphs: dict[GraphKey, Run] = {}
         self._batch: ForwardBatch | None = None
         ranks = [[MAX_GRAPH_RANK] * len(slot) for slot in lora.host_ranks]
-        self._lora = self._bounds = replace(lora, host_ranks=ranks, memo={})  # what is in its memo, graphs read
+        self._lora = self._bounds = replace(lora, host_ranks=ranks)  # what is in its memo, graphs read
 
     def capture_short(self) -> None:
         """Capture all graphs for short contexts, the largest first, so that the others find memory in the pool."""

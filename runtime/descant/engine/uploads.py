@@ -10,13 +10,16 @@ Never run on a GPU yet: `_upload_packed`, the event of `Download`, and all of `S
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
 
 from descant.versions import pieces
+
+Ts = TypeVarTuple("Ts")
 
 _ALIGNMENT_BYTES = 16  # of every tensor in a packed upload: enough for any dtype
 
@@ -33,6 +36,22 @@ def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
       tensors: any shapes and dtypes, small ones; they may change as soon as this returns, unless the device is the CPU.
     """
     return list(tensors) if device.type == "cpu" else _upload_packed(tensors, device)
+
+
+def upload_fields(objects: tuple[*Ts], device: torch.device) -> tuple[*Ts]:
+    """Return copies of dataclass instances whose tensor fields are on a device, by one transfer as in `upload`."""
+    named = [
+        {field.name: value for field in fields(cast(Any, one)) if isinstance(value := getattr(one, field.name), Tensor)}
+        for one in objects
+    ]
+    moved = iter(upload([tensor for tensors in named for tensor in tensors.values()], device))
+    return cast(
+        "tuple[*Ts]",
+        tuple(
+            replace(cast(Any, one), **{name: next(moved) for name in tensors})
+            for one, tensors in zip(objects, named, strict=True)
+        ),
+    )
 
 
 def _upload_packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
