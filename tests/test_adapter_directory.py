@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from descant.adapters.directory import ABANDONED_AFTER_S, write_directory
+from descant.adapters.directory import write_directory
+from descant.versions.durable import ABANDONED_AFTER_S
 
 KILL = """
 import os, signal, sys

@@ -105,7 +105,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def fail(path: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(store, "_sync", fail)
+    monkeypatch.setattr(store, "sync", fail)
     with pytest.raises(OSError, match="disk full"):
         store.write_version(tmp_path, random_adapter({"q": 2}), MODULES)
 

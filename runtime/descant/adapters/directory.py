@@ -10,15 +10,13 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from descant.versions.durable import remove_abandoned, sync
 from descant_client.errors import InvalidRequest
-
-ABANDONED_AFTER_S = 3600.0
 
 _FIELD = "path"
 _PARTIAL = re.compile(r"\.[0-9a-f]{16}\.descant-partial")  # being filled
@@ -48,13 +46,13 @@ def write_directory(
         _check_place(target, kept)
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_replaceable(target, is_replaceable)
-        _sweep(target.parent)
+        remove_abandoned(_partial_directories(target.parent))
         with _staging_beside(target) as staging:
             fill(staging)
             num_bytes = _sync_files(staging)
             _check_replaceable(target, is_replaceable)  # again: filling may have taken minutes
             _move(staging, target)
-            _sync(target.parent)
+            sync(target.parent)
     except (OSError, SafetensorError) as exc:
         raise InvalidRequest(_FIELD, f"{target} cannot be written: {exc}.") from exc
     return num_bytes
@@ -93,14 +91,10 @@ def _staging_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what killed writers left half filled. What others are filling is young."""
-    with contextlib.suppress(OSError):  # it is not ours to clean, or others do
-        for path in parent.iterdir():
-            if _PARTIAL.fullmatch(path.name) and path.is_dir():
-                changed_s = max(one.stat(follow_symlinks=False).st_mtime for one in (path, *path.iterdir()))
-                if time.time() - changed_s > ABANDONED_AFTER_S:
-                    shutil.rmtree(path, ignore_errors=True)
+def _partial_directories(parent: Path) -> Iterator[Path]:
+    for path in parent.iterdir():
+        if _PARTIAL.fullmatch(path.name) and path.is_dir():
+            yield path
 
 
 def _move(staging: Path, target: Path) -> None:
@@ -121,15 +115,7 @@ def _move(staging: Path, target: Path) -> None:
 def _sync_files(directory: Path) -> int:
     num_bytes = 0
     for path in directory.iterdir():
-        _sync(path)
+        sync(path)
         num_bytes += path.stat().st_size
-    _sync(directory)
+    sync(directory)
     return num_bytes
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

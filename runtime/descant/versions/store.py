@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO, NamedTuple
@@ -21,14 +20,12 @@ import torch
 
 from descant.model.arch import LoraModule
 from descant.versions.draft_heads import HeadsShape
+from descant.versions.durable import remove_abandoned, sync
 from descant.versions.extent import Extent, extent_elements, pack, unpack
 from descant.versions.low_rank import LowRankAdapter
 from descant_client.errors import AdapterInvalid
 
 FORMAT = "descant-version-4"
-ABANDONED_AFTER_S = 3600.0
-"""Age from which a temporary file belongs to a writer that was killed: nobody writes one version for so long."""
-
 _FOLDER = "versions"
 _TEMPORARY = ".partial"
 _MAX_HEADER_BYTES = 16 << 20  # some 100,000 modules
@@ -67,11 +64,8 @@ def write_version(store_dir: Path, adapter: LowRankAdapter, modules: Sequence[Lo
 
 
 def sweep(store_dir: Path) -> None:
-    """Remove temporary files that killed writers left behind. Other servers may be writing theirs: these are young."""
-    for path in (store_dir / _FOLDER).glob(f".*{_TEMPORARY}"):
-        with contextlib.suppress(OSError):  # another server sweeps too, or the store is not ours to clean
-            if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
-                path.unlink()
+    """Remove temporary files that killed writers left behind. Other servers may write to the same store."""
+    remove_abandoned((store_dir / _FOLDER).glob(f".*{_TEMPORARY}"))
 
 
 def read_version(path: Path, modules: Sequence[LoraModule], adapter: str | None = None) -> LowRankAdapter:
@@ -217,18 +211,10 @@ def _write_atomically(path: Path, header: bytes, data: torch.Tensor) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(header)
             file.write(_bytes_of(data))
-        _sync(Path(temporary))
+        sync(Path(temporary))
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
