@@ -83,20 +83,44 @@ class CudaCapture:
         return graph.replay
 
 
+class _StepTensors(NamedTuple):
+    """The tensors that are copied anew for every step, each with room for N rows."""
+
+    input_ids: Tensor  # [N] int64
+    sources: Tensor  # [N] int64
+    positions: Tensor  # [N] int64
+    slot_mapping: Tensor  # [N] int64
+    context_lens: Tensor  # [N] int32
+    indptr: Tensor  # [N + 1] int32
+    slots: Tensor  # [N] int32
+    tiles: Tensor  # [N, 3] int32
+
+    @classmethod
+    def padding(cls, max_rows: int) -> _StepTensors:
+        """Return CPU tensors in which every row is padding."""
+        return cls(
+            input_ids=torch.zeros(max_rows, dtype=torch.int64),
+            sources=torch.full((max_rows,), -1, dtype=torch.int64),
+            positions=torch.zeros(max_rows, dtype=torch.int64),
+            slot_mapping=torch.full((max_rows,), -1, dtype=torch.int64),
+            context_lens=torch.ones(max_rows, dtype=torch.int32),
+            indptr=torch.zeros(max_rows + 1, dtype=torch.int32),
+            slots=torch.full((max_rows,), -1, dtype=torch.int32),
+            tiles=torch.zeros(max_rows, 3, dtype=torch.int32),  # of no rows, and of a slot that exists
+        )
+
+
 class StaticBatch:
     """A decode batch at fixed addresses, with room for `max_rows` rows of `max_blocks` blocks."""
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
         self.max_rows = max_rows
         self._device = device
-        # What is copied anew for every step lies in one tensor, so that one transfer does.
-        self._like = _packed_fields(max_rows)
-        packed, self._starts = pack(self._like)
-        self._packed = packed.to(device)
-        fields = unpack(self._packed, self._starts, self._like)
-        self._input_ids, self.sources, self._positions, self._slot_mapping = fields[:4]
-        self._context_lens, self._indptr, self._slots, self._tiles = fields[4:]
-        self._resolved_ids = torch.zeros_like(self._input_ids)
+        padding = _StepTensors.padding(max_rows)
+        packed, starts = pack(padding)
+        self._packed = packed.to(device)  # the step's tensors in one, so that one transfer fills them all
+        self._own = _StepTensors(*unpack(self._packed, starts, padding))
+        self._resolved_ids = torch.zeros_like(self._own.input_ids)
         self._cu_seqlens_q = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._block_tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
 
@@ -109,18 +133,8 @@ class StaticBatch:
         assert batch.is_decode, "graphs are for decode batches"
         assert count <= num_rows <= self.max_rows, "the batch fits"
         segments = batch.segments
-        values = _packed_fields(self.max_rows)
-        ids, sources, positions, slot_mapping, context_lens, indptr, slots, tiles = values
-        ids[:count], positions[:count], slot_mapping[:count] = batch.input_ids, batch.positions, batch.slot_mapping
-        context_lens[:count] = batch.attention.context_lens
-        if batch.sources is not None:
-            sources[:count] = batch.sources
-        indptr[: len(segments.indptr)] = segments.indptr
-        indptr[len(segments.indptr) :] = segments.host_indptr[-1]
-        slots[: len(segments.slots)] = segments.slots
-        tiles[: len(segments.tiles)] = segments.tiles
         is_pinned = self._packed.is_cuda
-        self._packed.copy_(pack(values, pin=is_pinned)[0], non_blocking=True)
+        self._packed.copy_(pack(self._padded(batch), pin=is_pinned)[0], non_blocking=True)
         tables = batch.attention.block_tables
         tables = tables.pin_memory() if is_pinned else tables
         self._block_tables[:count, : tables.shape[1]] = tables.to(self._device, non_blocking=True)
@@ -138,15 +152,30 @@ class StaticBatch:
 
     def resolve_ids(self, pending: PendingTokens) -> None:
         """Put the pending tokens where the batch says they go. On the device, part of every graph."""
-        self._resolved_ids.copy_(pending.fill_in(self._input_ids, self.sources))
+        self._resolved_ids.copy_(pending.fill_in(self._own.input_ids, self._own.sources))
+
+    def _padded(self, batch: ForwardBatch) -> _StepTensors:
+        """Return a decode batch's tensors on the CPU, padded to `max_rows` rows."""
+        values, count, segments = _StepTensors.padding(self.max_rows), len(batch.rows), batch.segments
+        values.input_ids[:count] = batch.input_ids
+        values.positions[:count] = batch.positions
+        values.slot_mapping[:count] = batch.slot_mapping
+        values.context_lens[:count] = batch.attention.context_lens
+        if batch.sources is not None:
+            values.sources[:count] = batch.sources
+        values.indptr[: len(segments.indptr)] = segments.indptr
+        values.indptr[len(segments.indptr) :] = segments.host_indptr[-1]
+        values.slots[: len(segments.slots)] = segments.slots
+        values.tiles[: len(segments.tiles)] = segments.tiles
+        return values
 
     def _view(
         self, num_rows: int, context_lens: tuple[int, ...], indptr: tuple[int, ...], slots: tuple[int, ...]
     ) -> ForwardBatch:
         segments = Segments(
-            indptr=self._indptr[: num_rows + 1],
-            slots=self._slots[:num_rows],
-            tiles=self._tiles[:num_rows],  # every tile has at least one row, so there are no more
+            indptr=self._own.indptr[: num_rows + 1],
+            slots=self._own.slots[:num_rows],
+            tiles=self._own.tiles[:num_rows],  # every tile has at least one row, so there are no more
             host_indptr=indptr,
             host_slots=slots,
         )
@@ -154,11 +183,11 @@ class StaticBatch:
             rows=(),
             input_ids=self._resolved_ids[:num_rows],
             sources=None,
-            positions=self._positions[:num_rows],
-            slot_mapping=self._slot_mapping[:num_rows],
+            positions=self._own.positions[:num_rows],
+            slot_mapping=self._own.slot_mapping[:num_rows],
             attention=AttentionBatch(
                 cu_seqlens_q=self._cu_seqlens_q[: num_rows + 1],
-                context_lens=self._context_lens[:num_rows],
+                context_lens=self._own.context_lens[:num_rows],
                 block_tables=self._block_tables[:num_rows],
                 host_cu_seqlens_q=tuple(range(num_rows + 1)),
                 host_context_lens=context_lens,
@@ -168,21 +197,6 @@ class StaticBatch:
             sampled_tokens=self._cu_seqlens_q[:num_rows],
             sampled_segments=segments,
         )
-
-
-def _packed_fields(max_rows: int) -> list[Tensor]:
-    """Input ids, sources, positions, slots of the cache, context lengths, and the segments: all rows padding."""
-    empty_tiles = torch.zeros(max_rows, 3, dtype=torch.int32)  # no rows, and a slot there is
-    return [
-        torch.zeros(max_rows, dtype=torch.int64),
-        torch.full((max_rows,), -1, dtype=torch.int64),
-        torch.zeros(max_rows, dtype=torch.int64),
-        torch.full((max_rows,), -1, dtype=torch.int64),
-        torch.ones(max_rows, dtype=torch.int32),
-        torch.zeros(max_rows + 1, dtype=torch.int32),
-        torch.full((max_rows,), -1, dtype=torch.int32),
-        empty_tiles,
-    ]
 
 
 def _without_tiles(batch: ForwardBatch, rows: tuple[ScheduledRow, ...]) -> ForwardBatch:
