@@ -105,7 +105,7 @@ def generate(
         if len(engine._in_flight) == engine.limits.max_steps_in_flight:
             results.append(engine.collect().rows)
     while engine._in_flight:
-        engine.wait()
+        engine.block_until_done()
         results.append(engine.collect().rows)
     engine.step(StepPlan(0, num_steps, drop=pack_ints(range(len(admitted)))))
     return results

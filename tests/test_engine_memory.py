@@ -16,7 +16,7 @@ from descant.contract.engine import EngineOptions
 from descant.engine import memory
 from descant.engine.arena import Arena, StagedVersion
 from descant.engine.batch import PendingTokens
-from descant.engine.draws import draw_later, needs_host
+from descant.engine.draws import draw_later
 from descant.engine.memory import MemoryShares, divide_memory, memory_shares, run_largest_step, usable_bytes
 from descant.engine.sampling import Sampler, SamplingRow
 from descant.engine.uploads import Download, Mark, pack, unpack, upload
@@ -148,7 +148,7 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     tensors = [torch.zeros(3), torch.ones(2)]
 
     assert all(a is b for a, b in zip(upload(tensors, CPU), tensors, strict=True))
-    assert all(a is b for a, b in zip(Download(tensors).wait(), tensors, strict=True))
+    assert all(a is b for a, b in zip(Download(tensors).block_until_copied(), tensors, strict=True))
 
 
 # ---- sampled tokens -----------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def test_a_draw_without_the_host_is_bitwise_the_samplers() -> None:
     ],
 )
 def test_filters_and_penalties_need_the_host(change: dict[str, Any]) -> None:
-    assert needs_host(SamplingParams(**change))
-    assert not needs_host(SamplingParams(temperature=0.8))
+    assert SamplingRow(SamplingParams(**change), 0, 0, 0, [], []).needs_host
+    assert not SamplingRow(SamplingParams(temperature=0.8), 0, 0, 0, [], []).needs_host
 
 
 def test_lanes_of_pending_tokens_are_used_in_turn() -> None:
@@ -225,7 +225,7 @@ class FakeUploader:
         self.log.append(f"copy after {names}" if after else "copy")
         return self._new_mark("arrival")
 
-    def wait(self, mark: Mark) -> None:
+    def order_after(self, mark: Mark) -> None:
         if mark is not None:
             self.log.append(f"wait for {cast('FakeMark', mark).name}")
 

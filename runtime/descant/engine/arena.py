@@ -113,7 +113,7 @@ class Arena:
     def move(self, slot: int, offset_bytes: int) -> None:
         """Move the version in the slot to the extent at `offset_bytes`, which may overlap the one it is in."""
         source, size, heads = self._starts[slot], self._sizes[slot], self._heads[slot]
-        self._uploader.wait(self._last_arrival)  # copies arrive in order: now all are there that were begun
+        self._uploader.order_after(self._last_arrival)  # copies arrive in order: now all are there that were begun
         self._arrivals[slot] = None
         start, _ = self._place(offset_bytes, size)
         at_once = _MOVED_AT_ONCE_BYTES // self._itemsize
@@ -137,7 +137,7 @@ class Arena:
     def begin_use(self, slots: Iterable[int]) -> None:
         """Let the step that is launched next wait for the versions in its slots. Call before it is launched."""
         for slot in slots:
-            self._uploader.wait(self._arrivals[slot])
+            self._uploader.order_after(self._arrivals[slot])
             self._arrivals[slot] = None
 
     def end_use(self, slots: Iterable[int]) -> None:

@@ -117,7 +117,7 @@ class DummyEngine:
             due = self._due = max(started, self._due + 1 / self._options.tokens_per_s)
         self._launched.append((StepResult(plan.epoch, plan.step, results, (due or started) - started), due))
 
-    def wait(self) -> None:
+    def block_until_done(self) -> None:
         """Let the oldest launched step take its time."""
         due = self._launched[0][1]
         if due is not None:
@@ -125,7 +125,7 @@ class DummyEngine:
 
     def collect(self) -> StepResult:
         """Return the result of the oldest launched step, once it is due."""
-        self.wait()
+        self.block_until_done()
         return self._launched.popleft()[0]
 
     def step(self, plan: StepPlan) -> StepResult:

@@ -75,7 +75,7 @@ class HostCache(Generic[EntryT]):
             else:
                 self._flights[digest] = _Flight(claim_epoch)
         if flight is not None:
-            return flight.wait()
+            return flight.block_until_ended()
         return self._fly(digest, read)
 
     def take(self, digest: str) -> EntryT | None:
@@ -175,7 +175,7 @@ class _Flight(Generic[EntryT]):
         self._error = error
         self._has_ended.set()
 
-    def wait(self) -> None:
+    def block_until_ended(self) -> None:
         self._has_ended.wait()
         if self._error is not None:
             raise self._error

@@ -23,7 +23,7 @@ from descant.contract.plan import EngineLimits, LogprobRows, StepPlan, StepResul
 from descant.engine.arena import Arena, StagedVersion
 from descant.engine.batch import EngineRow, ForwardBatch, PendingTokens, ScheduledRow
 from descant.engine.decoder import Decoder
-from descant.engine.draws import Draw, DrawnAlready, draw_later, needs_host
+from descant.engine.draws import Draw, KnownDraw, draw_later
 from descant.engine.graphs import MAX_GRAPH_ROWS, Capture, CudaCapture, DecodeGraphs, StaticBatch
 from descant.engine.heads import propose
 from descant.engine.kv_cache import KVCache, blocks_within
@@ -165,10 +165,10 @@ class Engine:
         self._apply_changes(plan)
         self._in_flight.append(self._start(plan, started))
 
-    def wait(self) -> None:
+    def block_until_done(self) -> None:
         """Wait until the oldest launched step, if there is one, is done. One other thread may, beside all else."""
         for step in tuple(self._in_flight)[:1]:
-            step.draw.wait()
+            step.draw.block_until_known()
 
     def collect(self) -> StepResult:
         """Return the result of the oldest launched step, once it is done."""
@@ -232,7 +232,7 @@ class Engine:
     def _start(self, plan: StepPlan, started: float) -> _StepInFlight:
         """Compute a step, or queue it on the device. Its rows are then as they will be after it."""
         if not plan.rows:
-            step = _StepInFlight(plan, started, (), (), DrawnAlready([]), {})
+            step = _StepInFlight(plan, started, (), (), KnownDraw([]), {})
             self._resolve(step)
             return step
         rows = [(self._rows[row.row], row) for row in plan.rows]
@@ -241,7 +241,7 @@ class Engine:
         slots = (*batch.segments.host_slots, *heads_slots)
         self._arena.begin_use(slots)
         hidden, segments, prompt_logprobs = self._forward(batch, lora)
-        draw: Draw = DrawnAlready([])
+        draw: Draw = KnownDraw([])
         if batch.sampled_rows:
             draw = self._draw(self._decoder.logits(hidden, segments, lora), batch.sampled_rows)
         self._arena.end_use(slots)
@@ -271,12 +271,12 @@ class Engine:
     def _draw(self, logits: Tensor, rows: tuple[ScheduledRow, ...]) -> Draw:
         """Sample `logits`, `[N, V]`: on the device alone if it can be done and pays, else with the host's help."""
         nodes = [node for row in rows for node in row.sampling_rows()]
-        if self._draws_later and not any(needs_host(node.params) for node in nodes):
+        if self._draws_later and not any(node.needs_host for node in nodes):
             return draw_later(logits, nodes, self._pending.put)
         for step in self._in_flight:  # in order, for a row that one of these lost stays lost
             if step.result is None:
                 self._resolve(step)
-        return DrawnAlready(self._sampler.sample(logits, nodes))
+        return KnownDraw(self._sampler.sample(logits, nodes))
 
     def _resolve(self, step: _StepInFlight) -> StepResult:
         """Wait for a step, tell its rows their tokens, and make its result."""

@@ -43,6 +43,40 @@ class SamplingRow:
     output_ids: Tensor | Sequence[int]
     num_logprobs: int = NO_LOGPROBS
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token is the argmax: the temperature counts as 0."""
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def divisor(self) -> float:
+        """Number that divides the logits: the temperature, or 1.0 for a greedy row."""
+        return 1.0 if self.is_greedy else self.params.temperature
+
+    @property
+    def has_adjustments(self) -> bool:
+        """Whether penalties or a bias change the logits."""
+        params = self.params
+        return bool(
+            params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+        )
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether a filter excludes tokens."""
+        params = self.params
+        return bool(params.top_k or params.top_p < 1.0 or params.min_p or params.typical_p < 1.0)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether sampling takes steps that involve the host. Temperature alone does not."""
+        return self.has_adjustments or self.has_filters
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the token's log-probabilities are reported."""
+        return self.num_logprobs != NO_LOGPROBS
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -72,17 +106,10 @@ class Sampler:
         assert logits.shape == (len(rows), self._vocab_size), "one row of logits over the vocabulary per sampling row"
         assert logits.dtype == torch.float32, "logits are float32"
         errors = _find_errors(logits, rows)
-        explained = [i for i, row in enumerate(rows) if row.num_logprobs >= 0 and i not in errors]
+        explained = [i for i, row in enumerate(rows) if row.has_logprobs and i not in errors]
         raw = logits[explained] if explained else logits[:0]
         self._process(logits, rows, errors)
-        noise = NodeNoise.of(
-            [row.seed for row in rows],
-            [row.choice for row in rows],
-            [row.output_index for row in rows],
-            [_is_sampled(row.params) for row in rows],
-            self._device,
-        )
-        token_ids = sample_nodes(logits, noise).tolist()
+        token_ids = sample_nodes(logits, node_noise(rows, self._device)).tolist()
         logprobs = _explain(raw, [(token_ids[i], rows[i].num_logprobs) for i in explained])
         logprobs_by_row = dict(zip(explained, logprobs, strict=True))
         return [
@@ -107,12 +134,12 @@ class Sampler:
     def _process(self, scores: Tensor, rows: Sequence[SamplingRow], errors: dict[int, str]) -> None:
         """Everything before the noise, in the order of the wire contract. In place."""
         for i, row in enumerate(rows):
-            if i not in errors and _has_adjustments(row.params):
+            if i not in errors and row.has_adjustments:
                 _adjust(scores[i], row)
-        params = [row.params if _is_sampled(row.params) and i not in errors else None for i, row in enumerate(rows)]
-        temperatures = [p.temperature if p else 1.0 for p in params]
-        if any(temperature != 1.0 for temperature in temperatures):
-            scores /= torch.tensor(temperatures, device=scores.device).unsqueeze(1)
+        divisors = [1.0 if i in errors else row.divisor for i, row in enumerate(rows)]
+        if any(divisor != 1.0 for divisor in divisors):
+            scores /= torch.tensor(divisors, device=scores.device).unsqueeze(1)
+        params = [None if row.is_greedy or i in errors else row.params for i, row in enumerate(rows)]
         filters: tuple[tuple[Callable[[Tensor, Tensor], Tensor], list[float | int | None]], ...] = (
             (_keep_top_k, [p.top_k if p and 0 < p.top_k < self._vocab_size else None for p in params]),
             (_keep_top_p, [p.top_p if p and p.top_p < 1.0 else None for p in params]),
@@ -123,8 +150,15 @@ class Sampler:
             _filter_rows(scores, keep, limits)
 
 
-def _is_sampled(params: SamplingParams) -> bool:
-    return params.temperature >= GREEDY_BELOW
+def node_noise(rows: Sequence[SamplingRow], device: torch.device | str = "cpu") -> NodeNoise:
+    """Return the noise of rows of logits; greedy rows take none."""
+    return NodeNoise.of(
+        [row.seed for row in rows],
+        [row.choice for row in rows],
+        [row.output_index for row in rows],
+        [not row.is_greedy for row in rows],
+        device,
+    )
 
 
 def _find_errors(logits: Tensor, rows: Sequence[SamplingRow]) -> dict[int, str]:
@@ -138,12 +172,6 @@ def _find_errors(logits: Tensor, rows: Sequence[SamplingRow]) -> dict[int, str]:
 
 
 # ---- penalties and bias -------------------------------------------------------------------------------------------
-
-
-def _has_adjustments(params: SamplingParams) -> bool:
-    return bool(
-        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
-    )
 
 
 def _adjust(scores: Tensor, row: SamplingRow) -> None:

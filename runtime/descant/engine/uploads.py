@@ -94,8 +94,8 @@ class Download:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def wait(self) -> list[Tensor]:
-        """Return the tensors on the CPU, once they are there."""
+    def block_until_copied(self) -> list[Tensor]:
+        """Block until the copies are done and return the tensors on the CPU."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensors
@@ -115,8 +115,8 @@ class Uploader(Protocol):
         """Begin to copy what `stage` returned once the marks have passed; the mark returned passes when it is there."""
         ...
 
-    def wait(self, mark: Mark) -> None:
-        """Steps queued from now on begin after the mark has passed."""
+    def order_after(self, mark: Mark) -> None:
+        """Make the work queued from now on begin after the mark has passed. The host does not block."""
         ...
 
     def mark(self) -> Mark:
@@ -139,7 +139,7 @@ class HostUploader:
         """See `Uploader`."""
         target.copy_(staged)
 
-    def wait(self, mark: Mark) -> None:
+    def order_after(self, mark: Mark) -> None:
         """See `Uploader`."""
 
     def mark(self) -> Mark:
@@ -173,7 +173,7 @@ class SideStreamUploader:
         self._sources.append((arrived, staged))
         return arrived
 
-    def wait(self, mark: Mark) -> None:
+    def order_after(self, mark: Mark) -> None:
         """See `Uploader`."""
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)
