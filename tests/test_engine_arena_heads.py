@@ -48,7 +48,7 @@ def stored(
 
 
 def arena_of(dtype: torch.dtype = torch.float32, num_slots: int = 3, num_bytes: int = 64 * UNIT) -> Arena:
-    arena = Arena(MODULES, num_slots=num_slots, num_bytes=num_bytes, dtype=dtype)
+    arena = Arena(MODULES, num_adapter_slots=num_slots, num_bytes=num_bytes, dtype=dtype)
     arena.tables().arena.fill_(float("nan"))
     return arena
 

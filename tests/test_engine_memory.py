@@ -243,7 +243,7 @@ SIZE = 16 * ALIGNMENT_BYTES  # room for a version of the tests
 
 def arena_and_log(tmp_path: Path) -> tuple[Arena, FakeUploader, StagedVersion]:
     modules, uploader = (LoraModule("q", 64, 64),), FakeUploader()
-    arena = Arena(modules, num_slots=4, num_bytes=4 * SIZE, dtype=torch.float32, uploader=uploader)
+    arena = Arena(modules, num_adapter_slots=4, num_bytes=4 * SIZE, dtype=torch.float32, uploader=uploader)
     adapter = LowRankAdapter({"q": Factors(torch.ones(4, 64), torch.ones(64, 4), 1.0)})
     staged = arena.stage(write_version(tmp_path, adapter, modules).path)
     assert SIZE // 4 < staged.num_bytes <= SIZE
@@ -283,7 +283,7 @@ def test_an_extent_is_overwritten_after_the_steps_that_read_it(tmp_path: Path) -
 
 def test_draft_heads_alone_are_overwritten_after_the_steps_that_read_them(tmp_path: Path) -> None:
     modules, uploader = (LoraModule("head", 16, 16),), FakeUploader()
-    arena = Arena(modules, num_slots=2, num_bytes=SIZE, dtype=torch.float32, uploader=uploader)
+    arena = Arena(modules, num_adapter_slots=2, num_bytes=SIZE, dtype=torch.float32, uploader=uploader)
     heads = LowRankAdapter({}, DraftHeads(torch.ones(1, 1, 16, 16), torch.ones(1, 1, 16), None))
     staged = arena.stage(write_version(tmp_path, heads, modules).path)
     arena.commit(0, ALIGNMENT_BYTES, staged)

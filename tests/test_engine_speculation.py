@@ -166,7 +166,7 @@ def test_the_ancestors_of_a_node_lie_behind_the_root_in_the_order_of_the_nodes()
 
     assert table.tolist() == [[40, -1, -1], [40, 41, -1], [40, 42, -1], [40, 42, 43]]
     assert tree.depths.tolist() == [0, 1, 1, 2]
-    assert tree.said(3) == [8, 9]
+    assert tree.path_tokens(3) == [8, 9]
 
 
 def test_verified_tokens_are_draws_from_the_model_s_own_distribution() -> None:
@@ -174,7 +174,7 @@ def test_verified_tokens_are_draws_from_the_model_s_own_distribution() -> None:
     vocab_size, num_draws = 5, 20_000
     logits = torch.randn(vocab_size + 1, vocab_size, generator=torch.Generator().manual_seed(1))  # after each token
     tree = TokenTree.of(TokenDraft(pack_ints([0, 3, 1, 4]), pack_ints([-1, -1, 0, 1])))
-    said = [tree.said(node) for node in range(5)]
+    said = [tree.path_tokens(node) for node in range(5)]
     params = SamplingParams(temperature=1.0)
     rows = [SamplingRow(params, seed, 0, len(path), [], []) for seed in range(num_draws) for path in said]
     at = torch.tensor([path[-1] if path else vocab_size for path in said])

@@ -180,7 +180,7 @@ class ScheduledRow:
 
     def sampling_rows(self) -> list[SamplingRow]:
         """What sampling at each of its nodes needs to know."""
-        return [self.state.sampling_row(self.tree.said(node)) for node in range(len(self.tree.paths))]
+        return [self.state.sampling_row(self.tree.path_tokens(node)) for node in range(len(self.tree.paths))]
 
     @property
     def num_scored(self) -> int:

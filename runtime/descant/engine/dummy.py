@@ -65,7 +65,7 @@ class DummyEngine:
         self._options = options
         self._rows: dict[int, _DummyRow] = {}
         self._epoch = 0
-        self._due = 0.0  # monotonic time before which the latest tokens may not be had
+        self._due_s = 0.0  # monotonic time before which the latest tokens may not be had
         self._launched: deque[tuple[StepResult, float | None]] = deque()  # with their own due times
         self.limits = EngineLimits(
             num_blocks=options.num_blocks,
@@ -101,7 +101,7 @@ class DummyEngine:
             InvalidRequest: as the model's engine.
             UnsupportedRequest: as the model's engine.
         """
-        started = time.monotonic()
+        started_s = time.monotonic()
         if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
             self._rows.clear()
             self._epoch = plan.epoch
@@ -111,17 +111,17 @@ class DummyEngine:
         for admit in plan.admit:
             self._rows[admit.row] = _DummyRow(admit)
         results = tuple(self._rows[row.row].advance(row) for row in plan.rows)
-        due = None
+        due_s = None
         if any(result.token_ids for result in results) and self._options.tokens_per_s > 0:
             # Counting from the last due time makes up for time spent between steps, but not for idle time.
-            due = self._due = max(started, self._due + 1 / self._options.tokens_per_s)
-        self._launched.append((StepResult(plan.epoch, plan.step, results, (due or started) - started), due))
+            due_s = self._due_s = max(started_s, self._due_s + 1 / self._options.tokens_per_s)
+        self._launched.append((StepResult(plan.epoch, plan.step, results, (due_s or started_s) - started_s), due_s))
 
     def block_until_done(self) -> None:
         """Let the oldest launched step take its time."""
-        due = self._launched[0][1]
-        if due is not None:
-            time.sleep(max(0.0, due - time.monotonic()))
+        due_s = self._launched[0][1]
+        if due_s is not None:
+            time.sleep(max(0.0, due_s - time.monotonic()))
 
     def collect(self) -> StepResult:
         """Return the result of the oldest launched step, once it is due."""

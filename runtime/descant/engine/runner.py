@@ -50,7 +50,7 @@ class _StepInFlight:
     """A launched step; `result` is None until it is resolved."""
 
     plan: StepPlan
-    started: float
+    started_s: float
     rows: tuple[ScheduledRow, ...]
     sampled_rows: tuple[ScheduledRow, ...]
     draw: Draw  # of the sampled rows
@@ -92,7 +92,7 @@ class Engine:
         self._rows: dict[int, EngineRow] = {}
         self._epoch = 0
         self._in_flight: deque[_StepInFlight] = deque()
-        self._last_end = 0.0  # when the step resolved last was done
+        self._last_end_s = 0.0  # when the step resolved last was done
         self._draws_later = self._device.type == "cuda"
         self._pending = PendingTokens(options.pipeline_depth, options.max_num_batched_tokens, self._device)
         self.limits = EngineLimits(
@@ -153,7 +153,7 @@ class Engine:
                 leave them; nothing of it was carried out.
             UnsupportedRequest: it uses what this engine does not do yet; likewise.
         """
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         assert len(self._in_flight) < self.limits.max_steps_in_flight, "the oldest step is collected first"
         if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
             self._rows.clear()
@@ -163,7 +163,7 @@ class Engine:
             if row.num_candidates and self._arena.heads(row.heads_slot) is None:
                 raise InvalidRequest(f"rows[{row.row}]", f"there are no draft heads in slot {row.heads_slot}")
         self._apply_changes(plan)
-        self._in_flight.append(self._start(plan, started))
+        self._in_flight.append(self._start(plan, started_s))
 
     def block_until_done(self) -> None:
         """Wait until the oldest launched step, if there is one, is done. One other thread may, beside all else."""
@@ -229,10 +229,10 @@ class Engine:
     # ---- the forward pass and after ----
 
     @torch.inference_mode()
-    def _start(self, plan: StepPlan, started: float) -> _StepInFlight:
+    def _start(self, plan: StepPlan, started_s: float) -> _StepInFlight:
         """Compute a step, or queue it on the device. Its rows are then as they will be after it."""
         if not plan.rows:
-            step = _StepInFlight(plan, started, (), (), KnownDraw([]), {})
+            step = _StepInFlight(plan, started_s, (), (), KnownDraw([]), {})
             self._resolve(step)
             return step
         rows = [(self._rows[row.row], row) for row in plan.rows]
@@ -246,7 +246,7 @@ class Engine:
             draw = self._draw(self._decoder.logits(hidden, segments, lora), batch.sampled_rows)
         self._arena.end_use(slots)
         step = _StepInFlight(
-            plan, started, batch.rows, batch.sampled_rows, draw, prompt_logprobs, hidden if heads_slots else None
+            plan, started_s, batch.rows, batch.sampled_rows, draw, prompt_logprobs, hidden if heads_slots else None
         )
         for row in batch.rows:
             row.state.num_computed = row.end
@@ -290,9 +290,9 @@ class Engine:
             key: row_result(row, accepted.get(key), step.prompt_logprobs.get(key), candidates.get(key))
             for key, row in by_row.items()
         }
-        ended = time.perf_counter()
-        device_s = ended - max(step.started, self._last_end)  # it waits for the step before
-        self._last_end = ended
+        ended_s = time.perf_counter()
+        device_s = ended_s - max(step.started_s, self._last_end_s)  # it waits for the step before
+        self._last_end_s = ended_s
         row_results = tuple(results[row.row] for row in step.plan.rows)
         step.result = StepResult(step.plan.epoch, step.plan.step, row_results, device_s)
         return step.result

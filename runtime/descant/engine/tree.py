@@ -48,7 +48,7 @@ class TokenTree:
         """Nodes between node 0 and each node, `[num_nodes]`: the position relative to node 0's."""
         return np.array([len(path) - 1 for path in self.paths], dtype=np.int64)
 
-    def said(self, node: int) -> list[int]:
+    def path_tokens(self, node: int) -> list[int]:
         """Return the draft's tokens on the way to a node, its own included."""
         return [self.draft_ids[one - 1] for one in self.paths[node][1:]]
 
