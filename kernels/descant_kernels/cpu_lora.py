@@ -6,7 +6,7 @@ over adapters and without a copy of their matrices. It computes each sum separat
 so a row's bits depend on nothing else in the batch. h and the update are rounded to the arena's dtype, as in two linear
 layers A and B.
 
-An index table lists the runs of each sum. Slots whose versions have the same ranks have the same table, shifted by the
+An index table lists the runs of each sum. Slots with versions of equal ranks have the same table, shifted by the
 start of the version. Layers differ only in their place within a version, which is the start of the view of the arena.
 So a table is made once per batch, not once per layer, and is kept while the same adapters share batches.
 """
@@ -74,7 +74,7 @@ class SliceGroup:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Rows of y whose slots have the same shape; a `slice` where the rows are consecutive."""
+    """Rows of y with adapters of one shape; a `slice` where the rows are consecutive."""
 
     rows: Tensor | slice
     origins: tuple[int, ...]  # first element of each row's version in the arena
@@ -246,7 +246,7 @@ class UpdateCache:
         return len(self._updates)
 
     def of(self, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> Update:
-        """Return the update of rows whose versions start at `origins`."""
+        """Return the update of rows with versions that start at `origins`."""
         key = (slices, origins)
         update = self._updates.get(key)
         if update is None:
@@ -315,7 +315,7 @@ def _grid(num_sums: int, num_terms: int) -> Tensor:
 def _all_rows(
     width: int, parts: list[Tensor], begins: Tensor, chunk: int, sources: list[Tensor], chunks_per_row: int
 ) -> Sums:
-    """Return the sums of all rows from the runs and sources of one row whose version starts at 0."""
+    """Return the sums of all rows from the runs and sources of one row with a version that starts at 0."""
     num_rows = begins.shape[0]
     runs = torch.cat([part.flatten() for part in parts])
     lengths = torch.cat([torch.full((part.shape[0],), part.shape[1]) for part in parts])

@@ -3,8 +3,8 @@
 """The Triton kernels of `add_lora`. A program takes one tile: rows of one segment, which share an adapter and ranks.
 
 The order of a row's sums does not depend on how the work is cut. Input features are summed in parts of `part_size`, one
-block of `BLOCK_K` after another, and the parts one after another. Ranks are summed one block after another, in blocks
-whose size depends on the adapter's own rank. So the same numbers are added in the same order whether parts are spread
+block of `BLOCK_K` after another, and the parts one after another. Ranks are summed one block after another; the size of
+the blocks depends on the adapter's own rank. So the same numbers are added in the same order whether parts are spread
 over programs (`shrink_kernel` with several planes), computed by one program (one plane) or computed again for each
 block of columns (`fused_kernel`). There are no atomics, and no memory needs to be zeroed first.
 
@@ -25,7 +25,7 @@ _OUT_STEP = tl.constexpr(OUT_STEP)
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 BLOCK_R = tl.constexpr(64)
-"""Ranks in a block of an adapter whose rank is above `SMALL_RANK`."""
+"""Ranks in a block of an adapter with a rank above `SMALL_RANK`."""
 SMALL_RANK = tl.constexpr(16)
 """Ranks in the single block of an adapter of at most this rank."""
 
