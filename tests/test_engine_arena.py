@@ -122,7 +122,7 @@ def test_tables_change_by_becoming_a_new_object_on_the_same_tensors(tmp_path: Pa
 def test_a_version_moves_to_any_place_even_one_it_overlaps(
     offset: int, at_once_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arena_module, "_MOVED_AT_ONCE_BYTES", at_once_bytes)
+    monkeypatch.setattr(arena_module, "_MAX_PIECE_BYTES", at_once_bytes)
     path, factors = stored(tmp_path, {0: 9, 2: 5}, seed=0, scaling=0.5)
     arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(1, 1024, path)

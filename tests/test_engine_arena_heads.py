@@ -119,7 +119,7 @@ def test_heads_move_with_their_version_even_to_a_place_it_overlaps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(arena_module, "_MOVED_AT_ONCE_BYTES", at_once_bytes)
+    monkeypatch.setattr(arena_module, "_MAX_PIECE_BYTES", at_once_bytes)
     version, arena = stored(tmp_path, ranks, heads), arena_of()
     arena.load(1, 4 * UNIT, version.path)
 

@@ -166,7 +166,7 @@ class Arena:
             self._heads[adapter_slot] = heads_layout(shape, self._modules).views(self._data, start)
 
     def _occupy(self, extents: list[tuple[int, int]]) -> None:
-        """Record extents that the work queued so far may touch, and drop records whose work is done."""
+        """Record extents that the work queued so far may touch, and drop those with finished work."""
         mark = self._uploader.mark() if extents else None
         if mark is not None:
             self._busy = [entry for entry in self._busy if entry[2] and not entry[2].query()]

@@ -1,4 +1,4 @@
-"""Tokens drawn from logits: known at once where the host samples, on their way where a GPU samples by itself."""
+"""Tokens drawn from logits: known at once where the host samples, pending where a GPU samples without the host."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Draw(Protocol):
 
     @property
     def is_known(self) -> bool:
-        """Whether the host has them without waiting."""
+        """Whether the host has the tokens without blocking."""
         ...
 
     @property
     def sources(self) -> Sequence[int]:
-        """Where the device has each token (see `PendingTokens`); of no use if they are known. N of them."""
+        """Source of each of the N tokens on the device (see `PendingTokens`). Meaningless if the tokens are known."""
         ...
 
     def block_until_known(self) -> None:
@@ -32,7 +32,7 @@ class Draw(Protocol):
         ...
 
     def tokens(self) -> list[SampledToken]:
-        """Return them, one per row, once they are on the host."""
+        """Return the tokens, one per row. Blocks until they are on the host."""
         ...
 
 
@@ -61,7 +61,7 @@ class PendingDraw:
     def __init__(
         self, sources: Sequence[int], download: Download, num_logprobs: list[int], explained: list[int]
     ) -> None:
-        """`download` brings ids `[N]`, whether logits are finite `[N]`, and `top_logprobs` of the `explained` rows."""
+        """`download` holds ids `[N]`, whether logits are finite `[N]`, and `top_logprobs` of the `explained` rows."""
         self.sources = sources
         self._download = download
         self._num_logprobs = num_logprobs
@@ -88,10 +88,11 @@ class PendingDraw:
 
 
 def draw_later(logits: Tensor, rows: Sequence[SamplingRow], put: Callable[[Tensor], range]) -> PendingDraw:
-    """Queue what `Sampler.sample` does for rows that do not need the host. Bitwise the same on a CPU.
+    """Queue the sampling of rows that do not need the host. Bitwise equal to `Sampler.sample` on a CPU.
 
     Args:
-      logits: `[N, V]` float32, as the model made them. put: keeps the tokens drawn, `[N]` int64, on the device.
+      logits: `[N, V]` float32, unprocessed. put: stores the drawn tokens, `[N]` int64, on the device and returns their
+      sources.
     """
     explained = [i for i, row in enumerate(rows) if row.has_logprobs]
     divisors = [row.divisor for row in rows]
@@ -99,7 +100,7 @@ def draw_later(logits: Tensor, rows: Sequence[SamplingRow], put: Callable[[Tenso
     noise, own = upload_fields((node_noise(rows), own), logits.device)
     lowest, highest = logits.aminmax(dim=-1)  # NaN is both
     scores = logits if all(divisor == 1.0 for divisor in divisors) else logits / own.divisors.unsqueeze(1)
-    token_ids = sample_nodes(scores, noise)  # in the vocabulary even where logits are NaN: the next step reads them
+    token_ids = sample_nodes(scores, noise)  # valid ids even for NaN logits, because the next step reads them
     downloads = [token_ids, lowest.isfinite() & highest.isfinite()]
     if explained:
         most = max(rows[i].num_logprobs for i in explained)
