@@ -87,7 +87,7 @@ def test_weights_of_many_rows_are_merged_in_parts(tmp_path: Path, monkeypatch: p
     base = save_base(tmp_path / "base")
     worker, version = adapt(base, target_modules=WITH_HEAD)
     worker.export_merged("mine", version, tmp_path / "whole")
-    monkeypatch.setattr("descant.adapters.merged_checkpoint._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("descant.adapters.merged_checkpoint._MAX_ROWS", 7)
 
     worker.export_merged("mine", version, tmp_path / "parts")
 
