@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all, and what killed writers leave beside them."""
+"""Directories are written completely or not at all, and leftovers of killed writers are removed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Base and adapter as one checkpoint: Transformers loads it, and it is the adapted model."""
+"""Base and adapter as one checkpoint: Transformers loads it, and it equals the adapted model."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def save_base(directory: Path, family: str = "llama", shard_size: str = "5GB", *
 
 
 def adapt(base: Path, **changes: Any) -> tuple[AdapterWorker, AdapterVersion]:
-    """A worker on the base, and a version of a random adapter next to it."""
+    """A worker on the base, and a version of a random adapter for it."""
     tiny_models.save_adapter(base.parent / "adapter", base, **changes)
     worker = AdapterWorker(base, base.parent / "store", "float32")
     return worker, worker.prepare("mine", base.parent / "adapter")

@@ -1,4 +1,4 @@
-"""Versions in the store: content-addressed, whole or not there; sums are exact."""
+"""Versions in the store: content-addressed, and complete or absent. Sums are exact."""
 
 import os
 from collections.abc import Callable
@@ -272,7 +272,7 @@ def test_a_prepared_version_says_how_large_it_is(worker: AdapterWorker, tmp_path
 
     assert (version.max_rank, version.num_modules) == (4, 2)
     assert version.file_bytes == Path(version.path).stat().st_size
-    assert version.num_bytes == 2 * (32 * 8 + 4 * 32) * 2  # rows of A have 8 elements at least
+    assert version.num_bytes == 2 * (32 * 8 + 4 * 32) * 2  # rows of A have at least 8 elements
     assert version.path == str(tmp_path / "store" / "versions" / f"{version.digest}.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""The arena: what is loaded lies where the tables say, and nothing else changes."""
+"""The arena: loaded versions lie where the tables point, and nothing else changes."""
 
 from pathlib import Path
 

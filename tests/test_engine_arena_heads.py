@@ -1,4 +1,4 @@
-"""Draft heads in the store and the arena: their values are there under whatever happens to the slots."""
+"""Draft heads in the store and the arena: their values survive loads, moves and unloads of any slot."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from medusa_fixture import assert_same, random_heads, some
 
 MODULES = (LoraModule("q", 6, 4), LoraModule("k", 6, 2), LoraModule("head", 6, 10))
 DTYPES = [torch.float32, torch.bfloat16]
-UNIT = 64 * 4  # bytes: where a float32 extent may begin
+UNIT = 64 * 4  # bytes: alignment of a float32 extent
 
 
 class Version(NamedTuple):

@@ -1,4 +1,4 @@
-"""The tensors of a step: where every token comes from, where its keys go, whose logits are sampled."""
+"""The tensors of a step: the source of every token, the cache slot of its key, and the rows that are sampled."""
 
 from collections.abc import Sequence
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""Device memory, who gets how much of it, and what goes there and back while steps run."""
+"""Device memory: its division, and transfers to and from the device while steps run."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_lanes_of_pending_tokens_are_used_in_turn() -> None:
 
 @dataclass
 class FakeMark:
-    """A point in a device's work that passes when a test says so."""
+    """A point in a device's work that passes when a test sets it."""
 
     name: str
     has_passed: bool = False
@@ -211,7 +211,7 @@ class FakeMark:
 
 @dataclass
 class FakeUploader:
-    """Copies at once, and keeps what a device would be told."""
+    """An uploader that copies at once and logs the order of the device's work."""
 
     log: list[str] = field(default_factory=list)
     marks: list[FakeMark] = field(default_factory=list)

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not say so.
+# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not allow that.
 """The launch of `paged_attention` on a GPU: the cut of the work into programs. Kernels: `attention_kernels`."""
 
 import torch

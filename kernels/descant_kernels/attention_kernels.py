@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not say so.
+# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not allow that.
 """Triton kernels of `paged_attention`: one kernel for prefill, decode and tree verify, and one that joins splits.
 
 A program takes a tile: consecutive queries of one sequence, with all query heads that share a key-value head as its

@@ -117,7 +117,7 @@ class AttentionBatch:
     Sequence `s` owns rows `cu_seqlens_q[s]:cu_seqlens_q[s + 1]` and `context_lens[s]` cached positions (new tokens
     included); position `p` lies in block `block_tables[s, p // block_size]`. Entries past the context are ignored.
 
-    Tree verify: sequence `s` with `prefix_lens[s] >= 0` is a tree whose node rows see positions
+    Tree verify: sequence `s` with `prefix_lens[s] >= 0` is a tree: its node rows see positions
     `[0, prefix_lens[s])` and then the cache positions in their row of `ancestors`, in depth order, the node itself
     last, padded with -1. `prefix_lens[s] == -1` means plain causal; its rows of `ancestors` are ignored.
     """

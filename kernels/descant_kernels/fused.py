@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
-# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not allow that.
 """Triton kernels of `rms_norm`, `silu_mul` and `gelu_mul`: each reads its input once and writes its result once.
 
 The operations on a row depend on its width alone, never on the number of rows.

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
-# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not allow that.
 """Triton kernels of `rope_write_kv` and `move_kv`.
 
 `rope_write_kv` is one launch: a program rotates a few query heads of one token in place, or rotates and stores a few

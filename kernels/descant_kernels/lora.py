@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
-# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not allow that.
 """The launches of `add_lora` on a GPU: one or two kernels, tile sizes and scratch memory.
 
 *One launch or two.* One launch saves 2 to 3 µs. But every block of `BLOCK_N` columns then computes h again and so

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false
-# Triton turns launch arguments into constexpr; its annotations do not say so.
+# Triton turns launch arguments into constexpr; its annotations do not allow that.
 """The Triton kernels of `add_lora`. A program takes one tile: rows of one segment, which share an adapter and ranks.
 
 The order of a row's sums does not depend on how the work is cut. Input features are summed in parts of `part_size`, one

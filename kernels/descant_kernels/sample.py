@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not allow that.
 """Triton kernels of `sample_nodes` and `walk_tree`. Nothing is read back from the device.
 
 The vocabulary is cut into splits of one fixed size. A program finds the best token of one row's split, noise included;

@@ -46,7 +46,7 @@ def _factors(u: Tensor, s: Tensor, vh: Tensor, clamp: float | None) -> Factors:
 
 
 def _quantile(values: Tensor, order: float) -> Tensor:
-    """Return the quantile as `torch.quantile` does, but for more than 16 million values, its limit."""
+    """Return the quantile like `torch.quantile`, which is limited to 16 million values."""
     position = order * (values.numel() - 1)
     below = int(position)
     low = values.kthvalue(below + 1).values
