@@ -88,7 +88,7 @@ class Executor:
 
     def _wait(self) -> None:
         if not self._collected:
-            self._engine.wait()
+            self._engine.block_until_done()
 
     def _reply(self) -> StepDone:
         if not self._collected:

@@ -76,7 +76,7 @@ class StepEngine(Protocol):
     Steps are launched and collected in the same order, at most `limits.max_steps_in_flight` of them at once. A step
     works on the rows, the cache and the adapters as those launched before it, and what was placed and moved since,
     will leave them; a row that failed in one of those is lost, not the step. Calls come from one thread, but for
-    `stage_adapter` and `wait`.
+    `stage_adapter` and `block_until_done`.
     """
 
     @property
@@ -113,7 +113,7 @@ class StepEngine(Protocol):
         """
         ...
 
-    def wait(self) -> None:
+    def block_until_done(self) -> None:
         """Wait until the oldest launched step is done. One other thread may, while this one launches."""
         ...
 
