@@ -19,7 +19,7 @@ from descant.actor.supervision import Supervisor
 from descant.actors.fetch import Fetch
 from descant.actors.registry import Registry
 from descant.catalog.configured import reconcile
-from descant.catalog.journal import Journal, opened
+from descant.catalog.journal import Journal, open_journal
 from descant.config import AdapterConfig, AdapterEntry
 from descant.contract.principal import Principal
 from descant.contract.version import AdapterVersion
@@ -32,7 +32,7 @@ from descant.contract.worker import (
     PrepareAdapter,
     Prepared,
 )
-from descant.messages import AdapterList, ChangeAdapter, ListRegistered, ResolveAdapters, VersionFree
+from descant.messages import AdapterList, ChangeAdapter, ListRegistered, ResolveAdapters, VersionUnused
 from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import AdapterInvalid
 from descant_client.lifecycle import (
@@ -259,20 +259,21 @@ async def open_desk(
     tmp_path: Path, entries: tuple[str, ...] = (), spoil: Callable[[Path], None] = lambda store: None, **config: Any
 ) -> AsyncIterator[Desk]:
     """Start a server's registry with the adapters `entries` configured; what is in `tmp_path` from before is kept."""
-    bench, leases = Bench(tmp_path / "model" / "store"), LeaseTable()
+    bench = Bench(tmp_path / "model" / "store")
     configured = [AdapterEntry(name=name, ref=f"local:{tmp_path / name}") for name in entries]
     adapters = AdapterConfig(entries=configured, **config)
-    async with opened(tmp_path / "model", 1) as journal, Supervisor() as supervisor:
+    async with open_journal(tmp_path / "model", 1) as journal, Supervisor() as supervisor:
         await journal.apply(*reconcile(await journal.entries(), configured))
         spoil(bench.store_dir)
         worker = supervisor.spawn(lambda: FakeWorker(bench), "worker")
         fetch = supervisor.spawn(Fetch, "fetch")
         pins: list[tuple[AdapterVersion, ...]] = []
         forgotten: list[str] = []
+        registry = supervisor.reserve("registry", mailbox_size=65536)
+        leases = LeaseTable(lambda digest: registry.tell_nowait(VersionUnused(digest)))
         make = partial(Registry, adapters, journal, bench.store_dir, fetch, worker, leases)
         make = partial(make, on_pins=pins.append, on_forget=forgotten.append)
-        registry = supervisor.spawn(make, "registry", mailbox_size=65536)
-        leases.on_free = lambda digest: registry.tell_nowait(VersionFree(digest))
+        supervisor.start(registry, make)
         desk = Desk(tmp_path, registry, journal, bench, leases)
         desk.pins, desk.forgotten = pins, forgotten
         yield desk

@@ -77,6 +77,18 @@ async def test_health_counts_what_happens(server: tuple[System, str], client: Cl
     assert by_name["scheduler"]["handled"] > 0
 
 
+async def test_health_names_the_process_of_the_executor_while_there_is_one(tmp_path: Path) -> None:
+    async with serve(dummy_config(tmp_path)) as (system, _):
+        before = json.loads((await fetch(system, "/health"))[1])
+        await kill_executor(system)
+        await wait_until(lambda: system.services.model.num_lives == 2)
+        after = json.loads((await fetch(system, "/health"))[1])
+
+        assert before["executor_pid"] != after["executor_pid"] == system.executor.pid
+        assert is_alive(after["executor_pid"])
+        assert before["worker_pid"] is None  # the dummy engine has none
+
+
 async def test_other_paths_are_not_found(server: tuple[System, str]) -> None:
     assert [(await fetch(server[0], path))[0] for path in ("/", "/etc/passwd", "/ws/x")] == [404] * 3
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from descant.actor.errors import ActorFailed
 from descant.model.tokenizer import Tokenizer
 from descant.scheduling.sequence import Sequence, TokenLogprobs
-from descant.sessions.stream import BYTES_PER_TOKEN, MAX_DELTA_TOKENS, Stream, error_message
+from descant.sessions.outgoing import Outgoing, error_message
+from descant.sessions.stream import BYTES_PER_TOKEN, MAX_DELTA_TOKENS, OutgoingStream
 from descant_client.errors import AdapterNotFound, InternalError, InvalidRequest
 from descant_client.protocol import Accepted, Delta, Done, Error, Progress, SamplingParams
 from servers import END, save_tokenizer
@@ -27,14 +28,14 @@ class Told:
 
     def __init__(self, tokenizer: Tokenizer, n: int = 1, budget: int = 1000, stop: tuple[str, ...] = ()) -> None:
         self.num_changes = 0
-        self.stream = Stream("r", "s/r", budget * BYTES_PER_TOKEN, self._changed)
+        self.stream = OutgoingStream("r", "s/r", budget * BYTES_PER_TOKEN, self._changed)
         self.sequences = [
             Sequence(i, "s/r", [1, 2], SamplingParams(), 7, self.stream, choice=i, stop=stop) for i in range(n)
         ]
         self.stream.expect(self.sequences, tokenizer)
         self.stream.accept(Accepted("r", 7, 2))
 
-    def _changed(self, stream: Stream) -> None:
+    def _changed(self, stream: Outgoing) -> None:
         self.num_changes += 1
 
     def say(self, text: str, choice: int = 0) -> bool:
@@ -167,7 +168,7 @@ def test_an_error_ends_the_stream_and_what_was_not_sent_is_not_sent(tokenizer: T
     assert isinstance(error, Error)
     assert (error.code, error.request_id) == ("adapter_not_found", "r")
     assert told.stream.is_ended
-    assert told.stream.is_end_sent
+    assert told.stream.is_end_rendered
     told.stream.resume({})
     assert told.rendered() == [error]
 
@@ -184,7 +185,7 @@ def test_a_sequence_that_fails_fails_its_stream(tokenizer: Tokenizer) -> None:
 
 
 def test_progress_is_told_once_and_never_again(tokenizer: Tokenizer) -> None:
-    stream = Stream("r", "s/r", 100, lambda stream: None)
+    stream = OutgoingStream("r", "s/r", 100, lambda stream: None)
     stream.note(Progress("r", "preparing_adapter"))
 
     assert stream.render() == [Progress("r", "preparing_adapter")]

@@ -93,13 +93,13 @@ class VersionFailed(Message, frozen=True):
     digest: str
 
 
-class VersionFree(Message, frozen=True):
+class VersionUnused(Message, frozen=True):
     """The last request that used this version has ended."""
 
     digest: str
 
 
-RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFailed | VersionFree
+RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFailed | VersionUnused
 
 # ---- scheduler -----------------------------------------------------------------------------------
 

@@ -135,4 +135,8 @@ def _model_engine(settings: ExecutorConfig, notify: Notify) -> StepEngine:
     notify(LoadProgress("importing torch", 0.0))
     from descant.engine.runner import Engine
 
-    return Engine(settings.model_dir, settings.options, lambda at: notify(LoadProgress("loading weights", at)))
+    def on_progress(fraction: float) -> None:
+        stage = "loading and packing the weights" if fraction < 1.0 else "preparing the engine"
+        notify(LoadProgress(stage, fraction))
+
+    return Engine(settings.model_dir, settings.options, on_progress)

@@ -1,6 +1,6 @@
 """The registry actor: names of adapters, and the versions they stand for.
 
-Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionFree. Asks: fetch, worker. Owns: the
+Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused. Asks: fetch, worker. Owns: the
 catalog, the store's index, what was prepared from where.
 
 The journal belongs to the system, as its lock must outlast a crash of this actor: each life reads the names from it
@@ -38,7 +38,7 @@ from descant.messages import (
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
-    VersionFree,
+    VersionUnused,
 )
 from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import DescantError
@@ -112,7 +112,7 @@ class Registry(Actor[RegistryMessage]):
             case VersionFailed(digest):
                 self._versions.failed(digest)
                 self._update_pins()
-            case VersionFree(digest):
+            case VersionUnused(digest):
                 return self.later(self._versions.freed(digest))
         return None
 

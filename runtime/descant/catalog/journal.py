@@ -129,7 +129,7 @@ class JournalFile:
 
 
 class Journal:
-    """The journal on its thread. It belongs to the system and outlives every life of the registry. See `opened`."""
+    """The journal on its thread, made by `open_journal`. It outlives every life of the registry."""
 
     def __init__(self, file: JournalFile, thread: ThreadPoolExecutor) -> None:
         self._file = file
@@ -151,7 +151,7 @@ class Journal:
 
 
 @asynccontextmanager
-async def opened(directory: Path, itemsize: int) -> AsyncIterator[Journal]:
+async def open_journal(directory: Path, itemsize: int) -> AsyncIterator[Journal]:
     """Open the journal of a directory for the block. Raises ConfigInvalid, as `JournalFile`."""
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, "journal") as thread:
