@@ -82,7 +82,7 @@ class CatalogAgainstDictionaries(RuleBasedStateMachine):
 
     @rule(principal=PRINCIPALS, name=NAMES)
     def destroy(self, principal: Principal, name: str) -> None:
-        found = self.ask(self.catalog.changed, principal, name)
+        found = self.ask(self.catalog.require_owned, principal, name)
         owner = principal.name if name in self.own[principal.name] else SHARED
         if name not in self.own[owner]:
             assert found is AdapterNotFound
@@ -96,7 +96,7 @@ class CatalogAgainstDictionaries(RuleBasedStateMachine):
     @rule(principal=PRINCIPALS, name=NAMES)
     def use(self, principal: Principal, name: str) -> None:
         expected = self.own[principal.name].get(name) or self.shared.get(name)
-        found = self.ask(self.catalog.used, principal, name)
+        found = self.ask(self.catalog.require, principal, name)
         assert found is AdapterNotFound if expected is None else found.version == version(expected[1])
         assert self.catalog.find(principal, name) == (None if expected is None else found)
 

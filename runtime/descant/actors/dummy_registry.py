@@ -74,7 +74,7 @@ class DummyRegistry(Actor[RegistryMessage]):
         if name is None:
             return AdapterList(tuple(entry.info() for entry in self._catalog.visible(principal)))
         try:
-            return AdapterList((self._catalog.used(principal, name).info(),))
+            return AdapterList((self._catalog.require(principal, name).info(),))
         except AdapterNotFound:
             return AdapterList((AdapterInfo(name=name, source=SOURCE),))  # every adapter exists
 

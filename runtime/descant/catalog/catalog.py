@@ -38,20 +38,20 @@ class Catalog:
         """Return what a name means to a principal, if anything: its own, else the shared one."""
         return self.get((principal.name, name)) or self.get((SHARED, name))
 
-    def used(self, principal: Principal, name: str) -> Entry:
+    def require(self, principal: Principal, name: str) -> Entry:
         """Return what a name means to a principal, as `find`. Raises AdapterNotFound."""
         entry = self.find(principal, name)
         if entry is None:
             raise AdapterNotFound(name)
         return entry
 
-    def changed(self, principal: Principal, name: str) -> Entry:
+    def require_owned(self, principal: Principal, name: str) -> Entry:
         """Return the entry that a change of `name` by this principal is about.
 
         Raises:
             AdapterNotFound: nothing of that name. AdapterForbidden: it is shared, and it is no administrator's call.
         """
-        entry = self.used(principal, name)
+        entry = self.require(principal, name)
         check_owner(principal, entry.key)
         return entry
 

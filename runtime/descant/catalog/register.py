@@ -45,7 +45,7 @@ class Register:
             return before, after
 
     @asynccontextmanager
-    async def content_of(self, find: Callable[[], Key]) -> AsyncIterator[Key]:
+    async def turn_for(self, find: Callable[[], Key]) -> AsyncIterator[Key]:
         """Wait for one's turn to put new content under the name that `find` says, which may change while one waits.
 
         Slow changes of one name happen one after the other, in the order they came; other names are not held up.

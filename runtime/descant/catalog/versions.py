@@ -77,7 +77,7 @@ class Versions:
     # ---- getting one ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def working(self) -> Iterator[Lease]:
+    def temporary_lease(self) -> Iterator[Lease]:
         """Hold versions for a piece of work: a lease that ends with the block."""
         lease = self._leases.lease()
         try:
@@ -182,7 +182,7 @@ class Versions:
 
     # ---- letting go -----------------------------------------------------------------------------------------------
 
-    async def let_go(self, digest: str) -> None:
+    async def on_unnamed(self, digest: str) -> None:
         """A name no longer stands for the version: delete it, now or when its last use ends, unless another does."""
         async with self._deleting:
             if self._is_named(digest):
@@ -193,13 +193,13 @@ class Versions:
             await self._delete([digest])
         self._on_forget(digest)
 
-    async def freed(self, digest: str) -> None:
+    async def on_unused(self, digest: str) -> None:
         """The last use of the version has ended."""
         if digest in self._doomed:
             self._doomed.discard(digest)
-            await self.let_go(digest)
+            await self.on_unnamed(digest)
 
-    def failed(self, digest: str) -> None:
+    def on_damaged(self, digest: str) -> None:
         """The device could not read the version: it is made again before it is next given to anybody."""
         if digest in self._index:
             self._damaged.add(digest)
