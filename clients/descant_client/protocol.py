@@ -29,6 +29,7 @@ from descant_client.wire import (
     Strict,
     TokenId,
     Wire,
+    reason_and_path,
 )
 
 JSON_SUBPROTOCOL = "descant.v1.json"
@@ -301,8 +302,8 @@ def decode_client(frame: str | bytes) -> ClientMessage:
     try:
         return _JSON_CLIENT.decode(frame) if isinstance(frame, str) else _MSGPACK_CLIENT.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        reason, _, path = str(exc).partition(" - at `")
-        raise InvalidRequest(path.rstrip("`") or "frame", reason) from exc
+        reason, path = reason_and_path(exc)
+        raise InvalidRequest(path or "frame", reason) from exc
 
 
 def request_id_of(frame: str | bytes) -> str | None:

@@ -34,6 +34,12 @@ class ServerMessageBase(Wire, frozen=True, tag_field="type", tag=str.lower):
     """Base of the server's messages; the tag is the class name in lower case."""
 
 
+def reason_and_path(error: Exception) -> tuple[str, str]:
+    """Split msgspec's text of a decoding error into the reason and the path of the field, empty if there is none."""
+    reason, _, path = str(error).partition(" - at `")
+    return reason, path.rstrip("`")
+
+
 class WeightedAdapter(Strict, frozen=True, array_like=True):
     """A member of a weighted sum of adapters: `[adapter, weight]`."""
 

@@ -1,11 +1,11 @@
-"""The registry actor: names of adapters, and the versions they stand for.
+"""The registry actor: names of adapters, and the versions that they stand for.
 
 Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused. Asks: fetch, worker. Owns: the
-catalog, the store's index, what was prepared from where.
+catalog, the store's index, the versions that were prepared in this life.
 
-The journal belongs to the system, as its lock must outlast a crash of this actor: each life reads the names from it
-and finds the store as it is. Content is read once: a version stays what it is, whatever happens to the files it came
-from, until somebody loads it anew. How configured names fare over restarts is in `catalog.configured`.
+The journal belongs to the system, as its lock must outlast a crash of this actor. Each life reads the names from it and
+indexes the store. Content is read once: later changes of its files have no effect until a client loads it again.
+`catalog.configured` defines what happens to configured names at a restart.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ logger = logging.getLogger(__name__)
 
 
 class Registry(Actor[RegistryMessage]):
-    """Turns what a request names into one effective version, and changes what names stand for.
+    """Resolves the adapters of a request to one effective version, and carries out changes of adapters.
 
-    `on_pins` is called with all versions to be kept on the device whenever they change, and once at the start of each
-    life; `on_forget` with the digest of each version that no request will name again. Neither may wait.
+    `on_pins` is called with all versions to be kept on the device, at the start of each life and after each change.
+    `on_forget` is called with the digest of each version that no request can name any more. Neither may wait.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Registry(Actor[RegistryMessage]):
         self._pins: tuple[AdapterVersion, ...] | None = None
 
     async def on_start(self) -> None:
-        """Read the journal and look into the store."""
+        """Read the journal and index the store."""
         self._catalog = Catalog(await self._journal.entries())
         self._versions = Versions(
             fetch=self._fetch,
@@ -159,7 +159,7 @@ class Registry(Actor[RegistryMessage]):
     # ---- pins -----------------------------------------------------------------------------------------------------
 
     def _update_pins(self) -> None:
-        """Tell who keeps versions on the device, if it is something new. What is damaged has to be mended first."""
+        """Report the pinned versions if they have changed. Damaged ones are left out until they are made again."""
         pinned = [e for e in self._catalog.pinned() if e.version and self._versions.is_sound(e.version.digest)]
         pins = self._budget.fitting(pinned)
         if pins != self._pins:
@@ -167,9 +167,9 @@ class Registry(Actor[RegistryMessage]):
             self._on_pins(pins)
 
     async def _restore_pins(self) -> None:
-        """Prepare what is pinned and not in the store. What fails is not on the device until somebody uses it."""
+        """Prepare pinned versions that are not in the store. A failed one is off the device until a request uses it."""
         for pinned in self._catalog.pinned():
-            entry = self._catalog.get(pinned.key)  # as it is by now
+            entry = self._catalog.get(pinned.key)  # may have changed meanwhile
             if entry is None or not entry.is_pinned:
                 continue
             with self._versions.temporary_lease() as lease:

@@ -1,8 +1,7 @@
-"""Everything a client may do to an adapter: the members of `AdapterChange`, one by one.
+"""`Changes`: carries out each kind of `AdapterChange`.
 
-Changes of one name are made one after the other: those that take time wait for their turn, the others happen at once,
-between them. So `destroy` never waits for a `load` of the same name; what was being loaded is dropped, and its caller
-told that the name is not there any more.
+Slow changes of one name take turns. Quick ones happen at once, between them, so `destroy` never waits for a `load` of
+the same name. The loaded version is then dropped, and the caller of `load` gets AdapterNotFound.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ from descant_client.lifecycle import (
     UnpinAdapter,
 )
 
-EXPORT_TIMEOUT_S = 3000.0  # a merged checkpoint is as large as the base; less than a client waits for an operation
+EXPORT_TIMEOUT_S = 3000.0  # a merged checkpoint is as large as the base; below requests.change.OPERATION_TIMEOUT_S
 
 
 class Changes:
-    """Carries out changes, for one life of the registry. `configured` are the configuration's references by name."""
+    """Carries out changes, for one life of the registry. `configured` maps names to the configuration's references."""
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class Changes:
         return self._register.catalog
 
     async def carry_out(self, principal: Principal, change: AdapterChange) -> Entry | None:
-        """Do it, and return the adapter as it is now, None if it is destroyed.
+        """Carry out a change. Return the adapter's entry afterwards, None if it is destroyed.
 
         Raises:
             InvalidRequest, AdapterError, DeadlineExceeded: refused or failed; nothing has changed.
@@ -136,7 +135,7 @@ class Changes:
         return await self._contents.change(key, edit)
 
     def _new(self, key: Key, version: AdapterVersion, **content: Any) -> Entry:
-        """Return the entry of a name that is not there. A configured one has been destroyed: this takes its place."""
+        """Return the entry of a new name. If the name is configured, its adapter was destroyed and is replaced."""
         owner, name = key
         self._quota.check(key, version, self._catalog.owned(owner))
         configured = self._configured.get(name) if owner == SHARED else None
@@ -193,11 +192,11 @@ class Changes:
             return await self._versions.make(message, lease), found.sources
 
     async def _switch(self, key: Key, started: Entry | None, version: AdapterVersion, **content: Any) -> Entry | None:
-        """Put new content under a name that was `started` when the work on it began."""
+        """Put new content under a name. `started` is its entry from when the work began."""
 
         def edit(now: Entry | None) -> Entry:
             if now is None and started is not None:
-                raise AdapterNotFound(key[1])  # destroyed meanwhile; it is our turn, so nobody has made it again
+                raise AdapterNotFound(key[1])  # destroyed meanwhile; it cannot have been made again during this turn
             if now is None:
                 return self._new(key, version=version, **content)
             self._quota.check(key, version, self._catalog.owned(now.owner))
@@ -208,7 +207,7 @@ class Changes:
 
         return await self._contents.change(key, edit)
 
-    # ---- what a name says of itself -------------------------------------------------------------------------------
+    # ---- flags of a name --------------------------------------------------------------------------------
 
     async def _pin(self, principal: Principal, name: str) -> Entry | None:
         with self._versions.temporary_lease() as lease:

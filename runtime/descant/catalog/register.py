@@ -13,11 +13,11 @@ from descant.catalog.journal import Journal
 from descant_client.errors import AdapterNotFound
 
 Edit = Callable[[Entry | None], Entry | None]
-"""What becomes of an entry (None: of a name that is not there); None removes it. It may refuse by raising."""
+"""Returns the new entry for the current one (None: no such name). None removes it. May raise to refuse."""
 
 
 class Register:
-    """What is in the catalog is in the journal. Belongs to one life of the registry."""
+    """The catalog of one life of the registry, kept equal to the journal."""
 
     def __init__(self, catalog: Catalog, journal: Journal) -> None:
         self.catalog = catalog
@@ -26,12 +26,12 @@ class Register:
         self._making: dict[Key, tuple[anyio.Lock, list[None]]] = {}
 
     async def change(self, key: Key, edit: Edit) -> tuple[Entry | None, Entry | None]:
-        """Edit an entry, durably; return it as it was and as it is now. `edit` sees what every change before left.
+        """Edit an entry, durably, after all edits before it. Return the entry before and after.
 
         Raises:
-            InternalError: the journal could not be written, and nothing has changed. DescantError: what `edit` raised.
+            InternalError: the journal could not be written; nothing has changed. DescantError: raised by `edit`.
         """
-        async with self._writing:  # a write at a time: that is what the journal's thread does anyway
+        async with self._writing:  # one at a time, as on the journal's thread
             before = self.catalog.get(key)
             after = edit(before)
             if after == before:
@@ -46,13 +46,14 @@ class Register:
 
     @asynccontextmanager
     async def turn_for(self, find: Callable[[], Key]) -> AsyncIterator[Key]:
-        """Wait for one's turn to put new content under the name that `find` says, which may change while one waits.
+        """Wait for the turn of a slow change of one name, and yield its key.
 
-        Slow changes of one name happen one after the other, in the order they came; other names are not held up.
+        Slow changes of one name happen one after the other, in order of arrival; other names are not delayed. `find`
+        returns the key; it is called again after waiting, as the name may then mean another entry.
 
         Raises:
-            AdapterNotFound: the caller's own adapter is gone when its turn comes, and the name now means the shared
-            one, which nobody asked to change. Also what `find` raises.
+            AdapterNotFound: the caller's own adapter was destroyed meanwhile, so that the name means the shared one,
+            which this change is not for. Others as `find`.
         """
         is_own = False
         while True:

@@ -38,7 +38,7 @@ class CheckedRequest:
 
     @classmethod
     def of(cls, message: Generate, config: Config, received_s: float) -> Self:
-        """Check what the types on the wire cannot express, and resolve defaults.
+        """Check rules that the wire types cannot express, and resolve defaults.
 
         `received_s` is the time of arrival on the scheduler's clock (`time.monotonic`).
 

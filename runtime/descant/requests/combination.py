@@ -1,6 +1,6 @@
 """Checks of combinations of adapters, and the translation of LoRAX's `merged_adapters` into one.
 
-Only what the types on the wire cannot express is checked here. Checks that need the members' ranks are the worker's.
+These are the rules that the wire types cannot express. Rules about the members' ranks are checked by the worker.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _METHODS: Final[Mapping[str, Literal["total", "frequency"]]] = {"total": "total"
 
 
 def check_combination(combination: Combination, members: Sequence[WeightedAdapter]) -> None:
-    """Check that a type has what it needs and nothing that it would ignore, and that weights are finite.
+    """Check that a type has the fields it needs and none that it would ignore, and that weights are finite.
 
     Raises:
         InvalidRequest: naming the field.
