@@ -1,4 +1,4 @@
-"""What may be asked for when adapters are combined is checked before anybody works on it."""
+"""Combinations of adapters are checked before the worker gets them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY = get_args(CombinationType)
 
 
 def refused(combination: Combination) -> str | None:
-    """The field a combination is refused for."""
+    """Return the field for which a combination is refused."""
     try:
         check_combination(combination, ONE)
     except InvalidRequest as error:

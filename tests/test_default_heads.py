@@ -1,4 +1,4 @@
-"""The draft heads of the base by default: whose name it is, and how long nobody asks after a failure."""
+"""The default draft heads of the base: their name, and the pause after a failure."""
 
 from __future__ import annotations
 

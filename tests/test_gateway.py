@@ -1,4 +1,4 @@
-"""The listener and what happens around it: probes, draining, crashes of the server's own actors, the dummy engine."""
+"""The listener and its surroundings: probes, draining, crashes of the server's own actors, the dummy engine."""
 
 from __future__ import annotations
 
@@ -281,5 +281,5 @@ async def test_the_dummys_executor_has_not_loaded_torch(server: tuple[System, st
 
 
 def test_small_frames_are_sent_at_once() -> None:
-    with open_listener("127.0.0.1", 0) as listener:  # asyncio asks for it, of sockets that say they are TCP
+    with open_listener("127.0.0.1", 0) as listener:  # asyncio sets it on sockets that are marked as TCP
         assert listener.proto == socket.IPPROTO_TCP

@@ -1,4 +1,4 @@
-"""The dummy engine's registry: everything succeeds, and names are kept so that what was made can be found."""
+"""The dummy engine's registry: everything succeeds, and names that were made can be found."""
 
 from __future__ import annotations
 

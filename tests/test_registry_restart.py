@@ -1,4 +1,4 @@
-"""What the next server, and the next life of the registry, find: every name as it was, and the configuration's."""
+"""The next server, and the next life of the registry, find every name as it was, and the configured ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of the server fail, leave or change hands: every accepted request still ends, in its answer or one error."""
+"""Parts of the server fail, stop or restart: every accepted request still ends, in its answer or one error."""
 
 from __future__ import annotations
 

@@ -224,3 +224,14 @@ def test_a_table_is_busy_while_a_stream_runs_or_has_not_been_sent(table: Session
     assert table.is_busy
     stream.on_end_sent(1.0)
     assert not table.is_busy
+
+
+def test_the_end_of_a_connection_that_was_replaced_does_not_detach_the_session(session: Session) -> None:
+    older, newer = session.attach(), session.attach()
+
+    session.detach(older, 1.0)
+    assert session.detached_s is None
+    session.detach(newer, 2.0)
+    assert session.detached_s == 2.0
+    session.attach()
+    assert session.detached_s is None

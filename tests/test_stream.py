@@ -1,4 +1,4 @@
-"""A stream renders what its client has not got yet, from its sequences' own tokens."""
+"""A stream renders the tokens that its client has not received, from its sequences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 class Told:
-    """A stream with its sequences, and what it said."""
+    """A stream with its sequences, and the number of its changes."""
 
     def __init__(self, tokenizer: Tokenizer, n: int = 1, budget: int = 1000, stop: tuple[str, ...] = ()) -> None:
         self.num_changes = 0
@@ -39,7 +39,7 @@ class Told:
         self.num_changes += 1
 
     def say(self, text: str, choice: int = 0) -> bool:
-        """Give a choice the tokens of a text; return whether there was room."""
+        """Append the tokens of a text to a choice. Return whether there was room."""
         self.sequences[choice].output_ids += text.encode()
         return self.stream.put(self.sequences[choice], len(text.encode()))
 
@@ -48,7 +48,7 @@ class Told:
         self.stream.end(self.sequences[choice])
 
     def rendered(self) -> list[object]:
-        """Everything the stream has to say now."""
+        """Return all messages that the stream renders now."""
         messages: list[object] = []
         while part := self.stream.render():
             messages += part
