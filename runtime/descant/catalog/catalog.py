@@ -7,7 +7,7 @@ the shared one. Only an administrator may change shared adapters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from descant.catalog.entry import SHARED, Entry, Key
@@ -100,7 +100,7 @@ class Catalog:
         """Position of the next new name."""
         return self._next_position
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Entry]:
         return chain.from_iterable(names.values() for names in self._entries.values())
 
     def __len__(self) -> int:

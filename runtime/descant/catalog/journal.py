@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -113,7 +113,7 @@ class JournalFile:
         self.entries()  # every row can be read
 
     @contextlib.contextmanager
-    def _refusing(self):
+    def _refusing(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.OperationalError as exc:

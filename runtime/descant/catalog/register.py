@@ -23,7 +23,7 @@ class Register:
         self.catalog = catalog
         self._journal = journal
         self._writing = anyio.Lock()
-        self._making: dict[Key, tuple[anyio.Lock, list[None]]] = {}
+        self._turns: dict[Key, _Turn] = {}  # of slow changes, running or waiting
 
     async def change(self, key: Key, edit: Edit) -> tuple[Entry | None, Entry | None]:
         """Edit an entry, durably, after all edits before it. Return the entry before and after.
@@ -68,12 +68,18 @@ class Register:
 
     @asynccontextmanager
     async def _turn(self, key: Key) -> AsyncIterator[None]:
-        lock, waiting = self._making.setdefault(key, (anyio.Lock(), []))
-        waiting.append(None)
+        turn = self._turns.setdefault(key, _Turn())
+        turn.num_users += 1
         try:
-            async with lock:
+            async with turn.lock:
                 yield
         finally:
-            waiting.pop()
-            if not waiting:
-                del self._making[key]
+            turn.num_users -= 1
+            if not turn.num_users:
+                del self._turns[key]
+
+
+class _Turn:
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.num_users = 0  # running or waiting

@@ -21,7 +21,7 @@ from descant_client.protocol import ModelInfo
 
 
 class ModelState:
-    """State of the base model and of the executor's current life."""
+    """State of the base model and of the executor over its lives."""
 
     def __init__(self, model_id: str) -> None:
         self.id = model_id
