@@ -31,7 +31,7 @@ def digest_of(number: int) -> str:
 
 
 class FakeCatalog:
-    """Adapters by name; every change of content makes a new digest."""
+    """Adapters by name. Every change of content makes a new digest."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._adapters = {name: AdapterInfo(name, "local") for name in names}

@@ -29,7 +29,7 @@ from descant_client.wire import (
     Strict,
     TokenId,
     Wire,
-    split_validation_error,
+    reason_and_path,
 )
 
 JSON_SUBPROTOCOL = "descant.v1.json"
@@ -303,7 +303,7 @@ def decode_client(frame: str | bytes) -> ClientMessage:
     try:
         return _JSON_CLIENT.decode(frame) if isinstance(frame, str) else _MSGPACK_CLIENT.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        reason, path = split_validation_error(exc)
+        reason, path = reason_and_path(exc)
         raise InvalidRequest(path or "frame", reason) from exc
 
 

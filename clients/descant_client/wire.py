@@ -34,14 +34,14 @@ class ServerMessageBase(Wire, frozen=True, tag_field="type", tag=str.lower):
     """Base of the server's messages; the tag is the class name in lower case."""
 
 
+def reason_and_path(error: Exception) -> tuple[str, str]:
+    """Split msgspec's text of a decoding error into the reason and the path of the field, empty if there is none."""
+    reason, _, path = str(error).partition(" - at `")
+    return reason, path.rstrip("`")
+
+
 class WeightedAdapter(Strict, frozen=True, array_like=True):
     """A member of a weighted sum of adapters: `[adapter, weight]`."""
 
     adapter: str
     weight: float
-
-
-def split_validation_error(exc: Exception) -> tuple[str, str]:
-    """Return the reason and the path in the text of a msgspec error, "REASON - at `PATH`". The path may be empty."""
-    reason, _, path = str(exc).partition(" - at `")
-    return reason, path.rstrip("`")
