@@ -1,10 +1,9 @@
 """Actors: one object, one bounded mailbox, one message at a time.
 
-What one writes and what one holds: `Actor` and `Ref`. The loop between them, and what becomes of exceptions, is
-in `cell`; who starts an actor, and starts it again, in `supervision`; an actor in a child process in `remote`.
+An actor is a subclass of `Actor`. Other actors hold its `Ref`, which stays valid over restarts. The mailbox loop and
+the handling of exceptions are in `cell`, start and restart in `supervision`, actors in child processes in `remote`.
 
-An actor is a subclass of `Actor`; everybody else holds its `Ref`, which stays valid over restarts. All of it
-runs on one event loop: a `Ref` may not be used from another thread.
+All actors run on one event loop. A `Ref` may not be used from another thread.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ MessageT = TypeVar("MessageT")
 
 
 class Later:
-    """What `Actor.later` returns: the reply comes when `work` is done."""
+    """The result of `Actor.later`: the reply is sent when `work` is done."""
 
     __slots__ = ("work",)
 
@@ -36,7 +35,7 @@ class Actor(Generic[MessageT]):
     State that must outlive a crash belongs to the system and is passed in by the supervisor's factory.
     """
 
-    # A life that proved useful clears the record of crashes before it, and its own end does not count.
+    # Whether this life clears the record of earlier crashes. Its own end does not count then.
     is_productive = False
     # Whether messages still queued at a crash go to the next life; if not, their asks get ActorFailed.
     keeps_mailbox = True
@@ -48,10 +47,10 @@ class Actor(Generic[MessageT]):
     _tasks: TaskGroup
 
     async def on_start(self) -> None:
-        """Run before the first message; messages wait. A typed refusal (no ActorError) is not retried."""
+        """Run before the first message. A DescantError other than an ActorError is a refusal: no restart follows."""
 
     async def on_receive(self, message: MessageT) -> Any:
-        """Handle one message; what is returned (or `self.later(...)`) answers the ask."""
+        """Handle one message. Return the reply to an ask, or `self.later(...)`."""
         raise NotImplementedError
 
     async def on_stop(self) -> None:
@@ -61,24 +60,29 @@ class Actor(Generic[MessageT]):
         """
 
     def later(self, work: Coroutine[Any, Any, Any] | Reply) -> Later:
-        """Let `work` answer the ask, so that the next message need not wait for it.
+        """Return a value for `on_receive` to return: `work` answers the ask while the next messages are handled.
 
-        To be returned from `on_receive`. A coroutine runs as a task of this life; a future is only listened to.
+        A coroutine runs as a task of this life. A future is only awaited.
         """
         return Later(work)
 
     def start_soon(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
-        """Run a task of this life beside the mailbox: cancelled when the life ends, ending it if it raises."""
+        """Run a task beside the mailbox. It is cancelled when this life ends; an exception in it ends this life."""
         self._tasks.start_soon(function, *args)
 
     @property
     def is_asked(self) -> bool:
-        """Whether somebody waits for the reply to the message in hand."""
+        """Whether the current message is an ask."""
         return self._address.handling is not None
 
     @property
+    def is_abandoned(self) -> bool:
+        """Whether the sender of the current ask no longer waits: it was cancelled, or its deadline has passed."""
+        return self._address.handling is not None and self._address.handling.done()
+
+    @property
     def is_stopping(self) -> bool:
-        """Whether somebody asked this actor to stop for good."""
+        """Whether this actor was requested to stop."""
         return self._address.is_stopping
 
     def begin(self, ref: Ref[MessageT], address: Address, tasks: TaskGroup) -> None:

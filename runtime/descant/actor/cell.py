@@ -1,6 +1,6 @@
-"""The lives of one actor: the mailbox loop, what becomes of exceptions, and every reply answered.
+"""The lives of one actor: the mailbox loop, the handling of exceptions, and an answer to every ask.
 
-A `Cell` outlives the actor objects it runs, one after the other; `supervision` says when and how often.
+A `Cell` runs actor objects one after the other. `supervision` decides when and how often.
 
     raised by                    an ask's handler or `later`        a tell's handler or `later`
     a DescantError               is the asker's reply               is logged
@@ -32,7 +32,7 @@ from descant_client.task_groups import first_leaf
 
 logger = logging.getLogger(__name__)
 
-# Messages handled in a row before the loop gets a turn, when no handler waits for anything.
+# Messages handled in a row before other tasks get a turn, if no handler awaits anything.
 BATCH_SIZE = 64
 
 
@@ -45,7 +45,7 @@ class Cell:
         self._owed: set[Reply] = set()  # replies owed by `later`
 
     async def live(self, factory: Callable[[], Actor[Any]]) -> Exception | None:
-        """Run one life. Return None after a stop, else what it died of; every reply it owed is answered."""
+        """Run one life. Return None after a stop, else the exception that ended it. Every owed reply is answered."""
         address = self.address
         address.num_lives += 1
         address.is_up, address.actor = False, None
@@ -58,9 +58,9 @@ class Cell:
                 await self._run(actor)
                 tasks.cancel_scope.cancel()
             return None
-        except Exception as exc:  # noqa: BLE001 - a life may end of anything; the supervisor decides
+        except Exception as exc:  # noqa: BLE001 - the supervisor decides
             failure = first_leaf(exc)
-            assert isinstance(failure, Exception), "a group of Exceptions holds nothing else"
+            assert isinstance(failure, Exception), "a group of Exceptions holds Exceptions only"
             address.num_failures += 1
             make_error = partial(failure_of, address.name, failure)
             if address.actor is not None and not address.actor.keeps_mailbox:
@@ -130,7 +130,7 @@ class Cell:
         else:
             if reply is not None and not reply.done():
                 reply.set_result(result)
-        if reply is not None:  # a cancelled task leaves the reply to the end of this life
+        if reply is not None:  # after a cancellation, the end of this life answers
             self._owed.discard(reply)
 
     def _settle_from(self, reply: Reply | None, message: Any, work: Reply) -> None:
@@ -161,7 +161,7 @@ class Cell:
 
 
 def failure_of(name: str, failure: BaseException) -> ActorFailed:
-    """Return the ActorFailed that askers of `name` get; one that `name` itself raised keeps its data."""
+    """Return the ActorFailed for askers of `name`. An ActorFailed that `name` itself raised keeps its data."""
     if isinstance(failure, ActorFailed) and failure.actor == name:
         return ActorFailed(**failure.data())
     return ActorFailed(name, f"{type(failure).__name__}: {failure}")

@@ -16,16 +16,19 @@ MessageT = TypeVar("MessageT")
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """What to run, and what comes back from it."""
+    """The program of a remote actor: its factory and the types of its answers."""
 
     factory: str  # "module:function" of type remote_child.Factory
-    config: bytes = b""  # handed to the factory
+    config: bytes = b""  # argument of the factory
     replies: Any  # the closed union of its replies
-    notices: Any = None  # the closed union of what it sends up unasked
+    notices: Any = None  # the closed union of its notices: messages up that answer no ask
 
 
 class Remote(Generic[MessageT]):
-    """The owner's handle on a remote actor, over all its lives. Others get its `ref` only."""
+    """The owner's handle on a remote actor over all its lives. Other actors get its `ref` only.
+
+    A new `program` is used from the next life on.
+    """
 
     def __init__(self, name: str, program: Program) -> None:
         self.name = name
@@ -64,9 +67,9 @@ class Watchers(msgspec.Struct, frozen=True):
 
 
 class Endpoint(Actor[Any]):
-    """What both placements share: who is told of a life's beginning and end."""
+    """Base of both placements: reports the beginning and the end of a life to the watchers."""
 
-    keeps_mailbox = False  # what was sent to a life that ended is not for the next one
+    keeps_mailbox = False  # messages to a life that ended are not for the next one
 
     def __init__(self, remote: Remote[Any], watchers: Watchers) -> None:
         self.is_up = False
@@ -94,7 +97,7 @@ class Endpoint(Actor[Any]):
 
 
 class Placement(Protocol):
-    """Where the lives of a remote actor run."""
+    """The place where a remote actor runs: a child process, or this event loop."""
 
     def endpoint(self, remote: Remote[Any], watchers: Watchers) -> Endpoint:
         """Return the endpoint of the next life."""

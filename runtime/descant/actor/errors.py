@@ -6,7 +6,7 @@ from descant_client.errors import DescantError
 
 
 class ActorError(DescantError):
-    """Base of what can go wrong between two actors; never sent to a client as it is."""
+    """Base of the errors between actors. Never sent to a client as it is."""
 
     actor: str
 
@@ -16,14 +16,14 @@ class ActorError(DescantError):
 
 
 class ActorStopped(ActorError):
-    """The actor stopped, or was stopped before the message was handled."""
+    """The actor has stopped, or stopped before it handled the message."""
 
     code = "actor_stopped"
     sentence = "Actor {actor} has stopped."
 
 
 class ActorFailed(ActorError):
-    """The actor crashed while it owed the reply; `exit_status` and `signal` are set if it was a process."""
+    """The actor crashed before it replied. `exit_status` or `signal` is set for a process whose end was observed."""
 
     reason: str
     exit_status: int | None = None
@@ -34,7 +34,7 @@ class ActorFailed(ActorError):
 
 
 class AskTimeout(ActorError):
-    """No reply before the asker's deadline; the message may still be handled."""
+    """No reply before the deadline of the ask. The message may still be handled."""
 
     message: str
     timeout_s: float
@@ -45,7 +45,7 @@ class AskTimeout(ActorError):
 
 
 class MailboxFull(ActorError):
-    """The mailbox is full and the sender may not wait."""
+    """The mailbox is full and the sender does not wait."""
 
     size: int
 
@@ -54,7 +54,7 @@ class MailboxFull(ActorError):
 
 
 class Escalated(ActorError):
-    """An actor crashed too often, or refused to start; it will not be started again."""
+    """An actor crashed too often or refused to start. It is not started again."""
 
     reason: str
 

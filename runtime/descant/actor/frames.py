@@ -18,7 +18,7 @@ HEADER = struct.Struct("<I")
 
 
 class Kind(enum.IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     START = 0
     ASK = 1
@@ -32,7 +32,7 @@ class Kind(enum.IntEnum):
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
-    """One frame; `payload` is decoded when its kind is known."""
+    """One frame. `payload` is decoded once its kind is known."""
 
     kind: Kind
     ask_id: int
@@ -48,7 +48,7 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A DescantError on its way to the parent; ask_id 0 is the refusal to start."""
+    """A DescantError on its way to the parent; ask_id 0 marks the refusal to start."""
 
     code: str
     message: str
@@ -63,7 +63,7 @@ def encode_frame(kind: Kind, ask_id: int, payload: Any) -> bytearray:
     """Return header and body of one frame.
 
     Raises:
-        TypeError: the payload holds something that msgpack has no form for.
+        TypeError: the payload holds a value that msgpack cannot encode.
     """
     frame = bytearray(HEADER.size)
     _encoder.encode_into((kind, ask_id, payload), frame, HEADER.size)

@@ -48,5 +48,5 @@ class InlineEndpoint(Endpoint):
 
 
 def _copy(value: Any, kind: Any) -> Any:
-    """Return what the other side of a socket would get."""
+    """Return the value as the other side of a socket would decode it."""
     return msgspec.msgpack.decode(msgspec.msgpack.encode(value), type=kind)

@@ -1,7 +1,7 @@
-"""The launcher actor: one launcher process, and `Launching`, the way of starting children that uses it.
+"""`Launching` starts children by a fork of a launcher process, which the `Launcher` actor owns.
 
-A child that is forked has nothing to import, so it is there in milliseconds. Each life of the actor is one launcher
-process. When it dies, the children live on; the next start waits for its successor, or starts from nothing if there is
+A forked child has nothing to import, so it starts in milliseconds. Each life of the actor is one launcher process. When
+the process dies, its children continue. The next child waits for the next launcher, or starts from nothing if there is
 none.
 """
 
@@ -38,7 +38,7 @@ def can_fork() -> bool:
 
 
 class ForkedChild:
-    """A child of the launcher process. Its pidfd says when it ends, the launcher how."""
+    """A child of the launcher process. Its pidfd signals its end, the launcher reports its exit status."""
 
     def __init__(self, pid: int, pidfd: int) -> None:
         self.pid = pid
@@ -82,7 +82,7 @@ class Launch(Ask[ForkedChild], frozen=True):
 class Launcher(Actor[Launch]):
     """Owns a launcher process that has imported `modules`."""
 
-    keeps_mailbox = False  # a start that was asked of a dead launcher is made from nothing
+    keeps_mailbox = False  # when a launcher dies, the children asked of it start from nothing
 
     def __init__(self, modules: Sequence[str]) -> None:
         self._modules = modules
@@ -116,6 +116,8 @@ class Launcher(Actor[Launch]):
     async def on_receive(self, message: Launch) -> Later:
         """Ask the process for a fork."""
         assert self._control is not None, "a message before on_start"
+        if self.is_abandoned:  # the descriptors may have been closed, and their numbers used again
+            raise ActorFailed(self.ref.name, "the start was given up")
         self._num_forks += 1
         packet = msgspec.msgpack.encode(Fork(self._num_forks, message.factory))
         try:

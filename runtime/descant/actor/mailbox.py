@@ -16,7 +16,7 @@ Envelope = tuple[Any, Reply | None]  # a message, and the future of the ask it c
 class Mailbox:
     """A bounded queue of (message, reply or None) in order of arrival, with one taker.
 
-    Who finds it full waits in `overflow`, in order, and is moved in by the taker: nobody overtakes.
+    Senders that find it full wait in `overflow`. The taker moves them in, so that the order of arrival is kept.
     """
 
     __slots__ = ("closed", "high_water", "overflow", "queue", "size", "waker")
@@ -27,11 +27,11 @@ class Mailbox:
         # Senders waiting for room: their message, and the future that tells them it is in (asks have none).
         self.overflow: deque[tuple[Envelope, asyncio.Future[None] | None]] = deque()
         self.high_water = 0
-        self.waker: asyncio.Future[None] | None = None  # what the taker waits on
-        self.closed: Callable[[], DescantError] | None = None  # makes the error every sender gets
+        self.waker: asyncio.Future[None] | None = None  # awaited by the taker
+        self.closed: Callable[[], DescantError] | None = None  # makes the error of every later sender
 
     def offer(self, envelope: Envelope) -> bool:
-        """Append if there is room; raise what the mailbox was closed with."""
+        """Append if there is room and return whether there was. Raise the error that the mailbox was closed with."""
         queue = self.queue
         if self.closed is not None:
             raise self.closed()
@@ -48,7 +48,7 @@ class Mailbox:
             waker.set_result(None)
 
     def take(self) -> Envelope:
-        """Remove the first message and let the first waiting sender in. Never call it on an empty queue."""
+        """Remove the first message and let the first waiting sender in. The queue must not be empty."""
         depth = len(self.queue)
         if depth > self.high_water:
             self.high_water = depth
@@ -61,18 +61,18 @@ class Mailbox:
         while self.overflow and len(self.queue) < self.size:
             envelope, room = self.overflow.popleft()
             waiting = room if room is not None else envelope[1]
-            if waiting is None or waiting.done():  # gave up in this very turn of the loop
+            if waiting is None or waiting.done():  # cancelled in this turn of the loop
                 continue
             self.queue.append(envelope)
             if room is not None:
                 room.set_result(None)
 
     def forget(self, envelope: Envelope) -> None:
-        """Drop a sender that gave up while it waited for room."""
+        """Drop a sender that was cancelled while it waited for room."""
         self.overflow = deque(entry for entry in self.overflow if entry[0] is not envelope)
 
     def flush(self, make_error: Callable[[], DescantError]) -> None:
-        """Empty it: every queued ask and every waiting sender gets the error; queued tells are lost."""
+        """Empty the mailbox. Queued asks and waiting senders get the error; queued tells are lost."""
         waiting = [reply for _, reply in self.queue]
         for (_, reply), room in self.overflow:
             waiting += (reply, room)

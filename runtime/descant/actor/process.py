@@ -18,13 +18,13 @@ from descant.actor.endpoint import Endpoint, Remote, Watchers
 from descant.actor.frames import HEADER, Frame, Kind, Refusal, Start, decode_frame, encode_frame
 from descant_client.errors import DescantError, InternalError, from_wire
 
-READ_LIMIT = 1 << 20  # bytes that the reader buffers before it lets the child wait
+READ_LIMIT = 1 << 20  # bytes that the reader buffers before the child has to wait
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """The process is killed when it answers no beat for `allowance_s` seconds.
 
-    Missed beats are counted, not time: a stall of this side counts as one.
+    Missed beats are counted, not time, so a stall of the parent counts as one.
     """
 
     interval_s: float = 1.0
@@ -38,7 +38,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
 class InProcess(msgspec.Struct, frozen=True, kw_only=True):
     """Placement: each life of the remote actor is a child process.
 
-    `exit_grace_s` is the time for the message in hand and `Handler.close` at a stop, before SIGKILL.
+    At a stop, the current message and `Handler.close` have `exit_grace_s` seconds before SIGKILL.
     """
 
     start_child: StartChild = execute
@@ -60,7 +60,7 @@ class ProcessEndpoint(Endpoint):
         self._heartbeat = placement.heartbeat
         self._exit_grace_s = placement.exit_grace_s
         self._started = anyio.Event()
-        self._last_words: str | None = None  # why it dies, if anybody said so
+        self._last_words: str | None = None  # the cause of death, if the child or the heartbeat reported one
         self._asks: dict[int, asyncio.Future[Any]] = {}
         self._num_asks = 0
         self._decode_reply = msgspec.msgpack.Decoder(remote.program.replies).decode
@@ -85,7 +85,7 @@ class ProcessEndpoint(Endpoint):
         self._num_asks += 1
         try:
             frame = encode_frame(Kind.ASK, self._num_asks, message)
-        except (TypeError, ValueError, OverflowError) as exc:  # this message is at fault, and nobody else's
+        except (TypeError, ValueError, OverflowError) as exc:  # only this message fails
             raise InternalError(f"{type(message).__name__} cannot be sent to the {self._remote.name}: {exc}") from exc
         reply = self._asks[self._num_asks] = asyncio.get_running_loop().create_future()
         await self._send(frame)
@@ -160,7 +160,7 @@ class ProcessEndpoint(Endpoint):
                 raise ValueError(f"unexpected frame {frame.kind!r}")
 
     async def _watch(self) -> None:
-        """Send a beat every interval; kill the process when it misses too many in a row."""
+        """Send a beat every interval. Kill the process when it misses too many in a row."""
         loop = asyncio.get_running_loop()
         missed = 0
         while missed < self._heartbeat.max_missed:
@@ -169,7 +169,7 @@ class ProcessEndpoint(Endpoint):
                 try:
                     await loop.sock_sendall(self._pulse, b".")
                     if not await loop.sock_recv(self._pulse, 64):
-                        return  # it is dead: the reader reports
+                        return  # it has ended: the reader reports
                 except ConnectionError:
                     return
                 missed = 0

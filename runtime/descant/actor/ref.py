@@ -1,4 +1,4 @@
-"""`Ref`: how everybody else addresses an actor."""
+"""`Ref`: the address of an actor, held by its senders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SentT = TypeVar("SentT", contravariant=True)
 
 
 class Ref(Generic[SentT]):
-    """The address of an actor. All its methods belong to the event loop's thread."""
+    """The address of an actor. Call its methods in the event loop's thread only."""
 
     __slots__ = ("_address", "_mailbox", "name")
 
@@ -26,10 +26,10 @@ class Ref(Generic[SentT]):
         self._mailbox = address.mailbox
 
     async def tell(self, message: SentT) -> None:
-        """Send one way; wait while the mailbox is full.
+        """Send one way. Wait while the mailbox is full.
 
-        Cancellation while waiting: the message is not delivered. An actor that tells itself must use
-        `tell_nowait`, or it may wait for itself.
+        If cancelled while waiting, the message is not delivered. An actor that tells itself must use `tell_nowait`;
+        `tell` could wait for ever.
 
         Raises:
             ActorStopped: the actor has stopped.
@@ -50,7 +50,7 @@ class Ref(Generic[SentT]):
         """Send one way without waiting.
 
         Raises:
-            MailboxFull: there is no room; the message is not delivered.
+            MailboxFull: the message is not delivered.
             ActorStopped: the actor has stopped.
         """
         if not self._mailbox.offer((message, None)):
@@ -59,13 +59,13 @@ class Ref(Generic[SentT]):
     async def ask(self, message: Ask[ReplyT], *, timeout: float) -> ReplyT:
         """Send and return the reply. Waiting for room in the mailbox counts against the deadline.
 
-        Cancelling is safe: if the message was accepted it is handled, and its reply is dropped.
+        Cancelling is safe: an accepted message is handled, and its reply is dropped.
 
         Raises:
             AskTimeout: no reply within `timeout` seconds.
             ActorFailed: the actor crashed while handling this message.
-            ActorStopped: the actor has stopped, or stopped first.
-            DescantError: whatever the handler refused with.
+            ActorStopped: the actor has stopped, or stopped before it handled the message.
+            DescantError: the refusal of the handler.
         """
         loop = asyncio.get_running_loop()
         reply: Reply = loop.create_future()
@@ -88,11 +88,11 @@ class Ref(Generic[SentT]):
             reply.set_exception(AskTimeout(self.name, type(message).__name__, timeout_s))
 
     async def stop(self, *, timeout: float = 10.0) -> None:
-        """Stop the actor for good, after the message in hand, and return when it has stopped.
+        """Stop the actor after its current message, and return when it has stopped.
 
-        Asks in the mailbox are answered with ActorStopped. After `timeout` seconds the life is cancelled. An
-        actor that is still starting is cancelled at once. Stopping twice is fine; an actor that stops itself
-        uses `request_stop`.
+        Asks in the mailbox are answered with ActorStopped. After `timeout` seconds the life is cancelled; an actor
+        that is still starting is cancelled at once. May be called twice. An actor that stops itself uses
+        `request_stop`.
         """
         self.request_stop()
         with anyio.move_on_after(timeout):
@@ -107,9 +107,9 @@ class Ref(Generic[SentT]):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the actor is gone for good."""
+        """Whether the actor has stopped, or was given up."""
         return self._mailbox.closed is not None
 
     def stats(self) -> ActorStats:
-        """Return the counters of now."""
+        """Return the current counters."""
         return self._address.stats()

@@ -1,7 +1,7 @@
 """An actor in a child process behind an ordinary `Ref`.
 
-The parent's side: an actor (the endpoint) that owns the process. Each of its lives is one process; crash,
-restart and escalation are those of any actor under a `Supervisor`. The frames are in `frames`.
+The parent's side is an actor, the endpoint, that owns the process. Each of its lives is one process. Crash, restart
+and escalation are those of any actor under a `Supervisor`. The frames are in `frames`.
 
     starting    from spawn, or from the death of the process before, until the factory returned: messages queue
     up          messages go out at once, in order; the process handles them in order
@@ -9,7 +9,7 @@ restart and escalation are those of any actor under a `Supervisor`. The frames a
                 `signal`; tells it had not handled are lost. The next life is `starting` right away
     given up    too many unproductive lives in a row, or a refusal to start: every ask gets ActorFailed
 
-A death is noticed by the end of file of its socket, at once; a hang by its missing heartbeats, and killed.
+The end of file of the socket reports a death at once. A process that answers no heartbeat is killed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def spawn_remote(
     restarts: RestartPolicy = RestartPolicy(max_restarts=5, within_s=math.inf),  # noqa: B008 - frozen
     mailbox_size: int = 1024,
 ) -> Remote[Any]:
-    """Start a remote actor and return its handle at once; messages wait until it is up.
+    """Start a remote actor and return its handle at once. Messages wait until it is up.
 
-    The callbacks run on the loop and may not wait (`tell_nowait`, set an event); one that raises ends the life.
+    The callbacks run on the event loop and may not block. An exception in a callback ends the life.
 
     Args:
-        on_up: called with the number of the life (from 1) when its factory has returned.
-        on_down: called with the reason when a life ended other than by a stop, up or not.
-        on_notice: called with each notice the process sends up, from the start of its factory on.
+        on_up: called with the number of the life, from 1, when its factory has returned.
+        on_down: called with the reason when a life ended, unless it was stopped.
+        on_notice: called with each notice of the process, from the start of its factory on.
         placement: `InProcess`, or `Inline` for tests.
         restarts: by default, counts only consecutive lives that were not marked productive.
     """

@@ -2,15 +2,15 @@
 
     python -m descant.actor.remote_child MODULE:FACTORY FD PULSE_FD
 
-FD is one end of a stream socket.
-PULSE_FD is one end of a second socket: every byte that comes is sent back by a thread of its own, while the main
-thread works; at its end of file the parent is gone and the process exits at once, whatever it is doing.
+FD is one end of a stream socket for frames. PULSE_FD is one end of a second socket: a thread sends every byte back
+while the main thread works. At its end of file the parent is gone, and the process exits at once.
 
-The factory is `FACTORY(config, notify) -> Handler`: it may take its time (imports, weights). Both it and
-`Handler.handle` run on the main thread; handling goes in order of arrival. Only messages of the types a handler lists
-in `beside` are handled on other threads, while the main thread goes on, and answered whenever they are done. What is
-handled with a `Later` is answered once that is ready, in order; meanwhile the main thread handles what comes next. A
-DescantError of the factory is the refusal to start, one of the handler is the reply; any other exception, on whatever
+The factory is `FACTORY(config, notify) -> Handler` and may take long (imports, weights). The factory and
+`Handler.handle` run on the main thread; messages are handled in order of arrival. Messages of the types in
+`Handler.beside` are handled on side threads, several at a time. A message that is answered with a `Later` is answered
+once that is ready, in order; meanwhile the main thread handles the next messages.
+
+A DescantError of the factory is the refusal to start, one of the handler is the reply. Any other exception, on any
 thread, ends the process.
 """
 
@@ -40,9 +40,9 @@ NUM_SIDE_THREADS = 12  # messages handled beside the main thread at once; more w
 
 
 class Later(NamedTuple):
-    """A reply that takes its time. `wait` is called on another thread, and then `reply` on the main thread returns it.
+    """A delayed reply. `wait` blocks another thread until it is ready, then `reply` returns it on the main thread.
 
-    Only the oldest of those a handler owes is waited for.
+    Only the oldest delayed reply is waited for.
     """
 
     wait: Callable[[], None]
@@ -50,10 +50,10 @@ class Later(NamedTuple):
 
 
 class Handler(Protocol):
-    """What a factory returns: a synchronous actor."""
+    """A synchronous message handler, made by the factory of a child process."""
 
-    # The closed union of messages it takes. A handler may also have `beside: tuple[type, ...]`: those of them that
-    # `handle` takes on any thread, several at a time.
+    # The closed union of its messages. A handler may also have `beside: tuple[type, ...]`, the message types that
+    # `handle` accepts on any thread, several at a time.
     messages: Any
 
     def handle(self, message: Any) -> Any:
@@ -61,17 +61,17 @@ class Handler(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of everything; called at an orderly stop."""
+        """Release all resources. Called at an orderly stop."""
         ...
 
 
-# Sends a Struct of the notice union up to the parent; any thread may call it.
+# Sends a Struct of the notice union to the parent. Any thread may call it.
 Notify = Callable[[Any], None]
 Factory = Callable[[bytes, Notify], Handler]
 
 
 class Uplink:
-    """The socket to the parent: frames in for the main thread, frames out from any thread."""
+    """The socket to the parent. One thread receives frames; any thread sends them."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -106,7 +106,7 @@ class Uplink:
 
 
 def serve(uplink: Uplink, factory: Factory) -> None:
-    """Make the handler and let it handle messages until STOP or end of file."""
+    """Make the handler and pass it messages until STOP or end of file."""
     start = _receive_start(uplink)
     _name_process(start.name)
     logging.basicConfig(level=start.log_level, format=f"%(asctime)s {start.name} %(levelname)s %(name)s: %(message)s")
@@ -138,7 +138,7 @@ def _name_process(name: str) -> None:
 
 
 class _Ready(NamedTuple):
-    """The oldest of the replies that take their time is there."""
+    """The oldest delayed reply is ready."""
 
 
 _Item = tuple[Frame, Any] | _Ready | Exception | None  # None: no message will follow
@@ -164,7 +164,7 @@ def _handle_messages(uplink: Uplink, handler: Handler) -> None:
 
 
 def _read(uplink: Uplink, handler: Handler, inbox: queue.SimpleQueue[_Item]) -> None:
-    """Sort what comes, so that what is handled beside the main thread does not wait for it."""
+    """Pass each message to the side threads or to the main thread."""
     decode = msgspec.msgpack.Decoder(handler.messages).decode
     side = _SideThreads(uplink, handler)
     beside: tuple[type, ...] = getattr(handler, "beside", ())
@@ -181,7 +181,7 @@ def _read(uplink: Uplink, handler: Handler, inbox: queue.SimpleQueue[_Item]) -> 
 
 
 def _answer(uplink: Uplink, frame: Frame, message: Any, make_reply: Callable[[], Any]) -> Later | None:
-    """Answer a message with what `make_reply` returns or refuses with; return that instead if it is a `Later`."""
+    """Answer a message with the result or the refusal of `make_reply`. Return a `Later` in place of answering."""
     try:
         reply = make_reply()
     except DescantError as error:
@@ -198,7 +198,7 @@ def _answer(uplink: Uplink, frame: Frame, message: Any, make_reply: Callable[[],
 
 
 class _Owed:
-    """The replies that take their time, and the thread that waits for the oldest."""
+    """The delayed replies, and the thread that waits for the oldest."""
 
     def __init__(self, uplink: Uplink, inbox: queue.SimpleQueue[_Item]) -> None:
         self._uplink = uplink
@@ -211,7 +211,7 @@ class _Owed:
         return len(self._replies)
 
     def add(self, frame: Frame, message: Any, later: Later) -> None:
-        """A message will be answered later."""
+        """Register the delayed reply to a message."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._wait, name="later", daemon=True)
             self._thread.start()
@@ -220,7 +220,7 @@ class _Owed:
             self._waits.put(later.wait)
 
     def answer(self) -> None:
-        """Answer the oldest message, and wait for the next."""
+        """Answer the oldest message and begin to wait for the next."""
         frame, message, later = self._replies.popleft()
         _answer(self._uplink, frame, message, later.reply)
         if self._replies:
@@ -236,7 +236,7 @@ class _Owed:
 
 
 class _SideThreads:
-    """Daemons, started as they are needed: the process ends without waiting for what they are doing."""
+    """Daemon threads, started on demand. The process ends without waiting for them."""
 
     def __init__(self, uplink: Uplink, handler: Handler) -> None:
         self._uplink = uplink
@@ -246,7 +246,7 @@ class _SideThreads:
         self._num_threads = 0
 
     def handle(self, frame: Frame, message: Any) -> None:
-        """Let a thread handle a message; one thread calls this."""
+        """Pass a message to a side thread. Called by one thread only."""
         self._work.put((frame, message))
         if not self._num_idle.acquire(blocking=False) and self._num_threads < NUM_SIDE_THREADS:
             self._num_threads += 1

@@ -1,7 +1,7 @@
-"""Who starts actors, starts them again after a crash, and stops them in order.
+"""Start of actors, restart after a crash, and stop in order.
 
-Owns the task of every actor it spawned. A crashed actor gets a new object from its factory behind the same
-`Ref`; too many crashes in too short a time escalate, so that the system can drain with a clear message.
+A supervisor owns the task of every actor that it started. A crashed actor gets a new object from its factory behind
+the same `Ref`. Too many crashes in a short time escalate, so that the system can drain with a clear message.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """More than `max_restarts` crashes within `within_s` seconds escalate.
 
-    A life that its owner marked productive (`Actor.is_productive`) clears the record, its own end included.
+    A productive life (`Actor.is_productive`) clears the record, and its own end does not count.
     """
 
     max_restarts: int = 5
@@ -41,11 +41,11 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 class Supervisor:
     """Runs actors inside `async with`; leaving the block stops them in reverse order of start.
 
-    Cancelling the block, or an exception of `on_escalate`, cancels all actors at once; every pending ask is
-    answered all the same.
+    Cancelling the block, or an exception of `on_escalate`, cancels all actors at once. Every pending ask is answered
+    in any case.
 
-    `on_escalate(name, error)` is called, once per actor, when an actor is given up; the others go on. Without
-    it, leaving the block raises `Escalated` and the other actors are cancelled.
+    `on_escalate(name, error)` is called once for an actor that is given up; the other actors continue. Without
+    `on_escalate`, all actors are cancelled and leaving the block raises `Escalated`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Supervisor:
         self._tasks.start_soon(self._supervise, cell, factory, restarts, name=ref.name)
 
     async def stop(self, *, timeout: float = 10.0) -> None:
-        """Stop every actor, the last started first, each given `timeout` seconds for the message in hand."""
+        """Stop every actor, the last started first, each given `timeout` seconds for its current message."""
         self._close_reserved()
         for cell in reversed(list(self._cells.values())):
             await cell.ref.stop(timeout=timeout)
