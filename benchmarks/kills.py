@@ -1,6 +1,8 @@
-"""From `kill -9` of the executor to the next token of every stream, on the demo model.
+"""From `kill -9` of the executor to the next token of every stream.
 
-    python benchmarks/kills.py [--kills 50] [--streams 8]
+    python benchmarks/kills.py [--shape demo|qwen] [--kills 50] [--streams 8]
+
+`demo` is the demo model with its adapters, `qwen` a random bfloat16 checkpoint of Qwen2.5-0.5B's shape.
 
 Three series: the executor killed, the executor and the launcher killed together, the launcher killed alone. Every
 answer is compared with the one of an undisturbed run. The floor is `import torch` in a new process, which a new
@@ -17,9 +19,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import anyio
+import platformdirs
 from batches import run, served
+from random_model import QWEN_05B, checkpoint
 from report import Report, table
 
 from descant.assembly.system import System
@@ -86,7 +91,8 @@ async def main(options: argparse.Namespace) -> None:
     print(report.header())
     import_s = import_seconds()
     rows, cells = [], {}
-    async with served(None) as (system, client):
+    model = None if options.shape == "demo" else checkpoint(options.cache, QWEN_05B)
+    async with served(model) as (system, client):
         voices: list[str | None] = [None, *[a.name for a in await client.adapters.list() if a.name != "base-heads"]]
         choir = Choir(client, [voices[index % len(voices)] for index in range(options.streams)])
         await choir.rehearse()
@@ -156,6 +162,8 @@ def row(label: str, gaps: list[float], import_s: float) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=["demo", "qwen"], default="demo")
+    parser.add_argument("--cache", type=Path, default=platformdirs.user_cache_path("descant") / "benchmarks")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--streams", type=int, default=8)
     run(main, parser.parse_args())

@@ -53,7 +53,8 @@ class Checkpoint:
 
     def take_stacked(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
         """Return several tensors concatenated along axis 0. Raises ModelInvalid as `take`."""
-        return torch.cat([self.take(name, shape) for name, shape in zip(names, shapes, strict=True)])
+        tensors = [self.take(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
     def take_copy(self, name: str, original: Tensor) -> None:
         """Take a tensor that may be a stored copy of `original`, as with tied embeddings.
