@@ -63,8 +63,9 @@ def start(num_seqs: int, num_waiting: int, num_principals: int) -> tuple[Policy,
         )
         sequence.principal = str(i % num_principals)
         policy.submit([sequence])
-    for load in policy.adapter_work().loads:
-        policy.loaded(load)
+    while loads := policy.adapter_work().loads:  # only so many at once
+        for load in loads:
+            policy.loaded(load)
     while sum(sequence.num_output_tokens > 0 for sequence in table) < num_seqs:
         planned = policy.plan()
         assert planned is not None, "there is something to prefill"
