@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from descant.contract.plan import Admit, EngineLimits, Row, StepPlan, StepResult, num_drafted, validate_plan
+from descant.contract.plan import (
+    Admit,
+    EngineLimits,
+    Row,
+    StepPlan,
+    StepResult,
+    num_drafted,
+    num_packed,
+    validate_plan,
+)
 from descant_client.errors import InvalidRequest
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 EngineKind = Literal["model", "dummy"]
-
-_INT_BYTES = 4
-_PAIR_BYTES = 2 * _INT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +160,6 @@ def check_plan(
         UnsupportedRequest: it uses what engines do not do yet.
     """
     validate_plan(plan, limits, tuple(rows))
-    if len(plan.copy_blocks) % _PAIR_BYTES:
-        raise InvalidRequest("copy_blocks", "is not made of pairs")
     num_new_tokens = sum(row.num_new_tokens + num_drafted(row) for row in plan.rows)
     if num_new_tokens > max_num_batched_tokens:
         raise InvalidRequest("rows", f"{num_new_tokens} new tokens exceed the engine's {max_num_batched_tokens}")
@@ -166,14 +170,14 @@ def check_plan(
 
 def _check_row(row: Row, admit: Admit | None, rows: Mapping[int, RowCounts], limits: EngineLimits) -> None:
     if admit is not None:
-        num_computed, num_tokens = admit.num_cached_tokens, len(admit.token_ids) // _INT_BYTES
-        num_blocks = len(admit.blocks) // _INT_BYTES
+        num_computed, num_tokens = admit.num_cached_tokens, num_packed(admit.token_ids)
+        num_blocks = num_packed(admit.blocks)
     else:
         state = rows[row.row]
         num_computed, num_tokens, num_blocks = state.num_computed, state.num_tokens, state.num_blocks
     drafted = num_drafted(row)
     end = num_computed + row.num_new_tokens
-    num_slots = (num_blocks + len(row.blocks) // _INT_BYTES) * limits.block_size
+    num_slots = (num_blocks + num_packed(row.blocks)) * limits.block_size
     if drafted and (row.num_new_tokens != 1 or end != num_tokens):
         raise InvalidRequest(f"rows[{row.row}].draft", "it follows the row's last token, computed alone")
     for last, limit, what in (

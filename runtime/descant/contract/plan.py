@@ -2,7 +2,7 @@
 
 The engine keeps one *row* per sequence: its tokens, block table, sampling state and how many of its positions have
 their K/V in the cache. The scheduler keeps the truth and can rebuild any row with one `Admit`. A step first drops
-rows, then copies blocks, then admits, then runs one forward pass over the `rows`. A plan may be sent before the result
+rows, then admits, then runs one forward pass over the `rows`. A plan may be sent before the result
 of the one before is known: then it goes by what that one will have computed and sampled.
 
 Integers travel packed: little-endian int32 in bytes (`pack_ints`), floats likewise as float32.
@@ -23,6 +23,8 @@ from descant_client.protocol import SamplingParams
 NO_ADAPTER = -1  # adapter slot of the base model
 NO_LOGPROBS = -1
 
+_ITEM_BYTES = 4
+
 _Number = TypeVar("_Number", int, float)
 
 
@@ -36,6 +38,11 @@ def unpack_ints(data: bytes) -> list[int]:
     values = array("i")
     values.frombytes(data)
     return _little_endian(values).tolist()
+
+
+def num_packed(data: bytes) -> int:
+    """Return how many integers `pack_ints` has packed into `data`."""
+    return len(data) // _ITEM_BYTES
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
@@ -95,8 +102,7 @@ class Row(msgspec.Struct, frozen=True):
     """One row's part in a step: compute its next `num_new_tokens` positions.
 
     A row whose last known token is among them is sampled: its result carries the next token, which the engine appends
-    to the row, so that the next step needs no ids. `input_ids` empty means LAST: the row's own tokens; otherwise the
-    packed ids are appended to the row first. `blocks` are packed ids appended to its block table, enough for the
+    to the row, so that the next step needs no ids. `blocks` are packed ids appended to its block table, enough for the
     longest case. `num_prompt_logprobs` >= 0 asks for the log-probability of each token that follows a computed
     prompt position. A row with a draft computes nothing but its last known token and the draft's nodes, which lie
     in the cache behind it in their order, so its blocks must reach that far; its result carries every token that
@@ -108,24 +114,20 @@ class Row(msgspec.Struct, frozen=True):
     num_new_tokens: int
     spans: tuple[AdapterSpan, ...] = BASE_SPANS
     blocks: bytes = b""
-    input_ids: bytes = b""
     draft: TokenDraft | None = None
-    positions: bytes | None = None
-    allowed_tokens: bytes | None = None  # packed bit mask over the vocabulary, one per sampled node
     num_prompt_logprobs: int = NO_LOGPROBS
     heads_slot: int = NO_ADAPTER
     num_candidates: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One forward pass. `drop` is packed row ids, `copy_blocks` packed (source, destination) pairs."""
+    """One forward pass. `drop` is packed row ids."""
 
     epoch: int
     step: int
     admit: tuple[Admit, ...] = ()
     rows: tuple[Row, ...] = ()
     drop: bytes = b""
-    copy_blocks: bytes = b""
 
 
 class LogprobRows(msgspec.Struct, frozen=True):
@@ -191,7 +193,6 @@ def validate_plan(plan: StepPlan, limits: EngineLimits, rows: Sequence[int] = ()
         UnsupportedRequest: the plan uses what this engine does not do yet.
     """
     known = (set(rows) - set(_ints(plan.drop, "drop"))) | {admit.row for admit in plan.admit}
-    _check_blocks(plan.copy_blocks, limits, "copy_blocks")
     for admit in plan.admit:
         _validate_admit(admit, limits)
     seen: set[int] = set()
@@ -234,15 +235,8 @@ def _validate_row(row: Row, limits: EngineLimits, where: str) -> None:
         raise UnsupportedRequest(where, "this engine runs no draft heads")
     if row.draft is not None:
         _validate_draft(row.draft, limits, f"{where}.draft")
-    unsupported = {
-        "positions": row.positions,
-        "allowed_tokens": row.allowed_tokens,
-        "input_ids": row.input_ids or None,
-        "spans": row.spans[1:] or None,
-    }
-    for field, value in unsupported.items():
-        if value is not None:
-            raise UnsupportedRequest(f"{where}.{field}", "this engine does not do it yet")
+    if len(row.spans) > 1:
+        raise UnsupportedRequest(f"{where}.spans", "this engine does not do it yet")
 
 
 def _validate_draft(draft: TokenDraft, limits: EngineLimits, where: str) -> None:
@@ -261,7 +255,7 @@ def _validate_draft(draft: TokenDraft, limits: EngineLimits, where: str) -> None
 
 def num_drafted(row: Row) -> int:
     """Return how many nodes of a draft the row verifies."""
-    return len(row.draft.token_ids) // 4 if row.draft is not None else 0
+    return num_packed(row.draft.token_ids) if row.draft is not None else 0
 
 
 def _ints(data: bytes, where: str) -> list[int]:

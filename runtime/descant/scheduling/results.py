@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from descant.contract.plan import LogprobRows, Row, RowResult, TokenDraft, unpack_ints
+from descant.contract.plan import LogprobRows, Row, RowResult, TokenDraft, num_packed, unpack_ints
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.sequence import Sequence, TokenLogprobs, unpack_logprobs
 from descant.scheduling.speculation.drafting import depth_of
@@ -20,7 +20,7 @@ def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowR
         raise InternalError(result.error)
     start, end = sequence.num_computed, sequence.num_computed + row.num_new_tokens
     is_sampled = end == len(sequence.prompt_ids) + len(sequence.output_ids)
-    num_sampled = len(result.token_ids) // 4
+    num_sampled = num_packed(result.token_ids)
     if row.draft is not None and num_sampled:
         num_accepted = _take_verdict(sequence, row.draft, num_sampled)
         sequence.num_planned += num_accepted  # it was planned as if nothing came of the draft

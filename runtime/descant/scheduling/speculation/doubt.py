@@ -6,7 +6,7 @@ what looks best is what was estimated too high. So it is kept in account what gu
 
 from __future__ import annotations
 
-from descant.contract.plan import StepPlan, StepResult
+from descant.contract.plan import StepPlan, StepResult, num_packed
 
 STEPS = 16  # that guessed: so many are judged together
 RAISED = 1.5  # by so much, after a loss
@@ -50,5 +50,5 @@ class Doubt:
 
 def gain_of(plan: StepPlan, result: StepResult, seconds: float, plain_seconds: float) -> float:
     """Return how many plain steps a decode step was worth by its tokens, less those it took the time of."""
-    num_tokens = sum(len(row.token_ids) // 4 for row in result.rows)
+    num_tokens = sum(num_packed(row.token_ids) for row in result.rows)
     return num_tokens / len(plan.rows) - seconds / plain_seconds
