@@ -17,7 +17,7 @@ import time
 from descant.contract.plan import EngineLimits, RowResult, StepPlan, StepResult, pack_ints
 from descant.contract.version import AdapterVersion
 from descant.scheduling.policy import Policy
-from descant.scheduling.sequence import Sequence, SequenceTable
+from descant.scheduling.sequence import Sequence, SequenceRequest, SequenceTable
 from descant_client.protocol import SamplingParams
 
 LIMITS = EngineLimits(num_blocks=65536, block_size=16, max_context=131072, vocab_size=32000, num_adapter_slots=64)
@@ -43,7 +43,7 @@ def answer(plan: StepPlan, policy: Policy, table: SequenceTable) -> StepResult:
     for row in plan.rows:
         sequence = table.get(row.row)
         assert sequence is not None, "nothing finishes here"
-        end = sequence.num_computed + row.num_new_tokens
+        end = sequence.device.num_computed + row.num_new_tokens
         rows.append(RowResult(row.row, end, token if end == sequence.num_tokens else b""))
     return StepResult(plan.epoch, plan.step, tuple(rows))
 
@@ -58,11 +58,17 @@ def start(num_seqs: int, num_waiting: int, num_principals: int) -> tuple[Policy,
     for i in range(num_seqs + num_waiting):
         prompt_ids = [rng.randrange(32000) for _ in range(NUM_PROMPT_TOKENS + i % 16)]
         adapter, sink = rng.choice(adapters), NullSink()
-        sequence = Sequence(
-            table.next_id(), str(i), prompt_ids, SamplingParams(), i, sink, adapter=adapter, max_tokens=MAX_TOKENS
+        request = SequenceRequest(
+            request_id=str(i),
+            prompt_ids=prompt_ids,
+            sampling=SamplingParams(),
+            seed=i,
+            sink=sink,
+            adapter=adapter,
+            max_tokens=MAX_TOKENS,
+            principal=str(i % num_principals),
         )
-        sequence.principal = str(i % num_principals)
-        policy.submit([sequence])
+        policy.submit([Sequence(table.next_id(), request)])
     while loads := policy.adapter_work().loads:  # only so many at once
         for load in loads:
             policy.loaded(load)

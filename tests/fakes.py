@@ -11,7 +11,8 @@ from descant.contract.version import AdapterVersion
 from descant.scheduling.placement.adapter_work import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
-from descant.scheduling.sequence import Sequence, SequenceTable, Stopper
+from descant.scheduling.sequence import Sequence, SequenceRequest, SequenceTable, Stopper
+from descant.scheduling.speculation.drafting import Drafter
 from descant_client.errors import DescantError
 from descant_client.protocol import SamplingParams
 from fake_engine import EngineDied, FakeEngine
@@ -40,6 +41,12 @@ class FakeSink:
 def version(digest: str, num_bytes: int = 64) -> AdapterVersion:
     """Return an adapter version that exists only on paper."""
     return AdapterVersion(digest=digest, path=f"{digest}.safetensors", num_bytes=num_bytes, max_rank=8, num_modules=1)
+
+
+def make_sequence(number: int, prompt_ids: list[int], **fields: Any) -> Sequence:
+    """Return a sequence that no policy knows; `fields` are more of `SequenceRequest`'s."""
+    defaults: dict[str, Any] = {"request_id": "r", "sampling": SamplingParams(), "seed": 0, "sink": FakeSink()}
+    return Sequence(number, SequenceRequest(prompt_ids=prompt_ids, **(defaults | fields)))
 
 
 class Loop:
@@ -89,26 +96,30 @@ class Loop:
         scope: str = "",
         num_logprobs: int = -1,
         num_prompt_logprobs: int = -1,
+        drafter: Drafter | None = None,
         **fields: Any,
     ) -> list[Sequence]:
-        """Submit a request and return its choices; `fields` are more of `Sequence`'s."""
+        """Submit a request and return its choices; `fields` are more of `SequenceRequest`'s."""
         sequences = [
             Sequence(
-                id=(sequence_id := self.table.next_id()),
-                request_id=request_id or str(sequence_id - choice),
-                prompt_ids=prompt_ids,
-                sampling=SamplingParams(),
-                seed=seed,
-                sink=sinks[choice] if sinks else FakeSink(),
-                choice=choice,
-                max_tokens=max_tokens,
-                stop_token_ids=stop,
+                (sequence_id := self.table.next_id()),
+                SequenceRequest(
+                    request_id=request_id or str(sequence_id - choice),
+                    prompt_ids=prompt_ids,
+                    sampling=SamplingParams(),
+                    seed=seed,
+                    sink=sinks[choice] if sinks else FakeSink(),
+                    choice=choice,
+                    max_tokens=max_tokens,
+                    stop_token_ids=stop,
+                    num_logprobs=num_logprobs,
+                    num_prompt_logprobs=num_prompt_logprobs,
+                    adapter=adapter,
+                    cache_scope=scope,
+                    **fields,
+                ),
                 stopper=stopper,
-                num_logprobs=num_logprobs,
-                num_prompt_logprobs=num_prompt_logprobs,
-                adapter=adapter,
-                cache_scope=scope,
-                **fields,
+                drafter=drafter,
             )
             for choice in range(n)
         ]

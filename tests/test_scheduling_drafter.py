@@ -8,13 +8,12 @@ from descant.contract.plan import HeadCandidates, pack_floats, pack_ints
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.speculation.drafting import Drafter, depth_of
 from descant.scheduling.speculation.ngram import DraftTree
-from descant_client.protocol import SamplingParams
 from descant_client.speculation import Speculation
-from fakes import FakeSink
+from fakes import make_sequence
 
 
 def text(token_ids: list[int]) -> Sequence:
-    return Sequence(1, "", token_ids, SamplingParams(), 0, FakeSink())
+    return make_sequence(1, token_ids)
 
 
 @pytest.mark.parametrize(

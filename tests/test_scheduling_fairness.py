@@ -212,7 +212,7 @@ def test_who_weighs_three_times_as_much_gets_three_times_the_service() -> None:
 
     tokens = Counter[str]()
     for seq in seqs:
-        tokens[seq.principal] += seq.num_charged + 2 * seq.num_output_tokens
+        tokens[seq.request.principal] += seq.num_charged + 2 * seq.num_output_tokens
     assert 2.8 < tokens["b"] / tokens["a"] < 3.2
     assert abs(served(loop, "a") - served(loop, "b")) < 8 * (20 + 2 * 20)
     assert sum(seq.num_preemptions for seq in seqs) < 30  # of about 400 that ran

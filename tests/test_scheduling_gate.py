@@ -7,13 +7,12 @@ import pytest
 from descant.scheduling.gate import MAX_PASSES, AdapterGate
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterTooLarge
-from descant_client.protocol import SamplingParams
-from fakes import FakeSink, version
+from fakes import make_sequence, version
 
 
 def sequence(number: int, adapter: str | None = None, num_bytes: int = 64) -> Sequence:
     adapter_version = version(adapter, num_bytes) if adapter else None
-    return Sequence(number, "r", [1], SamplingParams(), 0, FakeSink(), adapter=adapter_version)
+    return make_sequence(number, [1], adapter=adapter_version)
 
 
 def finish_loads(gate: AdapterGate) -> list[int]:
@@ -99,7 +98,7 @@ def test_small_versions_do_not_pass_a_large_one_for_ever() -> None:
 
     finish_loads(gate)
     passing = [small[1]]
-    while passing[-1].spans is not None:
+    while passing[-1].device.spans is not None:
         gate.leave(passing[-1])
         gate.open()
         finish_loads(gate)
@@ -125,7 +124,7 @@ def test_who_is_next_may_be_passed_again() -> None:
     gate.open()
     finish_loads(gate)
 
-    assert second.spans is not None
+    assert second.device.spans is not None
     assert gate.enter(sequence(1001, "b"))
 
 

@@ -8,13 +8,12 @@ from descant.contract.plan import EngineLimits
 from descant.scheduling.gate import MAX_PASSES, AdapterGate
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterTooLarge
-from descant_client.protocol import SamplingParams
 from fake_engine import FakeEngine
-from fakes import FakeSink, Loop, version
+from fakes import Loop, make_sequence, version
 
 
 def sequence(number: int, adapter: str, num_bytes: int = 64) -> Sequence:
-    return Sequence(number, "r", [1], SamplingParams(), 0, FakeSink(), adapter=version(adapter, num_bytes))
+    return make_sequence(number, [1], adapter=version(adapter, num_bytes))
 
 
 def go_on(gate: AdapterGate) -> list[str]:
@@ -59,7 +58,7 @@ def test_what_is_no_longer_pinned_goes_like_any_other() -> None:
 
     gate.set_pins([])
 
-    assert use(gate, 1, "a").spans is not None
+    assert use(gate, 1, "a").device.spans is not None
     assert not gate.residency.is_resident("p")
 
 
@@ -111,12 +110,12 @@ def test_only_so_many_pass_a_pin() -> None:
     go_on(gate)
 
     passing = [use(gate, number, "small") for number in range(2, 2 + MAX_PASSES)]
-    assert all(seq.spans is not None for seq in passing)
+    assert all(seq.device.spans is not None for seq in passing)
     assert not gate.enter(late := sequence(1000, "small"))
     gate.leave(held)
 
     assert go_on(gate) == ["p"]
-    assert late.spans is not None
+    assert late.device.spans is not None
 
 
 def test_versions_that_do_not_fit_beside_the_pins_are_refused_with_what_is_left() -> None:
@@ -180,7 +179,7 @@ def test_a_pin_and_its_users_wait_for_one_load() -> None:
     gate.leave(holder)
 
     assert go_on(gate) == ["p"]
-    assert early.spans == late.spans != None  # noqa: E711
+    assert early.device.spans == late.device.spans != None  # noqa: E711
     gate.leave(early)
     gate.leave(late)
     gate.open()
@@ -212,7 +211,7 @@ def test_a_version_forgotten_while_it_waits_or_is_loaded_goes_after_its_use() ->
 
     for seq in (loading, waiting):
         go_on(gate)
-        assert seq.spans is not None
+        assert seq.device.spans is not None
         gate.leave(seq)
     assert not gate.residency.is_resident("a")
     assert not gate.residency.is_resident("b")

@@ -3,9 +3,8 @@
 from descant.contract.plan import EngineLimits
 from descant.scheduling.gate import MAX_PASSES, AdapterGate
 from descant.scheduling.sequence import Sequence
-from descant_client.protocol import SamplingParams
 from fake_engine import FakeEngine
-from fakes import FakeSink, Loop, version
+from fakes import FakeSink, Loop, make_sequence, version
 
 
 def run(loop: Loop, num_steps: int) -> None:
@@ -63,7 +62,7 @@ def test_passes_are_counted_for_who_is_first_alone() -> None:
 
     def sequence(number: int, digest: str, num_bytes: int = 64) -> Sequence:
         adapter = version(digest, num_bytes)
-        return Sequence(number, str(number), [1], SamplingParams(), 0, FakeSink(), adapter=adapter)
+        return make_sequence(number, [1], request_id=str(number), adapter=adapter)
 
     gate.enter(sequence(1, "hot"))
     gate.open()

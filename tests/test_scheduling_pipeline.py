@@ -60,7 +60,7 @@ def test_what_is_sampled_in_flight_is_the_input_of_the_next_step() -> None:
     loop.launch()
 
     prefill, decode = (plan.rows[0] for plan in loop.engine.plans)
-    assert (prefill.num_new_tokens, decode.num_new_tokens, decode.input_ids) == (3, 1, b"")
+    assert (prefill.num_new_tokens, decode.num_new_tokens) == (3, 1)
     assert seq.output_ids == []
     loop.run()
     assert seq.output_ids == [0, 1, 2, 3]
@@ -93,7 +93,7 @@ def test_the_chunks_of_a_prompt_follow_one_another_in_flight() -> None:
     loop.run()
 
     assert [plan.rows[0].num_new_tokens for plan in loop.engine.plans] == [4, 4, 2, 1]
-    assert (seq.output_ids, len(seq.prompt_logprobs)) == ([0, 1], 9)
+    assert (seq.output_ids, len(seq.output.prompt_logprobs)) == ([0, 1], 9)
 
 
 def test_a_block_is_shared_only_when_it_is_known_to_be_computed() -> None:
@@ -161,8 +161,8 @@ def test_what_is_computed_beyond_a_stop_is_ignored() -> None:
     loop.run()
 
     assert seq.output_ids == [0, 1]
-    assert isinstance(seq.sink, FakeSink)
-    assert (seq.sink.token_ids, seq.sink.ended) == ([0, 1], [seq])
+    assert isinstance(seq.request.sink, FakeSink)
+    assert (seq.request.sink.token_ids, seq.request.sink.ended) == ([0, 1], [seq])
 
 
 def test_its_seat_is_free_with_everything_else() -> None:

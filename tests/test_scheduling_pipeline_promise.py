@@ -79,8 +79,8 @@ class World(promise.World):
 def expected(world: World, seq: Sequence) -> tuple[list[int], str]:
     """Return the output and the ending of a sequence that is alone in the world."""
     output = promise.undisturbed(seq, world.max_tokens)[0]
-    reason = "stop" if seq.stop_token_ids & set(output[-1:]) else "length"
-    if seq.prompt_ids[-1] == FAILING and seq.choice == 0 and len(output) > 2:
+    reason = "stop" if seq.request.stop_token_ids & set(output[-1:]) else "length"
+    if seq.prompt_ids[-1] == FAILING and seq.request.choice == 0 and len(output) > 2:
         output, reason = output[:2], "error"
     stopper = EvenPair()
     for index, token_id in enumerate(output if seq.stopper else []):

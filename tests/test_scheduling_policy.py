@@ -110,9 +110,9 @@ def test_log_probabilities_are_kept_with_their_tokens() -> None:
 
     loop.run()
 
-    assert [entry.token_id for entry in seq.output_logprobs] == seq.output_ids
-    assert [entry.token_id for entry in seq.prompt_logprobs] == [2, 3, 4, 5, 6]
-    assert {len(entry.top) for entry in seq.output_logprobs} == {2}
+    assert [entry.token_id for entry in seq.output.logprobs] == seq.output_ids
+    assert [entry.token_id for entry in seq.output.prompt_logprobs] == [2, 3, 4, 5, 6]
+    assert {len(entry.top) for entry in seq.output.logprobs} == {2}
 
 
 # ---- many sequences -----------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_prompt_logprobs_are_computed_not_skipped() -> None:
     loop.run()
 
     assert seq.num_cached_tokens == 0
-    assert len(seq.prompt_logprobs) == 8
+    assert len(seq.output.prompt_logprobs) == 8
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_a_sequence_over_its_sinks_budget_is_parked_and_holds_nothing() -> None:
 
     loop.run()
 
-    assert (seq.status, seq.num_output_tokens, seq.block_table, seq.spans) == ("parked", 3, [], None)
+    assert (seq.status, seq.num_output_tokens, seq.device.block_table, seq.device.spans) == ("parked", 3, [], None)
     assert loop.policy._life is not None
     assert loop.policy._life.blocks.num_available == 64
 

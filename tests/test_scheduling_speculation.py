@@ -48,7 +48,7 @@ def submit(loop: Loop, with_drafts: bool, **fields: object) -> list[Sequence]:
 
 
 def said(sequences: list[Sequence]) -> list[object]:
-    return [(one.output_ids, one.output_logprobs, one.finish_reason) for one in sequences]
+    return [(one.output_ids, one.output.logprobs, one.finish_reason) for one in sequences]
 
 
 def undisturbed() -> list[object]:
@@ -108,12 +108,12 @@ def test_what_a_stop_string_cuts_off_is_no_step_saved() -> None:
             return 10 if self.num_taken >= 10 else None
 
     drafting = loop(behavior=echo)
-    (sequence,) = drafting.submit([5, 6], max_tokens=100, drafter=eager(), stopper=StopAtTen(), guessed=[])
+    (sequence,) = drafting.submit([5, 6], max_tokens=100, drafter=eager(), stopper=StopAtTen(), marks_guesses=True)
     drafting.run()
 
     assert sequence.drafter is not None
     assert (sequence.num_output_tokens, sequence.finish_reason) == (10, "stop")
-    assert sequence.drafter.num_accepted == len(sequence.guessed or ()) == 10 - (len(drafting.engine.plans) - 1)
+    assert sequence.drafter.num_accepted == len(sequence.output.guessed or ()) == 10 - (len(drafting.engine.plans) - 1)
 
 
 def test_who_always_verifies_pays_for_it() -> None:

@@ -46,7 +46,7 @@ from descant.requests.services import ModelState
 from descant.scheduling.placement.adapter_work import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
-from descant.scheduling.sequence import Sequence
+from descant.scheduling.sequence import Sequence, SequenceRequest
 from descant_client.errors import AdapterInvalid, DeadlineExceeded, DescantError
 from descant_client.protocol import SamplingParams
 
@@ -255,8 +255,7 @@ class Discard:
 
 def make_probe(sequence_id: int) -> Sequence:
     """Return a request of one token, which makes the executor complete a step."""
-    return Sequence(
-        id=sequence_id,
+    request = SequenceRequest(
         request_id="descant/probe",
         prompt_ids=[0],
         sampling=SamplingParams(temperature=0.0),
@@ -264,3 +263,4 @@ def make_probe(sequence_id: int) -> Sequence:
         sink=Discard(),
         max_tokens=1,
     )
+    return Sequence(sequence_id, request)

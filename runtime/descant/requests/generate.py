@@ -25,7 +25,7 @@ from descant.requests.combination import check, from_lorax
 from descant.requests.progress import break_silence
 from descant.requests.services import Services
 from descant.requests.time_limits import TimeLimits
-from descant.scheduling.sequence import Sequence
+from descant.scheduling.sequence import Sequence, SequenceRequest
 from descant.scheduling.speculation.drafting import Drafter
 from descant.sessions.outgoing import Outgoing
 from descant.sessions.stream import Stream
@@ -55,9 +55,9 @@ async def start_stream(services: Services, request: Generate, stream: Stream, pr
         sequences = _sequences(services, request, stream, principal, prompt_ids, adapter, time_limits)
         accepted = Accepted(
             request_id=request.request_id,
-            seed=sequences[0].seed,
+            seed=sequences[0].request.seed,
             num_prompt_tokens=len(prompt_ids),
-            adapter_digest=None if adapter is None or sequences[0].is_adapter_optional else adapter.digest,
+            adapter_digest=None if adapter is None or sequences[0].request.is_adapter_optional else adapter.digest,
         )
         stream.expect(sequences, services.tokenizer)
         if stream.is_cancelled:
@@ -79,7 +79,7 @@ def _end_cancelled(stream: Stream, accepted: Accepted, sequences: Iterable[Seque
     """End what never reached the scheduler as the scheduler would have."""
     stream.accept(accepted)
     for sequence in sequences:
-        sequence.finish_reason = "cancelled"
+        sequence.output.finish_reason = "cancelled"
         stream.end(sequence)
 
 
@@ -240,32 +240,35 @@ def _sequences(
         stop_token_ids |= set(services.model.eos_token_ids)
     speculation = _speculation(request, services.config.scheduling.speculation)
     scope = principal.name if services.config.scheduling.cache_scope == "principal" else ""
+    prompt_logprobs = NO_LOGPROBS if request.prompt_logprobs is None else request.prompt_logprobs
     return [
         Sequence(
-            id=services.sequences.next_id(),
-            request_id=stream.key,
-            prompt_ids=prompt_ids,
-            sampling=request.sampling,
-            seed=seed,
-            sink=stream,
-            choice=choice,
-            max_tokens=request.max_tokens,
-            stop_token_ids=frozenset(stop_token_ids),
-            stop=tuple(request.stop),
+            services.sequences.next_id(),
+            SequenceRequest(
+                request_id=stream.key,
+                prompt_ids=prompt_ids,
+                sampling=request.sampling,
+                seed=seed,
+                sink=stream,
+                choice=choice,
+                max_tokens=request.max_tokens,
+                stop_token_ids=frozenset(stop_token_ids),
+                stop=tuple(request.stop),
+                num_logprobs=NO_LOGPROBS if request.logprobs is None else request.logprobs,
+                num_prompt_logprobs=NO_LOGPROBS if choice else prompt_logprobs,
+                adapter=adapter,
+                is_adapter_optional=_takes_default_heads(request, speculation),
+                cache_scope=scope,
+                principal=principal.name,
+                weight=principal.weight,
+                max_queued=principal.max_queued,
+                marks_guesses=request.mark_guessed,
+                received_s=time_limits.received_s,
+                queue_deadline_s=time_limits.queue_deadline_s,
+                deadline_s=time_limits.deadline_s,
+            ),
             stopper=StopStrings(services.tokenizer, request.stop) if request.stop else None,
-            num_logprobs=NO_LOGPROBS if request.logprobs is None else request.logprobs,
-            num_prompt_logprobs=NO_LOGPROBS if request.prompt_logprobs is None or choice else request.prompt_logprobs,
-            adapter=adapter,
-            is_adapter_optional=_takes_default_heads(request, speculation),
-            cache_scope=scope,
-            principal=principal.name,
-            weight=principal.weight,
-            max_queued=principal.max_queued,
             drafter=None if speculation is None else Drafter(speculation),
-            guessed=[] if request.mark_guessed else None,
-            received_s=time_limits.received_s,
-            queue_deadline_s=time_limits.queue_deadline_s,
-            deadline_s=time_limits.deadline_s,
         )
         for choice in range(request.n)
     ]

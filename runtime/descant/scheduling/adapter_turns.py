@@ -72,7 +72,7 @@ class SlotTurns:
         ready = gate.open([_digest(firsts[account]) for account in order[: order.index(next_account)]])
         for account in order[:MAX_TRIES]:
             sequence = firsts[account]
-            if sequence.spans is None and sequence.id not in self._served:
+            if sequence.device.spans is None and sequence.id not in self._served:
                 ready += self._take_place(gate, account, sequence, clear_out)
         return ready
 
@@ -111,7 +111,7 @@ class SlotTurns:
         """Return the first of each principal that waits for a place."""
         firsts: dict[Account, Sequence] = {}
         for account, queue in list(self._waiting.items()):
-            while queue and queue[0].spans is not None:
+            while queue and queue[0].device.spans is not None:
                 del queue[0]
             if queue:
                 firsts[account] = queue[0]

@@ -55,12 +55,12 @@ class QueueLimits:
             Overloaded: too many others wait; it says when there may be room, going by how fast they left lately.
         """
         first = sequences[0]
-        limit = self._max_queued if first.max_queued is None else first.max_queued
+        limit = self._max_queued if first.request.max_queued is None else first.request.max_queued
         if limit is None:
             return
         if len(sequences) > limit:
             raise InvalidRequest("n", f"at most {limit} sequences of one principal may wait.")
-        queue = self._queues.get(first.principal)
+        queue = self._queues.get(first.request.principal)
         num_over = len(sequences) + (len(queue.waiting) if queue else 0) - limit
         if queue is not None and num_over > 0:
             rate = queue.rate.per_second(now)
@@ -70,14 +70,14 @@ class QueueLimits:
 
     def enter(self, sequence: Sequence, now: float) -> None:
         """The sequence waits."""
-        queue = self._queues.get(sequence.principal)
+        queue = self._queues.get(sequence.request.principal)
         if queue is None:
-            queue = self._queues[sequence.principal] = _Queue(Rate(now))
+            queue = self._queues[sequence.request.principal] = _Queue(Rate(now))
         queue.waiting.add(sequence.id)
 
     def leave(self, sequence: Sequence, now: float) -> None:
         """The sequence runs or is finished; it may not have waited."""
-        queue = self._queues.get(sequence.principal)
+        queue = self._queues.get(sequence.request.principal)
         if queue is not None and sequence.id in queue.waiting:
             queue.waiting.remove(sequence.id)
             if sequence.first_scheduled_s is None:  # those that are preempted come back and leave again

@@ -38,7 +38,7 @@ def hash_of(sequence: Sequence, index: int, block_size: int) -> bytes:
         start = len(hashes) * block_size
         version = sequence.adapter
         digest = version.digest if version is not None and version.num_modules else ""  # heads alone change nothing
-        parent = hashes[-1] if hashes else root_hash(sequence.cache_scope, digest)
+        parent = hashes[-1] if hashes else root_hash(sequence.request.cache_scope, digest)
         hashes.append(block_hash(parent, sequence.tokens(start, start + block_size)))
     return hashes[index]
 

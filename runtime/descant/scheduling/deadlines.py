@@ -26,7 +26,7 @@ class Deadlines:
 
     def add(self, sequence: Sequence) -> None:
         """Watch a sequence."""
-        for deadline_s, what in ((sequence.queue_deadline_s, QUEUE), (sequence.deadline_s, TOTAL)):
+        for deadline_s, what in ((sequence.request.queue_deadline_s, QUEUE), (sequence.request.deadline_s, TOTAL)):
             if deadline_s is not None:
                 heappush(self._heap, (deadline_s, sequence.id, what))
         if len(self._heap) > self._max_entries:
@@ -48,7 +48,7 @@ class Deadlines:
         deadline_s, sequence_id, what = heappop(self._heap)
         sequence = self._table.get(sequence_id)
         assert sequence is not None, "only what is live is next"
-        return sequence, DeadlineExceeded(what, round(deadline_s - sequence.received_s, 3))
+        return sequence, DeadlineExceeded(what, round(deadline_s - sequence.request.received_s, 3))
 
     def _find(self, entry: tuple[float, int, str]) -> Sequence | None:
         """Return the sequence of an entry that still means something."""

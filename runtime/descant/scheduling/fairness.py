@@ -108,10 +108,10 @@ class Fairness:
 
     def account(self, sequence: Sequence) -> Account:
         """Return whose the sequence is."""
-        account = self.accounts.get(sequence.principal)
+        account = self.accounts.get(sequence.request.principal)
         if account is None:
-            account = self.accounts[sequence.principal] = Account(sequence.principal)
-        account.weight = sequence.weight
+            account = self.accounts[sequence.request.principal] = Account(sequence.request.principal)
+        account.weight = sequence.request.weight
         return account
 
     def wait(self, sequence: Sequence) -> None:
@@ -159,8 +159,8 @@ class Fairness:
 
     def charge_prompt(self, sequence: Sequence, num_new_tokens: int) -> None:
         """The next tokens of the sequence are about to be computed."""
-        end = min(sequence.num_planned + num_new_tokens, sequence.num_prompt_tokens)
-        num_new = end - max(sequence.num_planned, sequence.num_charged)
+        end = min(sequence.device.num_planned + num_new_tokens, sequence.num_prompt_tokens)
+        num_new = end - max(sequence.device.num_planned, sequence.num_charged)
         if num_new > 0:
             sequence.num_charged = end
             self._lanes[sequence.id].charge(num_new * INPUT_WEIGHT)

@@ -73,7 +73,7 @@ class AdapterGate:
         """
         version = sequence.adapter
         if version is None:
-            sequence.spans = BASE_SPANS
+            sequence.device.spans = BASE_SPANS
             return True
         try:
             self.check_fits(version)
@@ -111,12 +111,12 @@ class AdapterGate:
         if version is None:
             return
         digest = version.digest
-        if sequence.spans is not None:
+        if sequence.device.spans is not None:
             if sequence in self._loading.get(digest, ()):
                 self._loading[digest].remove(sequence)
                 self.num_sequences -= 1
             self.residency.release(digest)
-            sequence.spans = None
+            sequence.device.spans = None
             self._has_changed = True
         elif digest in self._queue and sequence in self._queue[digest].sequences:
             self._queue[digest].sequences.remove(sequence)
@@ -225,7 +225,7 @@ class AdapterGate:
         return sequences
 
     def _principals(self, digest: str) -> set[str]:
-        return {sequence.principal for sequence in self._loading[digest]}
+        return {sequence.request.principal for sequence in self._loading[digest]}
 
     def _end_load(self, digest: str) -> list[Sequence]:
         self._load_turns.end(digest)
@@ -293,8 +293,8 @@ class AdapterGate:
 
     def _hold(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
         """Give a sequence its place, and return whether the version is there."""
-        sequence.spans = (AdapterSpan(0, placement.adapter_slot),) if version.num_modules else BASE_SPANS
-        sequence.heads_slot = placement.adapter_slot if version.num_heads else NO_ADAPTER
+        sequence.device.spans = (AdapterSpan(0, placement.adapter_slot),) if version.num_modules else BASE_SPANS
+        sequence.device.heads_slot = placement.adapter_slot if version.num_heads else NO_ADAPTER
         if placement.is_new:
             self._load(version, placement)
         if version.digest in self._loading:

@@ -31,7 +31,7 @@ class InFlight:
 
     def holds(self, sequence: Sequence) -> bool:
         """Return whether the sequence is in one of the steps."""
-        return bool(self._steps) and sequence.last_step >= self._steps[0].plan.step
+        return bool(self._steps) and sequence.device.last_step >= self._steps[0].plan.step
 
     def awaits(self, planned: PlannedStep) -> bool:
         """Return whether the step's result is still wanted."""
@@ -42,11 +42,12 @@ class InFlight:
         self._steps.append(planned)
         number = planned.plan.step
         for sequence, row in zip(planned.sequences, planned.plan.rows, strict=True):
-            sequence.last_step = number
-            sequence.num_planned += row.num_new_tokens
-            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
-            if sequence.num_planned == num_tokens:
-                sequence.num_pending += 1
+            device = sequence.device
+            device.last_step = number
+            device.num_planned += row.num_new_tokens
+            num_tokens = sequence.num_prompt_tokens + len(sequence.output.token_ids) + device.num_pending
+            if device.num_planned == num_tokens:
+                device.num_pending += 1
 
     def take(self, planned: PlannedStep, result: StepResult) -> None:
         """The step, which is the oldest, is done.

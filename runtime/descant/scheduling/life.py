@@ -42,14 +42,14 @@ class ExecutorLife:
                 "prompt",
                 f"it has {sequence.num_prompt_tokens} tokens; this server holds {self.max_tokens - 1} at most.",
             )
-        if sequence.adapter is not None and not sequence.is_adapter_optional:
+        if sequence.adapter is not None and not sequence.request.is_adapter_optional:
             self.gate.check_fits(sequence.adapter)
 
     def token_limit(self, sequence: Sequence) -> int:
         """Return how many tokens, prompt and output, the sequence may have here."""
-        if sequence.max_tokens is None:
+        if sequence.request.max_tokens is None:
             return self.max_tokens
-        return min(self.max_tokens, sequence.num_prompt_tokens + sequence.max_tokens)
+        return min(self.max_tokens, sequence.num_prompt_tokens + sequence.request.max_tokens)
 
     def allocate(self, sequence: Sequence, num_running: int) -> bool:
         """Give the sequence blocks for all its tokens, known ones as far as possible; False: too few are left."""
@@ -62,9 +62,10 @@ class ExecutorLife:
             return False
         new = self.blocks.allocate(num_missing, after=table[-1] if table else -1)
         assert new is not None, "as many blocks were available"
-        sequence.num_registered = len(table)
-        sequence.num_computed = sequence.num_planned = len(table) * size
-        sequence.block_table = table + new
+        device = sequence.device
+        device.num_registered = len(table)
+        device.num_computed = device.num_planned = len(table) * size
+        device.block_table = table + new
         return True
 
     def watermark(self, num_running: int) -> int:
@@ -74,14 +75,14 @@ class ExecutorLife:
     def will_share(self, sequence: Sequence, other: Sequence) -> bool:
         """Return whether `other`, with the same prompt, is computing blocks that `sequence` will find in the cache."""
         num_sharable = (sequence.num_prompt_tokens - 1) // self.blocks.block_size * self.blocks.block_size
-        is_ahead = other is not sequence and other.status == "running" and other.num_computed < num_sharable
+        is_ahead = other is not sequence and other.status == "running" and other.device.num_computed < num_sharable
         return is_ahead and not sequence.needs_prompt_logprobs
 
     def grow(self, sequence: Sequence, num_blocks: int = 1) -> list[int] | None:
         """Give the sequence so many more blocks and return them; None if too few are left."""
-        new = self.blocks.allocate(num_blocks, after=sequence.block_table[-1])
+        new = self.blocks.allocate(num_blocks, after=sequence.device.block_table[-1])
         if new is not None:
-            sequence.block_table += new
+            sequence.device.block_table += new
         return new
 
     def room_behind(self, sequence: Sequence, num_wanted: int, num_running: int) -> list[int]:
@@ -89,7 +90,7 @@ class ExecutorLife:
 
         A guess is worth nobody's place: a block stays free for everybody who runs.
         """
-        num_missing = self.blocks.num_blocks_for(sequence.num_tokens + num_wanted) - len(sequence.block_table)
+        num_missing = self.blocks.num_blocks_for(sequence.num_tokens + num_wanted) - len(sequence.device.block_table)
         if not 0 < num_missing <= self.blocks.num_available - num_running:
             return []
         new = self.grow(sequence, num_missing)
@@ -98,17 +99,17 @@ class ExecutorLife:
 
     def register(self, sequence: Sequence) -> None:
         """Offer the blocks that the sequence has filled to the prefix cache, as far as its tokens are known."""
-        size = self.blocks.block_size
-        num_full = min(sequence.num_computed, sequence.num_tokens) // size
-        for index in range(sequence.num_registered, num_full):
-            self.blocks.register(sequence.block_table[index], hash_of(sequence, index, size))
-        sequence.num_registered = num_full
+        size, device = self.blocks.block_size, sequence.device
+        num_full = min(device.num_computed, sequence.num_tokens) // size
+        for index in range(device.num_registered, num_full):
+            self.blocks.register(device.block_table[index], hash_of(sequence, index, size))
+        device.num_registered = num_full
 
     def release(self, sequence: Sequence) -> None:
         """Take back everything the sequence has here."""
-        if sequence.is_row:
+        if sequence.device.is_row:
             self._drops.append(sequence.id)
-        self.blocks.release(sequence.block_table)
+        self.blocks.release(sequence.device.block_table)
         self.gate.leave(sequence)
         sequence.forget_device_state()
         self._is_checked = False

@@ -48,7 +48,7 @@ class Lineup:
         sequence.status = "running"
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = now
-            sequence.num_cached_tokens = sequence.num_computed
+            sequence.num_cached_tokens = sequence.device.num_computed
         self.fairness.run(sequence)
         insort(self.running, sequence, key=by_arrival)
 

@@ -98,13 +98,14 @@ class Planner:
         trees = self._drafts()
         while index < len(running):
             sequence = running[index]
-            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
+            device = sequence.device
+            num_tokens = sequence.num_prompt_tokens + len(sequence.output.token_ids) + device.num_pending
             index += 1
-            if sequence.num_planned + 1 < num_tokens:
+            if device.num_planned + 1 < num_tokens:
                 self._prefills.append(sequence)
-            elif num_tokens >= sequence.token_limit and sequence.num_pending:
+            elif num_tokens >= device.token_limit and device.num_pending:
                 continue  # it ends with a token that is in flight
-            elif num_tokens <= len(sequence.block_table) * block_size:
+            elif num_tokens <= len(device.block_table) * block_size:
                 self._decode(sequence, [], trees)
             elif (new_blocks := life.grow(sequence)) is not None:
                 self._decode(sequence, new_blocks, trees)
@@ -127,8 +128,9 @@ class Planner:
         least_likelihood = choice.least_likelihood
         num_readable = MAX_READ
         for sequence in running:
-            drafter, num_left = sequence.drafter, sequence.token_limit - sequence.num_tokens - 1
-            if drafter is None or num_left <= 0 or sequence.num_computed + 1 != sequence.num_tokens:
+            drafter, device, num_tokens = sequence.drafter, sequence.device, sequence.num_tokens
+            num_left = device.token_limit - num_tokens - 1
+            if drafter is None or num_left <= 0 or device.num_computed + 1 != num_tokens:
                 continue
             least = 0.0 if sequence.always_verifies else least_likelihood
             if least > 1:
@@ -147,7 +149,7 @@ class Planner:
             num_candidates = life.draft_choice.num_candidates(drafter, version.digest)
         if tree is not None:
             new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
-            num_slots = len(sequence.block_table) * life.blocks.block_size - sequence.num_tokens
+            num_slots = len(sequence.device.block_table) * life.blocks.block_size - sequence.num_tokens
             if num_slots < len(tree.token_ids):
                 tree = tree.beginning(num_slots)
                 if drafter is not None:
@@ -194,7 +196,7 @@ class Planner:
         """Let one sequence in, or end it; False: none can come in now."""
         life = self._life
         for sequence in account.waiting():
-            first = self._table.first_of_request(sequence.request_id) if sequence.choice else sequence
+            first = self._table.first_of_request(sequence.request_id) if sequence.request.choice else sequence
             if first is not sequence and life.will_share(sequence, first):
                 continue
             if sequence.num_tokens >= life.max_tokens:
@@ -202,7 +204,7 @@ class Planner:
                 return True
             if not self._find_seat(account) or not self._find_blocks(account, sequence):
                 return False
-            sequence.token_limit = life.token_limit(sequence)
+            sequence.device.token_limit = life.token_limit(sequence)
             self._lineup.seat(sequence, self._now)
             for choice in self._table.of_request(sequence.request_id):
                 choice.has_started = True

@@ -28,7 +28,7 @@ from descant.scheduling.deadlines import Deadlines
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.placement.adapter_work import AdapterLoad, AdapterWork
 from descant.scheduling.planning import Moves, Planner
-from descant.scheduling.results import take_computed, take_sampled
+from descant.scheduling.results import take_result
 from descant.scheduling.rows import PlannedStep, StepBuilder
 from descant.scheduling.sequence import Sequence, SequenceTable
 from descant.scheduling.transitions import Transitions
@@ -252,7 +252,7 @@ class Policy(Transitions):
         for sequence, row, row_result in zip(planned.sequences, planned.plan.rows, result.rows, strict=True):
             if sequence.status == "running":
                 self._apply_row(life, sequence, row, row_result, now)
-            elif sequence.last_step == result.step:
+            elif sequence.device.last_step == result.step:
                 self._release(sequence)
                 if sequence.status == "waiting":  # it was parked, and its sink has room again
                     self._enter(sequence)
@@ -265,14 +265,13 @@ class Policy(Transitions):
 
     def _apply_row(self, life: ExecutorLife, sequence: Sequence, row: Row, result: RowResult, now: float) -> None:
         try:
-            is_sampled = take_computed(life, sequence, row, result)
-            num_new = take_sampled(life, sequence, result) if is_sampled else 0
+            num_new = take_result(life, sequence, row, result)
         except InternalError as error:
             self._finish(sequence, "error", error)
         except ValueError as exc:  # what is packed is cut off, or of another size than it says
             self._finish(sequence, "error", InternalError(f"the engine's answer makes no sense: {exc}"))
         else:
-            if is_sampled:
+            if num_new is not None:
                 self._take_tokens(sequence, num_new, now)
 
     def _take_tokens(self, sequence: Sequence, num_new: int, now: float) -> None:
@@ -281,9 +280,9 @@ class Policy(Transitions):
         self._lineup.fairness.charge_output(sequence, num_new)
         if self._blame.is_watching:
             self._blame.gained(sequence.id)
-        has_room = sequence.sink.put(sequence, num_new)
-        if sequence.finish_reason is not None:
-            self._finish(sequence, sequence.finish_reason)
+        has_room = sequence.request.sink.put(sequence, num_new)
+        if (reason := sequence.output.finish_reason) is not None:
+            self._finish(sequence, reason)
         elif not has_room:
             self._leave(sequence)
             sequence.status = "parked"

@@ -35,7 +35,9 @@ def richest(held: Mapping[Account, float]) -> Account | None:
 
 def richest_in_blocks(held: Mapping[Account, float], running: Iterable[Sequence]) -> Account | None:
     """Return who, without its latest sequence, still has most blocks by weight; the first of equals."""
-    latest = {sequence.principal: len(sequence.block_table) for sequence in running}  # the last of each stays
+    latest: dict[str, int] = {}
+    for sequence in running:  # the last of each principal stays
+        latest[sequence.request.principal] = len(sequence.device.block_table)
     return max(
         (account for account in held if account.name in latest),
         key=lambda account: (held[account] - latest[account.name]) / account.weight,
@@ -52,8 +54,8 @@ def blocks_held(fairness: Fairness, running: Iterable[Sequence]) -> dict[Account
     """Return how many blocks everybody uses; blocks that several sequences share count for each."""
     held: dict[Account, float] = {}
     for sequence in running:
-        account = fairness.accounts[sequence.principal]
-        held[account] = held.get(account, 0) + len(sequence.block_table)
+        account = fairness.accounts[sequence.request.principal]
+        held[account] = held.get(account, 0) + len(sequence.device.block_table)
     return held
 
 
@@ -69,7 +71,7 @@ def block_victims(
         victim = latest_of(left, holder) if holder else None
         if holder is None or victim is None:
             return []
-        num_given = len(victim.block_table)
+        num_given = len(victim.device.block_table)
         if not may_take(holder, held[holder] - num_given, taker, num_held, num_needed):
             return []
         held[holder] -= num_given
@@ -91,7 +93,7 @@ def growth_victim(fairness: Fairness, running: list[Sequence], sequence: Sequenc
         return running[-1]
     victim = latest_of(running, holder)
     if victim is not None:
-        num_left = held[holder] - len(victim.block_table)
+        num_left = held[holder] - len(victim.device.block_table)
         if num_left > 0 and (holder is taker or num_left * taker.weight >= (held[taker] + 1) * holder.weight):
             return victim
     return running[-1]
@@ -99,4 +101,4 @@ def growth_victim(fairness: Fairness, running: list[Sequence], sequence: Sequenc
 
 def latest_of(running: Iterable[Sequence], account: Account) -> Sequence | None:
     """Return a principal's sequence that arrived last."""
-    return next((one for one in reversed(list(running)) if one.principal == account.name), None)
+    return next((one for one in reversed(list(running)) if one.request.principal == account.name), None)

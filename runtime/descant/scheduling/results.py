@@ -9,32 +9,33 @@ from descant.scheduling.speculation.drafting import depth_of
 from descant_client.errors import InternalError
 
 
-def take_computed(life: ExecutorLife, sequence: Sequence, row: Row, result: RowResult) -> bool:
-    """Take note of the positions that were computed; return whether a token was sampled after them.
+def take_result(life: ExecutorLife, sequence: Sequence, row: Row, result: RowResult) -> int | None:
+    """Take over what a step did to a running sequence; return how many tokens it gained, None if none was sampled.
 
     Raises:
-        InternalError: the row failed, or the engine did something else than was planned. ValueError: so did who
-            packed it.
+        InternalError: the row failed, or the engine did something else than was planned.
+        ValueError: packed numbers are cut off, or fewer or more than they should be.
     """
     if result.error is not None:
         raise InternalError(result.error)
-    start, end = sequence.num_computed, sequence.num_computed + row.num_new_tokens
-    is_sampled = end == len(sequence.prompt_ids) + len(sequence.output_ids)
+    device = sequence.device
+    start, end = device.num_computed, device.num_computed + row.num_new_tokens
+    is_sampled = end == sequence.num_prompt_tokens + len(sequence.output.token_ids)
     num_sampled = num_packed(result.token_ids)
     if row.draft is not None and num_sampled:
         num_accepted = _take_verdict(sequence, row.draft, num_sampled)
-        sequence.num_planned += num_accepted  # it was planned as if nothing came of the draft
+        device.num_planned += num_accepted  # it was planned as if nothing came of the draft
         end += num_accepted
     elif num_sampled != is_sampled:
         raise InternalError("the engine computed something else than was planned")
     if result.num_computed != end:
         raise InternalError("the engine computed something else than was planned")
-    sequence.num_computed = end
+    device.num_computed = end
     if result.prompt_logprobs is not None:
         _put_prompt_logprobs(sequence, start + 1, result.prompt_logprobs)
-    if end // life.blocks.block_size > sequence.num_registered:
+    if end // life.blocks.block_size > device.num_registered:
         life.register(sequence)
-    return is_sampled
+    return _take_sampled(life, sequence, result) if is_sampled else None
 
 
 def _take_verdict(sequence: Sequence, draft: TokenDraft, num_sampled: int) -> int:
@@ -48,23 +49,24 @@ def _take_verdict(sequence: Sequence, draft: TokenDraft, num_sampled: int) -> in
     return num_accepted
 
 
-def take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> int:
-    """Append what was sampled, up to what ends the sequence; return how many tokens. Raises ValueError likewise."""
-    sequence.num_pending -= 1
+def _take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> int:
+    """Append what was sampled, up to what ends the sequence; return how many tokens."""
+    sequence.device.num_pending -= 1
     if len(result.token_ids) == 4:
         token_ids = [int.from_bytes(result.token_ids, "little", signed=True)]
     else:
         token_ids = unpack_ints(result.token_ids)
     logprobs: list[TokenLogprobs] = [] if result.logprobs is None else unpack_logprobs(result.logprobs, token_ids)
-    start = len(sequence.output_ids)
+    output = sequence.output
+    start = len(output.token_ids)
     num_new = sequence.append(token_ids, logprobs)
     if len(token_ids) > 1:
         life.register(sequence)  # what a draft has filled, now that its tokens are known
         num_guessed = min(num_new, len(token_ids) - 1)
         if sequence.drafter is not None:
             sequence.drafter.num_accepted += num_guessed
-        if sequence.guessed is not None:
-            sequence.guessed += range(start, start + num_guessed)
+        if output.guessed is not None:
+            output.guessed += range(start, start + num_guessed)
     if result.candidates is not None and sequence.drafter is not None:
         sequence.drafter.take_candidates(sequence.num_tokens, result.candidates)
     return num_new
@@ -73,4 +75,4 @@ def take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> i
 def _put_prompt_logprobs(sequence: Sequence, start: int, rows: LogprobRows) -> None:
     """Store the log-probabilities of the prompt from position `start` on."""
     token_ids = sequence.prompt_ids[start : start + rows.num_tokens]
-    sequence.prompt_logprobs[start - 1 :] = unpack_logprobs(rows, token_ids)
+    sequence.output.prompt_logprobs[start - 1 :] = unpack_logprobs(rows, token_ids)

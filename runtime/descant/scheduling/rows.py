@@ -42,18 +42,17 @@ class StepBuilder:
         Args:
           num_candidates: that each of its draft heads shall propose.
         """
-        assert sequence.spans is not None, "a running sequence has its adapter"
+        device = sequence.device
+        assert device.spans is not None, "a running sequence has its adapter"
         if new_blocks is None and tree is None and not num_candidates:
-            if sequence.decode_row is None:
-                sequence.decode_row = Row(sequence.id, 1, sequence.spans)
-            row = sequence.decode_row
+            if device.decode_row is None:
+                device.decode_row = Row(sequence.id, 1, device.spans)
+            row = device.decode_row
         else:
             draft = None if tree is None else TokenDraft(pack_ints(tree.token_ids), pack_ints(tree.parents))
-            slot = sequence.heads_slot if num_candidates else NO_ADAPTER
+            slot = device.heads_slot if num_candidates else NO_ADAPTER
             blocks = pack_ints(new_blocks or ())
-            row = Row(
-                sequence.id, 1, sequence.spans, blocks, draft=draft, heads_slot=slot, num_candidates=num_candidates
-            )
+            row = Row(sequence.id, 1, device.spans, blocks, draft=draft, heads_slot=slot, num_candidates=num_candidates)
         self._rows.append(row)
         self._sequences.append(sequence)
         self.num_tokens_left -= 1 + num_drafted(row)
@@ -64,11 +63,12 @@ class StepBuilder:
 
     def prefill(self, sequence: Sequence) -> int:
         """Compute as many of the sequence's uncomputed tokens as the budget allows, at least one; return how many."""
-        assert sequence.spans is not None, "a running sequence has its adapter"
-        num_new_tokens = min(sequence.num_tokens - sequence.num_planned, self.num_tokens_left)
+        device = sequence.device
+        assert device.spans is not None, "a running sequence has its adapter"
+        num_new_tokens = min(sequence.num_tokens - device.num_planned, self.num_tokens_left)
         assert num_new_tokens > 0, "a prefill without tokens"
-        num_prompt_logprobs = sequence.num_prompt_logprobs if sequence.needs_prompt_logprobs else NO_LOGPROBS
-        row = Row(sequence.id, num_new_tokens, sequence.spans, num_prompt_logprobs=num_prompt_logprobs)
+        num_prompt_logprobs = sequence.request.num_prompt_logprobs if sequence.needs_prompt_logprobs else NO_LOGPROBS
+        row = Row(sequence.id, num_new_tokens, device.spans, num_prompt_logprobs=num_prompt_logprobs)
         self._rows.append(row)
         self._sequences.append(sequence)
         self._prompts.add(sequence.id)
@@ -77,20 +77,20 @@ class StepBuilder:
 
     def admit(self, sequence: Sequence) -> int:
         """Make the sequence a row of the engine, with all its blocks, and prefill it; return the tokens computed."""
+        request, device = sequence.request, sequence.device
         self._admits.append(
             Admit(
                 row=sequence.id,
-                token_ids=pack_ints(sequence.prompt_ids) + pack_ints(sequence.output_ids),
+                token_ids=pack_ints(request.prompt_ids) + pack_ints(sequence.output.token_ids),
                 num_prompt_tokens=sequence.num_prompt_tokens,
-                num_cached_tokens=sequence.num_computed,
-                blocks=pack_ints(sequence.block_table),
-                sampling=sequence.sampling,
-                seed=sequence.seed,
-                choice=sequence.choice,
-                num_logprobs=sequence.num_logprobs,
+                num_cached_tokens=device.num_computed,
+                blocks=pack_ints(device.block_table),
+                sampling=request.sampling,
+                seed=request.seed,
+                choice=request.choice,
+                num_logprobs=request.num_logprobs,
             )
         )
-        sequence.is_row = True
         return self.prefill(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -102,9 +102,7 @@ class StepBuilder:
         self.num_tokens_left += row.num_new_tokens + num_drafted(row)
         del self._sequences[index]
         self._prompts.discard(sequence.id)
-        if any(admit.row == sequence.id for admit in self._admits):
-            self._admits = [admit for admit in self._admits if admit.row != sequence.id]
-            sequence.is_row = False  # the engine never heard of it
+        self._admits = [admit for admit in self._admits if admit.row != sequence.id]
 
     def build(self, epoch: int, step: int, drop: list[int], begun_s: float) -> PlannedStep:
         """Return the step."""

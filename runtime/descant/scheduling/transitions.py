@@ -37,7 +37,7 @@ class Transitions:
         if self._life is None or not self._blame.allows(sequence.id):
             self._hold(sequence)
             return
-        if sequence.is_adapter_optional and sequence.adapter and not self._life.gate.offer(sequence.adapter):
+        if sequence.request.is_adapter_optional and sequence.adapter and not self._life.gate.offer(sequence.adapter):
             sequence.adapter = None
         try:
             if not sequence.output_ids:
@@ -48,7 +48,7 @@ class Transitions:
             return
         if is_ready:
             self._lineup.fairness.wait(sequence)
-        elif sequence.spans is None:
+        elif sequence.device.spans is None:
             self._lineup.slot_turns.wait(sequence)
 
     def _hold(self, sequence: Sequence) -> None:
@@ -82,7 +82,7 @@ class Transitions:
         return enter_again
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: DescantError | None = None) -> None:
-        sequence.finish_reason, sequence.error = reason, error
+        sequence.output.finish_reason, sequence.output.error = reason, error
         sequence.finished_s = self._now()
         self._leave(sequence)
         sequence.status = "finished"
@@ -91,7 +91,7 @@ class Transitions:
         if sequence.drafter is not None:
             sequence.drafter.forget_text()
         self._blame.left(sequence.id)
-        sequence.sink.end(sequence)
+        sequence.request.sink.end(sequence)
         for sibling in self._table.of_request(sequence.request_id) if reason == "error" else ():
             self._finish(sibling, "cancelled")  # a request fails as a whole: nobody would read its other choices
 
