@@ -53,7 +53,7 @@ def start(num_seqs: int, num_waiting: int, num_principals: int) -> tuple[Policy,
     rng = random.Random(0)
     table = SequenceTable()
     policy = Policy(table, max_num_seqs=num_seqs, max_num_batched_tokens=8192, now=time.perf_counter)
-    policy.executor_up(LIMITS, 1 << 30)
+    policy.on_executor_up(LIMITS, 1 << 30)
     adapters = [None, *(AdapterVersion(str(i), "", 1 << 20, 8, 28) for i in range(NUM_ADAPTERS))]
     for i in range(num_seqs + num_waiting):
         prompt_ids = [rng.randrange(32000) for _ in range(NUM_PROMPT_TOKENS + i % 16)]
@@ -69,9 +69,9 @@ def start(num_seqs: int, num_waiting: int, num_principals: int) -> tuple[Policy,
             principal=str(i % num_principals),
         )
         policy.submit([Sequence(table.next_id(), request)])
-    while loads := policy.adapter_work().loads:  # only so many at once
+    while loads := policy.adapters.take_work().loads:  # only so many at once
         for load in loads:
-            policy.loaded(load)
+            policy.adapters.on_placed(load)
     while sum(sequence.num_output_tokens > 0 for sequence in table) < num_seqs:
         planned = policy.plan()
         assert planned is not None, "there is something to prefill"

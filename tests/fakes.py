@@ -128,26 +128,26 @@ class Loop:
 
     def start_loads(self) -> None:
         """Move what is to be moved and take the loads that are due."""
-        work = self.policy.adapter_work()
+        work = self.policy.adapters.take_work()
         for move in work.moves:
             self.engine.arena.move(move)
         self.loads += work.loads
         for version in work.prefetches:
-            self.policy.prefetched(version.digest)
+            self.policy.adapters.on_prefetch_done(version.digest)
 
     def finish_load(self, index: int = 0) -> None:
         """Carry out a started load."""
         load = self.loads.pop(index)
         if (error := self.load_error(load)) is not None:
-            self.policy.load_failed(load, error)
+            self.policy.adapters.on_load_failed(load, error)
         else:
             self.engine.arena.load(load)
-            self.policy.loaded(load)
+            self.policy.adapters.on_placed(load)
         self.start_loads()
 
     def crash(self, reason: str = "killed") -> None:
         """Lose the executor, whatever it is doing, and start another."""
-        self.lives.append(self.policy.executor_lost(reason))
+        self.lives.append(self.policy.on_executor_lost(reason))
         self._start_executor()
 
     def launch(self) -> bool:
@@ -194,4 +194,4 @@ class Loop:
         self.engine.restart()
         self.loads.clear()
         self.in_flight.clear()
-        self.policy.executor_up(self.engine.limits, self.adapter_bytes)
+        self.policy.on_executor_up(self.engine.limits, self.adapter_bytes)

@@ -16,7 +16,7 @@ from descant.scheduling.blocks import (
     hash_of,
     root_hash,
 )
-from descant.scheduling.free_runs import FreeRuns
+from descant.scheduling.placement.free_runs import FreeRuns
 from fakes import make_sequence, version
 
 

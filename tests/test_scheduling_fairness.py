@@ -54,7 +54,7 @@ def queue_steps(loop: Loop, num_seconds: int = 6, num_prompt: int = 6, **options
 
 
 def served(loop: Loop, principal: str) -> float:
-    return loop.policy._lineup.fairness.accounts[principal].service
+    return loop.policy.states.lineup.fairness.accounts[principal].service
 
 
 # ---- floods -------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_a_token_is_charged_once() -> None:
     (seq,) = loop.submit([1] * 9, max_tokens=4, principal="p")
     for _ in range(2):
         step(loop)
-    loop.policy._preempt(seq)
+    loop.policy.states.preempt(seq)
     step(loop)
     loop.crash()
     loop.run()

@@ -18,10 +18,10 @@ def sequence(number: int, adapter: str, num_bytes: int = 64) -> Sequence:
 
 def go_on(gate: AdapterGate) -> list[str]:
     """Open the gate and finish all loads; return what was loaded."""
-    gate.open()
+    gate.place_waiting()
     loads = gate.take_work().loads
     for load in loads:
-        gate.loaded(load)
+        gate.on_placed(load)
     gate.residency.check_integrity()
     return [load.version.digest for load in loads]
 
@@ -149,10 +149,10 @@ def test_pins_that_can_never_fit_are_passed_over() -> None:
 def test_a_pin_that_cannot_be_loaded_is_not_tried_for_ever() -> None:
     gate = AdapterGate(2, 128, 1)
     gate.set_pins([version("p")])
-    gate.open()
+    gate.place_waiting()
     (load,) = gate.take_work().loads
 
-    assert gate.load_failed(load) == []
+    assert gate.on_load_failed(load) == []
     assert go_on(gate) == []
     gate.set_pins([version("p")])
     assert go_on(gate) == ["p"]
@@ -161,11 +161,11 @@ def test_a_pin_that_cannot_be_loaded_is_not_tried_for_ever() -> None:
 def test_a_pin_that_could_not_be_loaded_is_pinned_once_a_request_gets_it_loaded() -> None:
     gate = AdapterGate(2, 128, 1)
     gate.set_pins([version("p")])
-    gate.open()
-    gate.load_failed(gate.take_work().loads[0])
+    gate.place_waiting()
+    gate.on_load_failed(gate.take_work().loads[0])
 
     use(gate, 1, "p")
-    gate.open()
+    gate.place_waiting()
 
     assert gate.residency.is_pinned("p")
 
@@ -182,7 +182,7 @@ def test_a_pin_and_its_users_wait_for_one_load() -> None:
     assert early.device.spans == late.device.spans != None  # noqa: E711
     gate.leave(early)
     gate.leave(late)
-    gate.open()
+    gate.place_waiting()
     assert gate.residency.is_pinned("p")
 
 
@@ -232,7 +232,7 @@ def test_a_version_that_has_to_wait_is_prefetched_once() -> None:
 def test_what_gets_its_place_at_once_is_loaded_and_not_prefetched() -> None:
     gate = AdapterGate(1, 64, 1)
     gate.set_pins([version("p")])
-    gate.open()
+    gate.place_waiting()
 
     work = gate.take_work()
 
@@ -245,15 +245,15 @@ def test_a_closed_gate_does_not_look_again_until_something_has_changed(monkeypat
     holder = use(gate, 1, "a")
     for number in range(2, 50):
         gate.enter(sequence(number, f"v{number}"))
-    gate.open()
+    gate.place_waiting()
     asked: list[str] = []
     place = gate.residency.place
     monkeypatch.setattr(gate.residency, "place", lambda one: asked.append(one.digest) or place(one))
 
-    assert gate.open() == []
+    assert gate.place_waiting() == []
     assert asked == []
     gate.leave(holder)
-    gate.open()
+    gate.place_waiting()
     assert asked[0] == "v2"
 
 
@@ -274,7 +274,7 @@ def test_of_those_who_give_way_for_blocks_one_may_end_with_its_sibling() -> None
     both = loop.submit(prompt, n=2, max_tokens=40, adapter=large, principal="ann", num_prompt_logprobs=1)
     while not all(choice.status == "running" for choice in both):
         step()
-    loop.policy.set_pins([version("p", 1024)])  # for `large` there is no place any more
+    loop.policy.adapters.set_pins([version("p", 1024)])  # for `large` there is no place any more
     (new,) = loop.submit([700 + i for i in range(32)], max_tokens=4, principal="bob")
 
     loop.run()

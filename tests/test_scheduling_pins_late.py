@@ -27,7 +27,7 @@ def parked(loop: Loop, digest: str, principal: str = "p") -> tuple[Sequence, Fak
 def test_a_pin_does_not_end_a_stream_that_has_begun() -> None:
     loop = Loop(FakeEngine(EngineLimits(4000, 4, 400, 1000, 4)), adapter_bytes=256)
     large, sink = parked(loop, "large")
-    loop.policy.set_pins([version("pin", 64)])
+    loop.policy.adapters.set_pins([version("pin", 64)])
     run(loop, 3)
 
     sink.budget = 100
@@ -43,7 +43,7 @@ def test_a_stream_that_waits_for_its_adapter_again_comes_before_a_pin_and_holds_
     loop.submit([2] * 5, max_tokens=10, adapter=version("a", 128), principal="q")
     loop.submit([3] * 5, max_tokens=20, adapter=version("b", 128), principal="q")
     run(loop, 3)
-    loop.policy.set_pins([version("pin", 64)])
+    loop.policy.adapters.set_pins([version("pin", 64)])
     run(loop, 1)
 
     first_sink.budget = second_sink.budget = 10**9
@@ -65,9 +65,9 @@ def test_passes_are_counted_for_who_is_first_alone() -> None:
         return make_sequence(number, [1], request_id=str(number), adapter=adapter)
 
     gate.enter(sequence(1, "hot"))
-    gate.open()
+    gate.place_waiting()
     for load in gate.take_work().loads:
-        gate.loaded(load)
+        gate.on_placed(load)
     first = sequence(2, "large", 128)
     assert not gate.enter(first)
     for number in range(3, 3 + MAX_PASSES):
@@ -76,7 +76,7 @@ def test_passes_are_counted_for_who_is_first_alone() -> None:
         gate.leave(passing)
 
     gate.leave(first)
-    gate.open()
+    gate.place_waiting()
 
     assert not gate.enter(sequence(1000, "large", 128))
     assert gate.enter(sequence(1001, "hot")), "nobody has passed the second yet"

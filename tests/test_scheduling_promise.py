@@ -113,8 +113,8 @@ class World:
     def crash(self) -> None:
         """The executor dies for no fault of anybody, and never so that the fault seems to be somebody's."""
         policy = self.loop.policy
-        in_flight = policy._in_flight.sequences if policy._in_flight else ()
-        if not policy._blame.is_watching or sum(not seq.is_finished for seq in in_flight) >= 2:
+        in_flight = policy.states.in_flight.sequences if policy.states.in_flight else ()
+        if not policy.states.blame.is_watching or sum(not seq.is_finished for seq in in_flight) >= 2:
             self.loop.crash()
 
     def disturb(self) -> None:
@@ -171,7 +171,7 @@ def test_everything_is_given_back_in_the_end(random: Random) -> None:
         world.loop.finish_load()
 
     assert world.loop.policy.plan() is None
-    life = world.loop.policy._life
+    life = world.loop.policy.states.life
     assert life is not None
     life.blocks.check_integrity()
     life.gate.residency.check_integrity()

@@ -122,7 +122,7 @@ def test_who_always_verifies_pays_for_it() -> None:
         drafting.submit([1, 2], max_tokens=40, principal=principal, drafter=drafter)
     drafting.run()
 
-    accounts = drafting.policy._lineup.fairness.accounts
+    accounts = drafting.policy.states.lineup.fairness.accounts
     assert accounts["plain"].service == accounts["choosy"].service < accounts["eager"].service
 
 

@@ -82,9 +82,9 @@ class Scheduler(Actor[SchedulerMessage]):
     async def on_start(self) -> None:
         """Go on with the executor as it is: a restart of this actor alone loses its rows, not the process."""
         self.start_soon(self._run)
-        self._policy.set_pins(self._model.pinned)
+        self._policy.adapters.set_pins(self._model.pinned)
         if self._model.is_up:
-            self._policy.executor_up(self._model.engine.limits, self._model.engine.info.num_adapter_bytes)
+            self._policy.on_executor_up(self._model.engine.limits, self._model.engine.info.num_adapter_bytes)
 
     async def on_receive(self, message: SchedulerMessage) -> None:
         """Answer one message."""
@@ -102,15 +102,15 @@ class Scheduler(Actor[SchedulerMessage]):
                 self._down(reason)
             case PinVersions(versions):
                 self._model.pinned = versions
-                self._policy.set_pins(versions)
+                self._policy.adapters.set_pins(versions)
             case ForgetVersion(digest):
-                self._policy.forget_version(digest)
+                self._policy.adapters.forget_version(digest)
                 self._drop(digest)
         self._work.set()
 
     def _up(self, engine: EngineReady) -> None:
         self._model.up(engine)
-        self._policy.executor_up(engine.limits, engine.info.num_adapter_bytes)
+        self._policy.on_executor_up(engine.limits, engine.info.num_adapter_bytes)
         if self._model.num_steps == 0:
             self._policy.submit([self._probe()])
 
@@ -119,7 +119,7 @@ class Scheduler(Actor[SchedulerMessage]):
             return
         self._model.is_up = False
         self._prefetches.clear()
-        if self._policy.executor_lost(reason):
+        if self._policy.on_executor_lost(reason):
             self._executor.mark_productive()
 
     async def _run(self) -> None:
@@ -149,7 +149,7 @@ class Scheduler(Actor[SchedulerMessage]):
     def _apply_outcomes(self) -> None:
         while self._outcomes:
             planned, outcome = self._outcomes.popleft()
-            if self._policy.awaits(planned):
+            if self._policy.is_in_flight(planned):
                 self._apply(planned, outcome)
 
     def _apply(self, planned: PlannedStep, outcome: StepResult | DescantError) -> None:
@@ -171,7 +171,7 @@ class Scheduler(Actor[SchedulerMessage]):
 
     async def _start_adapter_work(self) -> None:
         async with self._work_turn:
-            work = self._policy.adapter_work()
+            work = self._policy.adapters.take_work()
             if work.moves:  # told before any step or load that counts on them
                 with contextlib.suppress(ActorError):  # no life will follow, or ExecutorDown is on its way
                     await self._executor.ref.tell(MoveAdapters(work.moves))
@@ -195,21 +195,23 @@ class Scheduler(Actor[SchedulerMessage]):
         place = PlaceAdapter(load.adapter_slot, load.offset, load.version)
         try:
             await self._executor.ref.ask(stage, timeout=STAGE_TIMEOUT_S)
-            self._policy.read(load)
+            self._policy.adapters.on_staged(load)
             await self._start_adapter_work()  # others may be read now, whatever step it is that places wait for
             await self._place(place)
-            self._policy.loaded(load)
+            self._policy.adapters.on_placed(load)
             self._model.num_adapter_loads += 1
         except ActorFailed:
             return  # ExecutorDown says so too, and counts once
         except AskTimeout:
-            self._policy.load_failed(load, DeadlineExceeded("reading an adapter from the store", STAGE_TIMEOUT_S))
+            self._policy.adapters.on_load_failed(
+                load, DeadlineExceeded("reading an adapter from the store", STAGE_TIMEOUT_S)
+            )
         except DescantError as error:
             if isinstance(error, AdapterInvalid):  # first: whoever tries again is to find a version made anew
                 with contextlib.suppress(ActorError):
                     await self._registry.tell(VersionFailed(load.version.digest))
             self._drop(load.version.digest)
-            self._policy.load_failed(load, error)
+            self._policy.adapters.on_load_failed(load, error)
 
     async def _place(self, message: PlaceAdapter) -> None:
         try:
@@ -230,7 +232,7 @@ class Scheduler(Actor[SchedulerMessage]):
                     continue  # perhaps of this: ExecutorDown finds it under way
                 except DescantError:
                     pass  # its load will say so
-                self._policy.prefetched(version.digest)
+                self._policy.adapters.on_prefetch_done(version.digest)
         finally:
             self._num_prefetching -= 1
 

@@ -32,14 +32,14 @@ class Blame:
 
     @property
     def is_watching(self) -> bool:
-        """Whether `gained` and `left` mean anything at present."""
+        """Whether `on_token` and `on_finished` mean anything at present."""
         return bool(self._num_deaths)
 
     def allows(self, sequence_id: int) -> bool:
         """Return whether the sequence may run now."""
         return self.trial is None or sequence_id in self.trial
 
-    def gained(self, sequence_id: int) -> None:
+    def on_token(self, sequence_id: int) -> None:
         """The sequence got a token: it is not what ends the executor."""
         if self._num_deaths.pop(sequence_id, 0) >= MAX_DEATHS:
             self._uncleared.discard(sequence_id)
@@ -47,11 +47,11 @@ class Blame:
                 group.discard(sequence_id)
             self._try_next()
 
-    def left(self, sequence_id: int) -> None:
+    def on_finished(self, sequence_id: int) -> None:
         """The sequence is finished."""
-        self.gained(sequence_id)
+        self.on_token(sequence_id)
 
-    def lost(self, in_flight: Iterable[int]) -> Verdict:
+    def on_executor_lost(self, in_flight: Iterable[int]) -> Verdict:
         """The executor died with these sequences in it."""
         dead = set(in_flight)
         for sequence_id in dead:

@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from descant.contract.plan import pack_ints
-from descant.scheduling.free_runs import FreeRuns
+from descant.scheduling.placement.free_runs import FreeRuns
 from descant.scheduling.sequence import Sequence
 
 DIGEST_BYTES = 16

@@ -114,7 +114,7 @@ class Fairness:
         account.weight = sequence.request.weight
         return account
 
-    def wait(self, sequence: Sequence) -> None:
+    def enqueue(self, sequence: Sequence) -> None:
         """The sequence could run."""
         account = self.account(sequence)
         lane = self._lanes[sequence.id] = account.lane(sequence.adapter.digest if sequence.adapter else "")
@@ -126,15 +126,15 @@ class Fairness:
         account.num_waiting += 1
         self.num_waiting += 1
 
-    def run(self, sequence: Sequence) -> None:
+    def start(self, sequence: Sequence) -> None:
         """A sequence that waited has a seat."""
         lane = self._lanes[sequence.id]
         self._unqueue(lane, sequence)
         lane.running[sequence.id] = sequence
         lane.account.num_running += 1
 
-    def leave(self, sequence: Sequence) -> None:
-        """The sequence neither runs nor could; others than those of `wait` are left alone."""
+    def remove(self, sequence: Sequence) -> None:
+        """The sequence neither runs nor could; others than those of `enqueue` are left alone."""
         lane = self._lanes.pop(sequence.id, None)
         if lane is None:
             return

@@ -44,7 +44,7 @@ class AdapterGate:
         self._num_pins = 0  # that have come to the queue
         self._num_passes = 0  # since the first in the queue has been first
         self._latest = 0  # id of the latest sequence that came
-        self._has_changed = True  # since the last `open`: it may let somebody in
+        self._has_changed = True  # since the last `place_waiting`: it may let somebody in
 
     @property
     def loading(self) -> list[Sequence]:
@@ -87,12 +87,12 @@ class AdapterGate:
         if self._may_pass(sequence) and (placement := self.residency.acquire(version)) is not None:
             self._num_passes += bool(self._order)
             self._has_changed |= version.digest in self._queue  # whoever waits for it as well
-            return self._hold(sequence, version, placement)
-        insort(self._wait(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
+            return self._assign(sequence, version, placement)
+        insort(self._enqueue(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
         sequence.is_cold = True
         return False
 
-    def offer(self, version: AdapterVersion) -> bool:
+    def load_if_free(self, version: AdapterVersion) -> bool:
         """Return whether the version can be had at once and at nobody's cost. If not, it is loaded if there is room."""
         if self._order:
             return False
@@ -124,7 +124,7 @@ class AdapterGate:
             self._requeue(self._queue[digest])
             self._has_changed = True
 
-    def open(self, first: Iterable[str] = ()) -> list[Sequence]:
+    def place_waiting(self, first: Iterable[str] = ()) -> list[Sequence]:
         """Give places that have become free to those who wait; return the sequences that may run now.
 
         Who waits for the digests of `first` comes before everybody else, in this order.
@@ -195,24 +195,24 @@ class AdapterGate:
         moves = tuple(AdapterMove(moved.adapter_slot, moved.offset) for moved in self.residency.take_moves())
         return AdapterWork(moves, loads, waiting)
 
-    def prefetched(self, digest: str) -> None:
+    def on_prefetch_done(self, digest: str) -> None:
         """The version has been read, or nobody wants it any more."""
         self._prefetching.discard(digest)
 
-    def read(self, load: AdapterLoad) -> None:
+    def on_staged(self, load: AdapterLoad) -> None:
         """The version is in host memory: others may be read while it waits to be put in its place."""
         self._load_turns.end(load.version.digest)
 
-    def loaded(self, load: AdapterLoad) -> list[Sequence]:
+    def on_placed(self, load: AdapterLoad) -> list[Sequence]:
         """The version is in its place; return the sequences that waited for it."""
         digest = load.version.digest
-        self.residency.loaded(digest)
+        self.residency.on_placed(digest)
         if digest in self._pins and not self.residency.is_pinned(digest):
             self._unplaced_pins[digest] = load.version
         self._has_changed = True
         return self._end_load(digest)
 
-    def load_failed(self, load: AdapterLoad) -> list[Sequence]:
+    def on_load_failed(self, load: AdapterLoad) -> list[Sequence]:
         """The version is not in its place; return the sequences that waited for it. They no longer hold it.
 
         A pin whose load failed is tried again with the next `set_pins`, or if a sequence gets its version loaded.
@@ -240,7 +240,7 @@ class AdapterGate:
             return True
         return (sequence.id, 0) < self._order[0].turn
 
-    def _wait(self, version: AdapterVersion, turn: tuple[int, int]) -> WaitingVersion:
+    def _enqueue(self, version: AdapterVersion, turn: tuple[int, int]) -> WaitingVersion:
         """Return the version's place in the queue, no later than `turn`."""
         waiting = self._queue.get(version.digest)
         if waiting is None:
@@ -283,15 +283,15 @@ class AdapterGate:
         if waiting.is_pin:
             self.residency.pin(version.digest)
         for sequence in waiting.sequences:
-            held = self.residency.acquire(version)
-            assert held is not None, "a version with a place can always be used once more"
-            if self._hold(sequence, version, held):
+            acquired = self.residency.acquire(version)
+            assert acquired is not None, "a version with a place can always be used once more"
+            if self._assign(sequence, version, acquired):
                 ready.append(sequence)
         if waiting.is_doomed:
             self.residency.doom(version.digest)
         return True
 
-    def _hold(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
+    def _assign(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
         """Give a sequence its place, and return whether the version is there."""
         sequence.device.spans = (AdapterSpan(0, placement.adapter_slot),) if version.num_modules else BASE_SPANS
         sequence.device.heads_slot = placement.adapter_slot if version.num_heads else NO_ADAPTER
@@ -328,7 +328,7 @@ class AdapterGate:
                 self.residency.pin(digest)
             else:
                 self._num_pins += 1
-                self._wait(version, (self._latest, self._num_pins)).is_pin = True
+                self._enqueue(version, (self._latest, self._num_pins)).is_pin = True
 
     def _withdraw_pins(self) -> None:
         """Give up every pin's claim, so that who was promised a place gets it; they come back once that is done."""

@@ -29,11 +29,11 @@ class InFlight:
         """Return whoever is in a step, each once."""
         return list({sequence.id: sequence for step in self._steps for sequence in step.sequences}.values())
 
-    def holds(self, sequence: Sequence) -> bool:
+    def has_sequence(self, sequence: Sequence) -> bool:
         """Return whether the sequence is in one of the steps."""
         return bool(self._steps) and sequence.device.last_step >= self._steps[0].plan.step
 
-    def awaits(self, planned: PlannedStep) -> bool:
+    def has_step(self, planned: PlannedStep) -> bool:
         """Return whether the step's result is still wanted."""
         return any(step is planned for step in self._steps)
 
@@ -49,7 +49,7 @@ class InFlight:
             if device.num_planned == num_tokens:
                 device.num_pending += 1
 
-    def take(self, planned: PlannedStep, result: StepResult) -> None:
+    def complete(self, planned: PlannedStep, result: StepResult) -> None:
         """The step, which is the oldest, is done.
 
         Raises:

@@ -9,7 +9,6 @@ from descant.scheduling.sequence import Sequence
 from descant.scheduling.speculation.draft_choice import DraftChoice
 from descant_client.errors import InvalidRequest
 
-CHECKS_IDLE = False  # set by tests: it takes milliseconds where there are many blocks
 WATERMARK_SHARE = 64  # admission leaves one block per running sequence free, but at most this share of all
 
 
@@ -28,7 +27,6 @@ class ExecutorLife:
         # Tokens of a sequence, prompt and output: it must be able to run alone.
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
         self._drops: list[int] = []  # rows the engine still has and no longer needs
-        self._is_checked = True
 
     def check_fits(self, sequence: Sequence) -> None:
         """Check that the sequence can ever run here.
@@ -112,16 +110,8 @@ class ExecutorLife:
         self.blocks.release(sequence.device.block_table)
         self.gate.leave(sequence)
         sequence.forget_device_state()
-        self._is_checked = False
 
     def take_drops(self) -> list[int]:
         """Return the rows to drop that have not been taken yet."""
         drops, self._drops = self._drops, []
         return drops
-
-    def check_idle(self) -> None:
-        """Where `CHECKS_IDLE`, assert, once per idle time, that nothing is in use when no sequence runs."""
-        if CHECKS_IDLE and not self._is_checked:
-            self.blocks.check_integrity()
-            self.gate.residency.check_integrity()
-            self._is_checked = True

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from descant.scheduling.adapter_turns import SlotTurns
+from descant.scheduling.adapter_turns import AdapterTurns
 from descant.scheduling.admission import QueueLimits
 from descant.scheduling.fairness import Fairness
-from descant.scheduling.rows import StepBuilder
 from descant.scheduling.sequence import Sequence, by_arrival
 
 
@@ -20,11 +19,10 @@ class Lineup:
     def __init__(self, max_queued: int | None) -> None:
         self.held: dict[int, Sequence] = {}
         self.fairness = Fairness()
-        self.slot_turns = SlotTurns(self.fairness)
+        self.adapter_turns = AdapterTurns(self.fairness)
         self.running: list[Sequence] = []  # in order of arrival
         self.leaving: set[int] = set()  # ids of those in flight that no longer run
         self.limits = QueueLimits(max_queued)
-        self.builder: StepBuilder | None = None  # of the step being planned
 
     @property
     def num_waiting(self) -> int:
@@ -49,7 +47,7 @@ class Lineup:
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = now
             sequence.num_cached_tokens = sequence.device.num_computed
-        self.fairness.run(sequence)
+        self.fairness.start(sequence)
         insort(self.running, sequence, key=by_arrival)
 
     @property
@@ -63,20 +61,18 @@ class Lineup:
         self.leaving.add(sequence.id)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take the sequence from where it stands, and out of the step being planned."""
+        """Take the sequence from where it stands."""
         self.leaving.discard(sequence.id)
         self.held.pop(sequence.id, None)
-        self.fairness.leave(sequence)
-        self.slot_turns.leave(sequence)
+        self.fairness.remove(sequence)
+        self.adapter_turns.remove(sequence)
         index = bisect_left(self.running, sequence.id, key=by_arrival)
         if index < len(self.running) and self.running[index] is sequence:
             del self.running[index]
-        if self.builder is not None:
-            self.builder.remove(sequence)
 
     def clear(self) -> None:
         """Nobody stands anywhere; whoever was held still is."""
         self.fairness.clear()
-        self.slot_turns.clear()
+        self.adapter_turns.clear()
         self.running = []
         self.leaving.clear()

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from heapq import heapify, heappop, heapreplace
-from typing import NamedTuple
 
 from descant.scheduling.fairness import Account
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.lineup import Lineup
 from descant.scheduling.preemption import (
     block_victims,
     blocks_held,
@@ -30,46 +28,27 @@ from descant.scheduling.preemption import (
     seats_held,
 )
 from descant.scheduling.rows import StepBuilder
-from descant.scheduling.sequence import Sequence, SequenceTable, by_arrival
+from descant.scheduling.sequence import Sequence, by_arrival
+from descant.scheduling.sequence_states import SequenceStates
 from descant.scheduling.speculation.drafting import Drafter
 from descant.scheduling.speculation.guess import Guess
 from descant.scheduling.speculation.ngram import DraftTree
-from descant_client.protocol import FinishReason
 
 MAX_READ = 1024  # tokens that drafters take in before a step: a long prompt shall not hold up everybody
 _NO_DRAFTS: Mapping[int, DraftTree] = {}
 
 
-class Moves(NamedTuple):
-    """What the planner has done to a sequence. `may_preempt` is asked before somebody is chosen to give way."""
-
-    may_preempt: Callable[[], bool]
-    preempt: Callable[[Sequence], None]
-    finish: Callable[[Sequence, FinishReason], None]
-
-
 class Planner:
-    """Plans one step. The lineup changes with the moves."""
+    """Plans one step, and preempts, seats or finishes sequences for it."""
 
-    def __init__(
-        self,
-        table: SequenceTable,
-        life: ExecutorLife,
-        lineup: Lineup,
-        num_seats: int,
-        builder: StepBuilder,
-        moves: Moves,
-        now: float,
-    ) -> None:
-        self._table = table
+    def __init__(self, states: SequenceStates, life: ExecutorLife, num_seats: int, builder: StepBuilder) -> None:
+        self._states = states
         self._life = life
-        self._lineup = lineup
-        self._fairness = lineup.fairness
-        self._running = lineup.running
+        self._fairness = states.lineup.fairness
+        self._running = states.lineup.running
         self._num_seats = num_seats
         self._builder = builder
-        self._moves = moves
-        self._now = now
+        self._now = states.now()
         self._prefills: list[Sequence] = []
         self._is_full = False  # nobody comes in any more
         self._least_blocked = math.inf  # of those who wait for blocks: how many they hold, by weight
@@ -109,7 +88,7 @@ class Planner:
                 self._decode(sequence, [], trees)
             elif (new_blocks := life.grow(sequence)) is not None:
                 self._decode(sequence, new_blocks, trees)
-            elif self._moves.may_preempt():
+            elif self._states.may_preempt():
                 self._preempt(growth_victim(self._fairness, running, sequence))
                 index = bisect_left(running, sequence.id, key=by_arrival)  # it tries again, if it is still there
 
@@ -196,17 +175,17 @@ class Planner:
         """Let one sequence in, or end it; False: none can come in now."""
         life = self._life
         for sequence in account.waiting():
-            first = self._table.first_of_request(sequence.request_id) if sequence.request.choice else sequence
+            first = self._states.table.first_of_request(sequence.request_id) if sequence.request.choice else sequence
             if first is not sequence and life.will_share(sequence, first):
                 continue
             if sequence.num_tokens >= life.max_tokens:
-                self._moves.finish(sequence, "length")  # it began on an executor with more room
+                self._states.finish(sequence, "length")  # it began on an executor with more room
                 return True
             if not self._find_seat(account) or not self._find_blocks(account, sequence):
                 return False
             sequence.device.token_limit = life.token_limit(sequence)
-            self._lineup.seat(sequence, self._now)
-            for choice in self._table.of_request(sequence.request_id):
+            self._states.lineup.seat(sequence, self._now)
+            for choice in self._states.table.of_request(sequence.request_id):
                 choice.has_started = True
             self._seat_holder = self._blocks_held = None
             self._fairness.charge_prompt(sequence, self._builder.admit(sequence))
@@ -214,7 +193,7 @@ class Planner:
         return False
 
     def _find_seat(self, account: Account) -> bool:
-        if self._lineup.num_seated < self._num_seats:
+        if self._states.lineup.num_seated < self._num_seats:
             return True
         if self._seat_holder is None:
             self._seat_holder = richest(seats_held(self._fairness))
@@ -225,7 +204,7 @@ class Planner:
         victim = latest_of(self._running, holder)
         if victim is None or not may_take(holder, holder.num_running - 1, account, account.num_running, 1):
             return False
-        if not self._moves.may_preempt():
+        if not self._states.may_preempt():
             return False
         self._preempt(victim)
         return True
@@ -241,7 +220,7 @@ class Planner:
             return True
         num_missing = num_needed + life.watermark(len(running)) - life.blocks.num_available
         victims = block_victims(self._fairness, running, account, num_needed, num_missing)
-        if victims and self._moves.may_preempt():
+        if victims and self._states.may_preempt():
             for victim in victims:
                 if not victim.is_finished:  # with another choice of its request, which has no place any more
                     self._preempt(victim)
@@ -257,6 +236,7 @@ class Planner:
         return self._blocks_held.get(account, 0)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._moves.preempt(sequence)
+        self._states.preempt(sequence)
+        self._builder.remove_stopped()
         self._seat_holder = self._blocks_held = None
         self._is_full = False

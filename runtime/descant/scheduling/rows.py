@@ -93,16 +93,16 @@ class StepBuilder:
         )
         return self.prefill(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take the sequence out of the step, if it is in it: it gave way."""
-        index = next((i for i, one in enumerate(self._sequences) if one is sequence), None)
-        if index is None:
+    def remove_stopped(self) -> None:
+        """Take the rows of sequences that no longer run out of the step, and give back their tokens."""
+        stopped = {sequence.id for sequence in self._sequences if sequence.status != "running"}
+        if not stopped:
             return
-        row = self._rows.pop(index)
-        self.num_tokens_left += row.num_new_tokens + num_drafted(row)
-        del self._sequences[index]
-        self._prompts.discard(sequence.id)
-        self._admits = [admit for admit in self._admits if admit.row != sequence.id]
+        self.num_tokens_left += sum(row.num_new_tokens + num_drafted(row) for row in self._rows if row.row in stopped)
+        self._rows = [row for row in self._rows if row.row not in stopped]
+        self._sequences = [sequence for sequence in self._sequences if sequence.id not in stopped]
+        self._admits = [admit for admit in self._admits if admit.row not in stopped]
+        self._prompts -= stopped
 
     def build(self, epoch: int, step: int, drop: list[int], begun_s: float) -> PlannedStep:
         """Return the step."""

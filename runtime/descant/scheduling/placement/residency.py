@@ -98,7 +98,7 @@ class AdapterResidency:
     def place(self, version: AdapterVersion) -> Placement | None:
         """Return the version's place, giving it one if it has none; None if there is no room for it now.
 
-        A new one has to be loaded, which ends with `loaded` or `forget`.
+        A new one has to be loaded, which ends with `on_placed` or `forget`.
 
         Raises:
             AdapterTooLarge: there is never room beside what is pinned.
@@ -136,7 +136,7 @@ class AdapterResidency:
         moves, self._moves = self._moves, []
         return moves
 
-    def loaded(self, digest: str) -> None:
+    def on_placed(self, digest: str) -> None:
         """The version is on the device."""
         self._residents[digest].is_loading = False
         self._settle(digest)
