@@ -177,8 +177,8 @@ class FakeEngine:
         assert self.arena.digest_in(row.heads_slot), "heads are on the device"
         proposed = self.heads(state, self.history(state, self._adapter(row))[-1])
         ids = [token_id for one in proposed for token_id in one[: row.num_candidates]]
-        odds = [0.5**rank for one in proposed for rank in range(1, 1 + len(one[: row.num_candidates]))]
-        return HeadCandidates(row.num_candidates, pack_ints(ids), pack_floats(odds))
+        likelihoods = [0.5**rank for one in proposed for rank in range(1, 1 + len(one[: row.num_candidates]))]
+        return HeadCandidates(row.num_candidates, pack_ints(ids), pack_floats(likelihoods))
 
     def _result(self, row: Row, state: FakeRow, start: int, histories: list[int]) -> RowResult:
         end, num_prompt = state.num_computed, state.admit.num_prompt_tokens

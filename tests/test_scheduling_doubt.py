@@ -10,7 +10,7 @@ from descant.scheduling.speculation.doubt import MOST, RAISED, RELENT_EVERY, STE
 
 def seen(doubt: Doubt, gain: float, times: int = 1) -> float:
     for _ in range(times * STEPS):
-        doubt.saw(gain)
+        doubt.on_gain(gain)
     return doubt.factor
 
 
@@ -27,10 +27,10 @@ def test_a_loss_raises_it_and_a_clear_gain_lowers_it_again() -> None:
 def test_one_step_that_was_held_up_is_no_loss() -> None:
     doubt = Doubt()
     for _ in range(4 * STEPS):
-        doubt.saw(0.3)
-    doubt.saw(-2.0)
+        doubt.on_gain(0.3)
+    doubt.on_gain(-2.0)
     for _ in range(STEPS - 1):
-        doubt.saw(0.3)
+        doubt.on_gain(0.3)
 
     assert doubt.factor == 1.0
 
@@ -47,10 +47,10 @@ def test_it_fades_over_plain_steps() -> None:
     doubt = Doubt()
     seen(doubt, -1.0, times=2)
     for _ in range(2 * RELENT_EVERY - 1):
-        doubt.saw_plain()
+        doubt.on_plain_step()
     assert doubt.factor == pytest.approx(RAISED)
 
-    doubt.saw_plain()
+    doubt.on_plain_step()
     assert doubt.factor == pytest.approx(1.0)
 
 

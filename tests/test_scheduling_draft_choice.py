@@ -31,18 +31,16 @@ def taught(any_draft: float, node: float, num_rows: int = 1) -> DraftChoice:
 
 
 def least(choice: DraftChoice, num_rows: int) -> float:
-    choice.begin(num_rows, is_forced=False)
-    return choice.least_likelihood
+    return choice.for_step(num_rows, is_forced=False).least_likelihood
 
 
 def num_asked(choice: DraftChoice, drafter: Drafter, digest: str, num_rows: int) -> int:
-    choice.begin(num_rows, is_forced=False)
-    return choice.num_candidates(drafter, digest)
+    return choice.for_step(num_rows, is_forced=False).num_candidates(drafter, digest)
 
 
 def choose(choice: DraftChoice, guesses: dict[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
-    choice.begin(num_rows, is_forced=any(drafter.settings.always for drafter, _ in guesses.values()))
-    return choice.choose(guesses)
+    is_forced = any(drafter.settings.always for drafter, _ in guesses.values())
+    return choice.for_step(num_rows, is_forced=is_forced).choose(guesses)
 
 
 def chosen(choice: DraftChoice, num_rows: int, *guesses: Guess) -> dict[int, int]:

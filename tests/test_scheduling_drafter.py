@@ -33,7 +33,7 @@ def test_candidates_that_make_no_sense_are_dropped(candidates: HeadCandidates) -
     drafter.take_candidates(3, candidates)
 
     assert drafter.guess(text([1, 2, 3]), 64) is None
-    assert drafter.odds == []
+    assert drafter.head_likelihoods == []
 
 
 def test_a_long_prompt_is_read_part_by_part() -> None:

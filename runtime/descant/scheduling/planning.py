@@ -30,6 +30,7 @@ from descant.scheduling.preemption import (
 from descant.scheduling.rows import StepBuilder
 from descant.scheduling.sequence import Sequence, by_arrival
 from descant.scheduling.sequence_states import SequenceStates
+from descant.scheduling.speculation.draft_choice import StepChoice
 from descant.scheduling.speculation.drafting import Drafter
 from descant.scheduling.speculation.guess import Guess
 from descant.scheduling.speculation.ngram import DraftTree
@@ -49,6 +50,10 @@ class Planner:
         self._num_seats = num_seats
         self._builder = builder
         self._now = states.now()
+        self._draft_choice: StepChoice | None = None  # None: the engine verifies no drafts
+        if life.max_draft_nodes:
+            is_forced = any(sequence.always_verifies for sequence in self._running)
+            self._draft_choice = life.draft_choice.for_step(len(self._running), is_forced=is_forced)
         self._prefills: list[Sequence] = []
         self._is_full = False  # nobody comes in any more
         self._least_blocked = math.inf  # of those who wait for blocks: how many they hold, by weight
@@ -94,11 +99,9 @@ class Planner:
 
     def _drafts(self) -> Mapping[int, DraftTree]:
         """Return what is to be verified, by sequence, of what sequences guess will follow their last tokens."""
-        life, running = self._life, self._running
-        if not life.max_draft_nodes:
+        life, running, choice = self._life, self._running, self._draft_choice
+        if choice is None:
             return _NO_DRAFTS
-        choice = life.draft_choice
-        choice.begin(len(running), is_forced=any(sequence.always_verifies for sequence in running))
         num_spare = (self._builder.num_tokens_left - len(running)) // (2 * max(1, len(running)))  # nodes of each draft
         max_nodes = min(life.max_draft_nodes, num_spare)
         if max_nodes <= 0:
@@ -124,8 +127,8 @@ class Planner:
         """Plan the sequence's next token, with a draft of those behind it if there is one and room for it."""
         life, tree, num_candidates = self._life, trees.get(sequence.id), 0
         drafter, version = sequence.drafter, sequence.adapter
-        if drafter is not None and version is not None and version.num_heads and life.max_draft_nodes:
-            num_candidates = life.draft_choice.num_candidates(drafter, version.digest)
+        if self._draft_choice is not None and drafter is not None and version is not None and version.num_heads:
+            num_candidates = self._draft_choice.num_candidates(drafter, version.digest)
         if tree is not None:
             new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
             num_slots = len(sequence.device.block_table) * life.blocks.block_size - sequence.num_tokens

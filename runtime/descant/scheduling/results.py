@@ -64,7 +64,7 @@ def _take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> 
         life.register(sequence)  # what a draft has filled, now that its tokens are known
         num_guessed = min(num_new, len(token_ids) - 1)
         if sequence.drafter is not None:
-            sequence.drafter.num_accepted += num_guessed
+            sequence.drafter.on_gained(num_guessed)
         if output.guessed is not None:
             output.guessed += range(start, start + num_guessed)
     if result.candidates is not None and sequence.drafter is not None:

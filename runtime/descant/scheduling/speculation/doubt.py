@@ -25,7 +25,7 @@ class Doubt:
         self._gain = 0.0
         self._num_plain = 0
 
-    def saw(self, gain: float) -> None:
+    def on_gain(self, gain: float) -> None:
         """Guessing brought so many plain steps more, in one step, than it took; less than 0: it was a loss."""
         self._num_steps += 1
         self._gain += gain
@@ -36,7 +36,7 @@ class Doubt:
                 self.relent()
             self._num_steps, self._gain = 0, 0.0
 
-    def saw_plain(self) -> None:
+    def on_plain_step(self) -> None:
         """A plain step has passed."""
         self._num_plain += 1
         if self._num_plain == RELENT_EVERY:

@@ -19,7 +19,7 @@ from descant_client.speculation import Speculation
 _KEPT = 0.95  # of the weight of what was seen earlier, with each new token
 _LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
 _MAX_AWAITED = 256  # choices of heads that are yet to be judged
-_NUM_ODDS = 8  # nodes whose likelihoods are remembered
+_NUM_LIKELIHOODS = 8  # nodes whose likelihoods are remembered
 _NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
 _SILENT_LOOKS = 4  # that make it wait for one token more,
 _MAX_PATIENCE = 3  # up to so many more than one
@@ -76,7 +76,7 @@ class Drafter:
         self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
         self._awaited = deque[tuple[int, int, int, float]](maxlen=_MAX_AWAITED)  # position, head, its choice, how sure
         self._head_records: list[_Record] = []
-        self.odds: list[float] = []  # of the likeliest nodes that heads propose, of late
+        self.head_likelihoods: list[float] = []  # of the likeliest nodes that heads propose, of late
         self._promises = _Record(2.0, 2.0)
         self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
 
@@ -128,37 +128,52 @@ class Drafter:
 
     def heads_gain(self, least: float) -> float:
         """Return how many tokens the heads are good for beyond what verifying them costs, `least` each, of late."""
-        share, odds = self.kept_share, self.odds or [1.0]
-        return sum(max(0.0, share * likelihood - least) for likelihood in odds)
+        share, likelihoods = self.kept_share, self.head_likelihoods or [1.0]
+        return sum(max(0.0, share * likelihood - least) for likelihood in likelihoods)
+
+    def share_head_likelihoods(self, known: list[float]) -> list[float]:
+        """Return `head_likelihoods`. If no head has proposed anything yet, start from `known`."""
+        self.head_likelihoods = self.head_likelihoods or known
+        return self.head_likelihoods
 
     def take_candidates(self, position: int, candidates: HeadCandidates) -> None:
         """Keep what the heads propose from `position` on; it is good until another token is there."""
         width = candidates.num_candidates
         try:
-            ids, odds = unpack_ints(candidates.token_ids), unpack_floats(candidates.probabilities)
+            ids, likelihoods = unpack_ints(candidates.token_ids), unpack_floats(candidates.probabilities)
         except ValueError:
             return
-        if width <= 0 or not ids or len(ids) % width or len(ids) != len(odds) or not all(0 <= one <= 1 for one in odds):
-            return  # of no use; what they are for is only speed
+        is_whole = width > 0 and bool(ids) and len(ids) % width == 0 and len(ids) == len(likelihoods)
+        if not is_whole or not all(0 <= likelihood <= 1 for likelihood in likelihoods):
+            return  # of no use; only speed depends on them
         starts = range(0, len(ids), width)
-        self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
+        self._candidates = (
+            position,
+            [ids[at : at + width] for at in starts],
+            [likelihoods[at : at + width] for at in starts],
+        )
         self._head_records += [_Record(2.0, 2.0) for _ in range(len(self._head_records), len(starts))]
-        self._awaited.extend((position + head, head, ids[at], odds[at]) for head, at in enumerate(starts))
-        guess = self._heads_tree(_NUM_ODDS)
-        new_odds = [*(guess.probabilities if guess is not None else ()), *[0.0] * _NUM_ODDS][:_NUM_ODDS]
-        before = self.odds or new_odds
-        self.odds = [old + _NEW_SHARE * (new - old) for old, new in zip(before, new_odds, strict=True)]
+        self._awaited.extend((position + head, head, ids[at], likelihoods[at]) for head, at in enumerate(starts))
+        guess = self._heads_tree(_NUM_LIKELIHOODS)
+        nodes = guess.probabilities if guess is not None else ()
+        latest = [*nodes, *[0.0] * _NUM_LIKELIHOODS][:_NUM_LIKELIHOODS]
+        before = self.head_likelihoods or latest
+        self.head_likelihoods = [old + _NEW_SHARE * (new - old) for old, new in zip(before, latest, strict=True)]
 
     def learn(self, depth: int, num_accepted: int) -> None:
         """A draft of so many tokens, one after the other, was verified, and so many of them came true.
 
-        How many of those the text has got, before it ended, is for whoever puts them there to count.
+        `on_gained` counts those of them that the text has got before it ended.
         """
         self.num_drafts += 1
         self.num_drafted += depth
         if self._promised:
             self._promises.add(num_accepted, self._promised)
             self._promised = 0.0
+
+    def on_gained(self, num_tokens: int) -> None:
+        """Count tokens of a verified draft that became part of the output."""
+        self.num_accepted += num_tokens
 
     def forget_text(self) -> None:
         """The sequence has ended: only what is counted is still of use."""
@@ -196,8 +211,8 @@ class Drafter:
     def _heads_tree(self, max_nodes: int) -> Guess | None:
         """What heads proposed last, as a tree."""
         assert self._candidates is not None, "they have proposed something"
-        _, ids, odds = self._candidates
-        ids, weighed = ids[: self.settings.max_depth], odds[: self.settings.max_depth]
+        _, ids, likelihoods = self._candidates
+        ids, weighed = ids[: self.settings.max_depth], likelihoods[: self.settings.max_depth]
         if not self.settings.always:
             rates = [record.rate for record in self._head_records]
             weighed = [[rate * likelihood for likelihood in one] for rate, one in zip(rates, weighed, strict=False)]

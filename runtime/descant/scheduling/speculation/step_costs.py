@@ -7,6 +7,8 @@ draft heads, which mostly read their weights. So it holds for any machine, a CPU
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from descant.contract.plan import StepPlan, num_drafted
 
 _NEW_SHARE = 0.2  # of a new measurement in the average of plain steps
@@ -14,12 +16,25 @@ _KEPT = 0.97  # of the weight of earlier steps, with each new one
 _KEPT_OVER_PLAIN = 0.99  # the same, with each plain one: what is not seen again is not believed for ever
 _PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
 _PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, any draft heads
+_OTHERS = ((1, 2), (2, 0), (0, 1))  # for each of the three costs, the other two
 _ROUNDS = 4  # of the solver, with each step; it begins where it was
 # Heads mostly run where there are drafts as well, so steps hardly tell the two apart; neither is ever for nothing.
 _LEAST = (0.02, 0.0, 0.1)
 _NEARLY = 0.125  # of a number of rows
 _SURELY_LESS = 0.8  # of a plain step: what did more and took less
 _MOST = 10.0  # plain steps: what takes longer was held up by something else
+
+
+class AddedCosts(NamedTuple):
+    """What speculation adds to the duration of a plain step, in plain steps."""
+
+    any_draft: float  # that there is any draft at all
+    node: float  # each node of a draft
+    heads: float  # that draft heads run for any row
+
+    def times(self, factor: float) -> AddedCosts:
+        """Return the costs multiplied by a factor."""
+        return AddedCosts(factor * self.any_draft, factor * self.node, factor * self.heads)
 
 
 class StepCosts:
@@ -29,7 +44,7 @@ class StepCosts:
         self._plain: dict[int, float] = {}  # by number of rows
         self._products = [[0.0] * 3 for _ in range(3)]  # sums of products of what steps had
         self._targets = [0.0] * 3  # and with what they took beyond a plain step
-        self.added = _PRIOR  # what any draft, a node, and any draft heads add to a step, in plain steps
+        self.added = AddedCosts(*_PRIOR)
 
     def learn(self, plan: StepPlan, seconds: float) -> bool:
         """Take a step into account, if it only decoded; return whether it did."""
@@ -71,12 +86,12 @@ class StepCosts:
                 self._products[i][j] = kept * self._products[i][j] + one * other
         self.added = self._solved()
 
-    def _solved(self) -> tuple[float, float, float]:
+    def _solved(self) -> AddedCosts:
         """The least squares of what cannot be less than `_LEAST`, by coordinate descent from where it was."""
         found, weight = list(self.added), _PRIOR_WEIGHT
         for _ in range(_ROUNDS):
-            for i, row in enumerate(self._products):  # by hand, for it is done with every step
-                others = row[i - 2] * found[i - 2] + row[i - 1] * found[i - 1]
+            for i, (row, (j, k)) in enumerate(zip(self._products, _OTHERS, strict=True)):
+                others = row[j] * found[j] + row[k] * found[k]  # by hand, for it is done with every step
                 one = (self._targets[i] + weight * _PRIOR[i] - others) / (row[i] + weight)
                 found[i] = one if one > _LEAST[i] else _LEAST[i]
-        return found[0], found[1], found[2]
+        return AddedCosts(*found)
