@@ -122,7 +122,7 @@ def test_coming_back_after_a_preemption_is_no_sign_of_room() -> None:
 def test_a_rate_is_right_from_the_beginning_and_forgets(per_second: float, seconds: float) -> None:
     rate = Rate(since_s=7.0)
     for number in range(int(seconds * per_second)):
-        rate.happened(7.0 + (number + 1) / per_second)
+        rate.add_event(7.0 + (number + 1) / per_second)
 
     assert rate.per_second(7.0 + seconds) == pytest.approx(per_second, rel=0.25)
     assert rate.per_second(7.0 + seconds + 20 * MEMORY_S) < 1e-6

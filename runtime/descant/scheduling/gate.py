@@ -1,8 +1,8 @@
-"""`AdapterGate`: where sequences wait until their adapter version is on the device.
+"""`AdapterGate`: the queue of sequences whose adapter version is not on the device yet.
 
-A version without a place waits without holding up the others, but only so many may pass it: then nobody who came
-later gets an adapter until the running ones have made room for it. A pinned version that has no place yet waits in
-the same queue, for nobody in particular.
+A version without a place waits without delaying other versions, but only `MAX_PASSES` sequences may pass it. After
+that no sequence that came later gets an adapter until running sequences have made room for the first version. A pinned
+version without a place waits in the same queue, without sequences.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ MAX_PASSES = 64  # sequences that may get an adapter while an earlier one waits 
 
 
 class AdapterGate:
-    """A sequence that went through holds its adapter's place, and its `spans` say so, until it leaves."""
+    """Gives sequences the places of their adapters. `spans` name a sequence's place, which it keeps until it leaves."""
 
     def __init__(self, num_slots: int, num_bytes: int, epoch: int) -> None:
         self.residency = AdapterResidency(num_slots, num_bytes)
         self.unplaceable_pins: tuple[AdapterVersion, ...] = ()
-        """Versions that were to be pinned and never can be, beside those before them."""
+        """Versions to be pinned that can never have a place beside the pins before them."""
         self.num_sequences = 0
-        """Sequences that wait here."""
+        """Number of sequences that wait here."""
         self._epoch = epoch
         self._queue: dict[str, WaitingVersion] = {}  # by digest
         self._order: list[WaitingVersion] = []  # the same, in order of their turns
-        self._loading: dict[str, list[Sequence]] = {}  # by digest, those with a place where nothing is yet
+        self._loading: dict[str, list[Sequence]] = {}  # by digest, sequences with a place that is not filled yet
         self._load_turns = LoadTurns()
         self._prefetches: dict[str, AdapterVersion] = {}  # not yet taken
-        self._prefetching: set[str] = set()  # digests that are being read for those who wait
+        self._prefetching: set[str] = set()  # digests that are being read for waiting sequences
         self._pins: dict[str, AdapterVersion] = {}
-        self._unplaced_pins: dict[str, AdapterVersion] = {}  # of them, neither pinned nor in the queue
-        self._num_pins = 0  # that have come to the queue
-        self._num_passes = 0  # since the first in the queue has been first
-        self._latest = 0  # id of the latest sequence that came
-        self._has_changed = True  # since the last `place_waiting`: it may let somebody in
+        self._unplaced_pins: dict[str, AdapterVersion] = {}  # pins that are neither pinned yet nor in the queue
+        self._num_pins = 0  # pins that were added to the queue so far
+        self._num_passes = 0  # sequences that passed the first version of the queue
+        self._latest = 0  # id of the latest sequence that entered
+        self._has_changed = True  # since the last `place_waiting`, which may succeed now
 
     @property
     def loading(self) -> list[Sequence]:
-        """Sequences whose version is being read: whoever the executor's death may be due to."""
+        """Sequences whose version is being read: suspects if the executor dies."""
         groups = [group for digest, group in self._loading.items() if not self._load_turns.is_waiting(digest)]
         groups += [self._queue[digest].sequences for digest in self._prefetching if digest in self._queue]
         return [sequence for group in groups for sequence in group]
@@ -56,7 +56,7 @@ class AdapterGate:
     # ---- sequences come and go ------------------------------------------------------------------------------------
 
     def check_fits(self, version: AdapterVersion) -> None:
-        """Check that the version can ever have a place beside what is, or is to be, pinned.
+        """Check that the version can ever have a place beside the pins.
 
         Raises:
             AdapterTooLarge, UnsupportedRequest: it cannot.
@@ -64,9 +64,9 @@ class AdapterGate:
         self.residency.check_fits(version, self._pins.values())
 
     def enter(self, sequence: Sequence) -> bool:
-        """Return whether the sequence may run now; otherwise it waits here.
+        """Give the sequence the place of its adapter, or add it to the queue. Return whether it may run now.
 
-        One that has said something already was let in before: no pin that has come since keeps it from going on.
+        A sequence with output was admitted before, and newer pins do not keep it from going on.
 
         Raises:
             AdapterTooLarge, UnsupportedRequest: its adapter will never have a place.
@@ -86,14 +86,14 @@ class AdapterGate:
         self.num_sequences += 1
         if self._may_pass(sequence) and (placement := self.residency.acquire(version)) is not None:
             self._num_passes += bool(self._order)
-            self._has_changed |= version.digest in self._queue  # whoever waits for it as well
+            self._has_changed |= version.digest in self._queue  # other sequences wait for it
             return self._assign(sequence, version, placement)
         insort(self._enqueue(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
         sequence.is_cold = True
         return False
 
     def load_if_free(self, version: AdapterVersion) -> bool:
-        """Return whether the version can be had at once and at nobody's cost. If not, it is loaded if there is room."""
+        """Return whether the version is loaded; if not, load it if there is room. Return False while versions wait."""
         if self._order:
             return False
         try:
@@ -106,7 +106,7 @@ class AdapterGate:
         return self.residency.is_loaded(version.digest)
 
     def leave(self, sequence: Sequence) -> None:
-        """Give up the sequence's place here or on the device; it may have none."""
+        """Take the sequence out of the queue or off its place on the device, if it has one."""
         version = sequence.adapter
         if version is None:
             return
@@ -125,9 +125,9 @@ class AdapterGate:
             self._has_changed = True
 
     def place_waiting(self, first: Iterable[str] = ()) -> list[Sequence]:
-        """Give places that have become free to those who wait; return the sequences that may run now.
+        """Give free places to waiting versions and return the sequences that may run now.
 
-        Who waits for the digests of `first` comes before everybody else, in this order.
+        The versions of `first` come before all others, in this order.
         """
         ready: list[Sequence] = []
         if not self._has_changed and not first:
@@ -142,7 +142,7 @@ class AdapterGate:
             is_first = waiting is self._order[0]
             if not is_first and self._num_passes >= MAX_PASSES:
                 break
-            # What is as large as something there was no room for need not be tried: there is none for it either.
+            # There was no room for a version of this size or a smaller one: there is none for this one.
             if waiting.num_bytes >= too_large and not self._is_resident(waiting):
                 continue
             if self._place(waiting, ready):
@@ -157,7 +157,7 @@ class AdapterGate:
     def set_pins(self, versions: Iterable[AdapterVersion]) -> None:
         """Keep these versions, and no others, on the device whatever else needs room.
 
-        Those that can never fit beside the ones before them are passed over: `unplaceable_pins`.
+        Versions that can never fit beside those before them are left out: `unplaceable_pins`.
         """
         pins: dict[str, AdapterVersion] = {}
         unplaceable: list[AdapterVersion] = []
@@ -178,16 +178,16 @@ class AdapterGate:
         self._has_changed = True
 
     def forget_version(self, digest: str) -> None:
-        """Free the version's place as soon as nobody uses it."""
+        """Free the version's place as soon as no sequence uses it."""
         if digest in self._queue:
             self._queue[digest].is_doomed = True
         self.residency.doom(digest)
         self._has_changed = True
 
-    # ---- what the executor does -----------------------------------------------------------------------------------
+    # ---- work for the executor -----------------------------------------------------------------------------------
 
     def take_work(self) -> AdapterWork:
-        """Return what is to be begun now; loads wait for their turn until enough of those before them have ended."""
+        """Return the moves, loads and prefetches to begin now. Loads wait for their turn: `LoadTurns`."""
         loads = self._load_turns.take(self._principals)
         prefetches, self._prefetches = self._prefetches, {}
         waiting = tuple(version for digest, version in prefetches.items() if digest in self._queue)
@@ -196,15 +196,15 @@ class AdapterGate:
         return AdapterWork(moves, loads, waiting)
 
     def on_prefetch_done(self, digest: str) -> None:
-        """The version has been read, or nobody wants it any more."""
+        """Mark the prefetch of `digest` as finished."""
         self._prefetching.discard(digest)
 
     def on_staged(self, load: AdapterLoad) -> None:
-        """The version is in host memory: others may be read while it waits to be put in its place."""
+        """Record that the version is in host memory, so that other versions may be read meanwhile."""
         self._load_turns.end(load.version.digest)
 
     def on_placed(self, load: AdapterLoad) -> list[Sequence]:
-        """The version is in its place; return the sequences that waited for it."""
+        """Record that the version is in its place; return the sequences that waited for it."""
         digest = load.version.digest
         self.residency.on_placed(digest)
         if digest in self._pins and not self.residency.is_pinned(digest):
@@ -213,9 +213,9 @@ class AdapterGate:
         return self._end_load(digest)
 
     def on_load_failed(self, load: AdapterLoad) -> list[Sequence]:
-        """The version is not in its place; return the sequences that waited for it. They no longer hold it.
+        """Free the version's place; return the sequences that waited for it. They lose their place too.
 
-        A pin whose load failed is tried again with the next `set_pins`, or if a sequence gets its version loaded.
+        A pin whose load failed is tried again at the next `set_pins`, or when a sequence gets its version loaded.
         """
         sequences = self._end_load(load.version.digest)
         for sequence in sequences:
@@ -241,7 +241,7 @@ class AdapterGate:
         return (sequence.id, 0) < self._order[0].turn
 
     def _enqueue(self, version: AdapterVersion, turn: tuple[int, int]) -> WaitingVersion:
-        """Return the version's place in the queue, no later than `turn`."""
+        """Return the version's entry in the queue, made or moved forward so that its turn is no later than `turn`."""
         waiting = self._queue.get(version.digest)
         if waiting is None:
             waiting = self._queue[version.digest] = WaitingVersion(version, turn, aligned(version.num_bytes))
@@ -254,7 +254,7 @@ class AdapterGate:
         return waiting
 
     def _requeue(self, waiting: WaitingVersion) -> None:
-        """Somebody has left: who is left comes first, if anybody is."""
+        """Update the turn of an entry that a sequence or a pin has left; remove it if nothing waits for it any more."""
         is_first = self._order[0] is waiting
         self._unqueue(waiting)
         if waiting.sequences or waiting.is_pin:
@@ -264,13 +264,13 @@ class AdapterGate:
         else:
             del self._queue[waiting.version.digest]
             self._prefetching.discard(waiting.version.digest)
-            self._num_passes = 0 if is_first else self._num_passes  # nobody has passed who is first now
+            self._num_passes = 0 if is_first else self._num_passes  # the new first has not been passed yet
 
     def _unqueue(self, waiting: WaitingVersion) -> None:
         del self._order[bisect_left(self._order, waiting.turn, key=by_turn)]
 
     def _place(self, waiting: WaitingVersion, ready: list[Sequence]) -> bool:
-        """Give a version a place if there is one; add those of its sequences that may run to `ready`."""
+        """Give a version a place and return whether there was one; add its sequences that may run to `ready`."""
         version = waiting.version
         placement = self.residency.place(version)
         if placement is None:
@@ -292,7 +292,7 @@ class AdapterGate:
         return True
 
     def _assign(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
-        """Give a sequence its place, and return whether the version is there."""
+        """Give a sequence its place, and return whether the version is loaded."""
         sequence.device.spans = (AdapterSpan(0, placement.adapter_slot),) if version.num_modules else BASE_SPANS
         sequence.device.heads_slot = placement.adapter_slot if version.num_heads else NO_ADAPTER
         if placement.is_new:
@@ -310,10 +310,10 @@ class AdapterGate:
         self._load_turns.add(AdapterLoad(self._epoch, version, placement.adapter_slot, placement.offset))
 
     def _queue_pins(self) -> None:
-        """Pin what has a place already, and queue the other pins.
+        """Pin the versions that have a place already, and queue the other pins.
 
-        A pin waits until nothing in the queue would be left without a place for good: who came before it was told
-        that there is one, and who comes after it is told that there is none.
+        A pin is not queued while it would leave another version of the queue without a place for good: versions before
+        it have passed `check_fits` without the pin, and versions after it are checked with it.
         """
         if not self._unplaced_pins:
             return
@@ -331,7 +331,7 @@ class AdapterGate:
                 self._enqueue(version, (self._latest, self._num_pins)).is_pin = True
 
     def _withdraw_pins(self) -> None:
-        """Give up every pin's claim, so that who was promised a place gets it; they come back once that is done."""
+        """Give up all claims of pins, so that an admitted sequence gets its place. They are queued again after it."""
         for digest in self._pins:
             self.residency.unpin(digest)
             if digest in self._queue and self._queue[digest].is_pin:
@@ -344,5 +344,5 @@ class AdapterGate:
         return self.residency.is_resident(waiting.version.digest)
 
     def _is_taken(self, digest: str) -> bool:
-        """Whether a pin has its place or is about to get it."""
+        """Return whether a pin has its place or is in the queue."""
         return self.residency.is_pinned(digest) or (digest in self._queue and self._queue[digest].is_pin)

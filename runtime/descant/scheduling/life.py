@@ -1,4 +1,4 @@
-"""`ExecutorLife`: everything that dies with an executor: its blocks, its adapters, its rows."""
+"""`ExecutorLife`: the scheduler's state that is lost with an executor: blocks, adapter places, rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WATERMARK_SHARE = 64  # admission leaves one block per running sequence free, bu
 
 
 class ExecutorLife:
-    """The scheduler's picture of one executor, from its start to its death."""
+    """The scheduler's state of one executor, from its start to its death."""
 
     def __init__(self, epoch: int, limits: EngineLimits, adapter_bytes: int) -> None:
         self.epoch = epoch
@@ -22,11 +22,11 @@ class ExecutorLife:
         self.num_steps = 0  # completed
         self.draft_choice = DraftChoice()
         self.max_steps_in_flight = limits.max_steps_in_flight
-        # Who plans a step before the last one's tokens are known cannot guess what follows them.
+        # A step that is planned before the previous one's tokens are known cannot have drafts after them.
         self.max_draft_nodes = limits.max_draft_nodes if limits.max_steps_in_flight == 1 else 0
-        # Tokens of a sequence, prompt and output: it must be able to run alone.
+        # Tokens of one sequence, prompt and output: it must be able to run alone.
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
-        self._drops: list[int] = []  # rows the engine still has and no longer needs
+        self._drops: list[int] = []  # rows that the engine still has and no longer needs
 
     def check_fits(self, sequence: Sequence) -> None:
         """Check that the sequence can ever run here.
@@ -44,13 +44,13 @@ class ExecutorLife:
             self.gate.check_fits(sequence.adapter)
 
     def token_limit(self, sequence: Sequence) -> int:
-        """Return how many tokens, prompt and output, the sequence may have here."""
+        """Return the number of tokens, prompt and output, that the sequence may have here."""
         if sequence.request.max_tokens is None:
             return self.max_tokens
         return min(self.max_tokens, sequence.num_prompt_tokens + sequence.request.max_tokens)
 
     def allocate(self, sequence: Sequence, num_running: int) -> bool:
-        """Give the sequence blocks for all its tokens, known ones as far as possible; False: too few are left."""
+        """Give the sequence blocks for all its tokens, cached ones where possible. Return False if too few are left."""
         size = self.blocks.block_size
         num_matchable = 0 if sequence.needs_prompt_logprobs else (sequence.num_tokens - 1) // size
         table = self.blocks.match(hash_of(sequence, index, size) for index in range(num_matchable))
@@ -67,7 +67,7 @@ class ExecutorLife:
         return True
 
     def watermark(self, num_running: int) -> int:
-        """Return how many blocks admission leaves free for the growth of those who run."""
+        """Return the number of blocks that admission leaves free for the growth of running sequences."""
         return min(num_running, self.blocks.num_blocks // WATERMARK_SHARE)
 
     def will_share(self, sequence: Sequence, other: Sequence) -> bool:
@@ -77,16 +77,16 @@ class ExecutorLife:
         return is_ahead and not sequence.needs_prompt_logprobs
 
     def grow(self, sequence: Sequence, num_blocks: int = 1) -> list[int] | None:
-        """Give the sequence so many more blocks and return them; None if too few are left."""
+        """Give the sequence `num_blocks` more blocks and return them; None if too few are left."""
         new = self.blocks.allocate(num_blocks, after=sequence.device.block_table[-1])
         if new is not None:
             sequence.device.block_table += new
         return new
 
     def room_behind(self, sequence: Sequence, num_wanted: int, num_running: int) -> list[int]:
-        """Give the sequence blocks for so many tokens behind its last; return the new ones, none if few are free.
+        """Give the sequence blocks for `num_wanted` tokens behind its last; return the new ones, none if few are free.
 
-        A guess is worth nobody's place: a block stays free for everybody who runs.
+        A draft must not cause a preemption: one block stays free for each running sequence.
         """
         num_missing = self.blocks.num_blocks_for(sequence.num_tokens + num_wanted) - len(sequence.device.block_table)
         if not 0 < num_missing <= self.blocks.num_available - num_running:
@@ -96,7 +96,7 @@ class ExecutorLife:
         return new
 
     def register(self, sequence: Sequence) -> None:
-        """Offer the blocks that the sequence has filled to the prefix cache, as far as its tokens are known."""
+        """Register the full blocks of the sequence in the prefix cache, as far as its tokens are known."""
         size, device = self.blocks.block_size, sequence.device
         num_full = min(device.num_computed, sequence.num_tokens) // size
         for index in range(device.num_registered, num_full):
@@ -104,7 +104,7 @@ class ExecutorLife:
         device.num_registered = num_full
 
     def release(self, sequence: Sequence) -> None:
-        """Take back everything the sequence has here."""
+        """Take back the sequence's blocks, adapter place and row."""
         if sequence.device.is_row:
             self._drops.append(sequence.id)
         self.blocks.release(sequence.device.block_table)
@@ -112,6 +112,6 @@ class ExecutorLife:
         sequence.forget_device_state()
 
     def take_drops(self) -> list[int]:
-        """Return the rows to drop that have not been taken yet."""
+        """Return the rows to drop since the last call."""
         drops, self._drops = self._drops, []
         return drops

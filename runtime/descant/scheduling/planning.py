@@ -1,11 +1,11 @@
-"""`Planner`: which rows a step has, and who gives way for them.
+"""`Planner`: chooses the rows of a step, and preempts sequences to make room for them.
 
-First everybody who decodes, in order of arrival. What is left of the step's tokens goes to prompts, those of running
-sequences and those of sequences that come in, in fair order: whoever has had least service is served next. Who comes
-in needs a seat and blocks; if there are none, those who hold too much of them give way.
+First come the decoding sequences, in order of arrival. The rest of the step's tokens goes to prompts, of running
+sequences and of newly admitted ones, in fair order: the principal with least service is served next. A new sequence
+needs a seat and blocks; if there are none, sequences of principals that have too many are preempted.
 
-Nobody gives way while a step is in flight, which may still write to its blocks: who needs them goes without for this
-step, and the next is planned when nothing is in flight.
+No sequence is preempted while a step is in flight, which may still write to its blocks. A sequence that needs them
+gets no row in this step, and the next step is planned when nothing is in flight.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from descant.scheduling.fairness import Account
 from descant.scheduling.life import ExecutorLife
 from descant.scheduling.preemption import (
     block_victims,
-    blocks_held,
+    blocks_by_account,
     growth_victim,
     is_ahead,
     latest_of,
     may_take,
     richest,
-    seats_held,
+    seats_by_account,
 )
 from descant.scheduling.rows import StepBuilder
 from descant.scheduling.sequence import Sequence, by_arrival
@@ -35,7 +35,7 @@ from descant.scheduling.speculation.drafting import Drafter
 from descant.scheduling.speculation.guess import Guess
 from descant.scheduling.speculation.ngram import DraftTree
 
-MAX_READ = 1024  # tokens that drafters take in before a step: a long prompt shall not hold up everybody
+MAX_READ = 1024  # tokens that drafters read before a step, so that a long prompt does not delay it
 _NO_DRAFTS: Mapping[int, DraftTree] = {}
 
 
@@ -55,10 +55,10 @@ class Planner:
             is_forced = any(sequence.always_verifies for sequence in self._running)
             self._draft_choice = life.draft_choice.for_step(len(self._running), is_forced=is_forced)
         self._prefills: list[Sequence] = []
-        self._is_full = False  # nobody comes in any more
-        self._least_blocked = math.inf  # of those who wait for blocks: how many they hold, by weight
-        self._seat_holder: Account | None = None  # who has most seats by weight, until seats change hands
-        self._blocks_held: dict[Account, float] | None = None  # until blocks do
+        self._is_full = False  # no sequence is admitted any more
+        self._least_blocked = math.inf  # least number of blocks, by weight, of principals that lack blocks
+        self._seat_holder: Account | None = None  # with most seats by weight; None: not known since seats changed
+        self._blocks_by_account: dict[Account, float] | None = None  # None: not known since blocks changed
 
     def plan(self) -> None:
         """Put the rows into the builder."""
@@ -88,17 +88,17 @@ class Planner:
             if device.num_planned + 1 < num_tokens:
                 self._prefills.append(sequence)
             elif num_tokens >= device.token_limit and device.num_pending:
-                continue  # it ends with a token that is in flight
+                continue  # its last token is in flight
             elif num_tokens <= len(device.block_table) * block_size:
                 self._decode(sequence, [], trees)
             elif (new_blocks := life.grow(sequence)) is not None:
                 self._decode(sequence, new_blocks, trees)
             elif self._states.may_preempt():
                 self._preempt(growth_victim(self._fairness, running, sequence))
-                index = bisect_left(running, sequence.id, key=by_arrival)  # it tries again, if it is still there
+                index = bisect_left(running, sequence.id, key=by_arrival)  # again with this one, if it still runs
 
     def _drafts(self) -> Mapping[int, DraftTree]:
-        """Return what is to be verified, by sequence, of what sequences guess will follow their last tokens."""
+        """Let drafters guess, and return the trees to verify in this step, by sequence id."""
         life, running, choice = self._life, self._running, self._draft_choice
         if choice is None:
             return _NO_DRAFTS
@@ -124,7 +124,7 @@ class Planner:
         return choice.choose(guesses) if guesses else _NO_DRAFTS
 
     def _decode(self, sequence: Sequence, new_blocks: list[int], trees: Mapping[int, DraftTree]) -> None:
-        """Plan the sequence's next token, with a draft of those behind it if there is one and room for it."""
+        """Plan a row for the sequence's next token, with its draft if there is one and room for it."""
         life, tree, num_candidates = self._life, trees.get(sequence.id), 0
         drafter, version = sequence.drafter, sequence.adapter
         if self._draft_choice is not None and drafter is not None and version is not None and version.num_heads:
@@ -135,7 +135,7 @@ class Planner:
             if num_slots < len(tree.token_ids):
                 tree = tree.beginning(num_slots)
                 if drafter is not None:
-                    drafter.promise(0.0)  # what is left of it promises something else
+                    drafter.promise(0.0)  # the promise was that of the whole draft
             if tree is not None and sequence.always_verifies:
                 self._fairness.charge_draft(sequence, len(tree.token_ids))
         self._builder.decode(sequence, new_blocks or None, tree, num_candidates)
@@ -154,7 +154,7 @@ class Planner:
     def _next_prefill(
         self, heap: list[tuple[float, int, Account, list[Sequence]]], waiting: Account | None
     ) -> Sequence | None:
-        """Return the running sequence to go on with; None if it is the turn of `waiting`, or there is none."""
+        """Return the next running sequence to prefill; None if it is the turn of `waiting`, or there is none."""
         while heap:
             service, number, account, group = heap[0]
             if not group:
@@ -172,10 +172,10 @@ class Planner:
     def _prefill(self, sequence: Sequence) -> None:
         self._fairness.charge_prompt(sequence, self._builder.prefill(sequence))
 
-    # ---- those who wait -------------------------------------------------------------------------------------------
+    # ---- waiting sequences -------------------------------------------------------------------------------------------
 
     def _serve(self, account: Account) -> bool:
-        """Let one sequence in, or end it; False: none can come in now."""
+        """Admit or finish one waiting sequence of the account. Return False if none can be admitted now."""
         life = self._life
         for sequence in account.waiting():
             first = self._states.table.first_of_request(sequence.request_id) if sequence.request.choice else sequence
@@ -190,7 +190,7 @@ class Planner:
             self._states.lineup.seat(sequence, self._now)
             for choice in self._states.table.of_request(sequence.request_id):
                 choice.has_started = True
-            self._seat_holder = self._blocks_held = None
+            self._seat_holder = self._blocks_by_account = None
             self._fairness.charge_prompt(sequence, self._builder.admit(sequence))
             return True
         return False
@@ -199,10 +199,10 @@ class Planner:
         if self._states.lineup.num_seated < self._num_seats:
             return True
         if self._seat_holder is None:
-            self._seat_holder = richest(seats_held(self._fairness))
+            self._seat_holder = richest(seats_by_account(self._fairness))
         holder = self._seat_holder
         if holder is None or holder.num_running == 1 or is_ahead(account, holder):
-            self._is_full = True  # nor has anybody a claim whose turn is later
+            self._is_full = True  # accounts with a later turn have no claim either
             return False
         victim = latest_of(self._running, holder)
         if victim is None or not may_take(holder, holder.num_running - 1, account, account.num_running, 1):
@@ -213,11 +213,14 @@ class Planner:
         return True
 
     def _find_blocks(self, account: Account, sequence: Sequence) -> bool:
-        """Give the sequence its blocks. While somebody waits for blocks, nobody comes in who then holds more."""
+        """Give the sequence its blocks and return whether it got them.
+
+        While a principal lacks blocks, no sequence is admitted whose principal would then hold more than that one.
+        """
         life, running = self._life, self._running
         num_needed = life.blocks.num_blocks_for(sequence.num_tokens)
         bar = self._least_blocked * account.weight
-        if bar < math.inf and self._num_held(account) + num_needed > bar:
+        if bar < math.inf and self._num_blocks_of(account) + num_needed > bar:
             return False
         if life.allocate(sequence, len(running)):
             return True
@@ -225,21 +228,21 @@ class Planner:
         victims = block_victims(self._fairness, running, account, num_needed, num_missing)
         if victims and self._states.may_preempt():
             for victim in victims:
-                if not victim.is_finished:  # with another choice of its request, which has no place any more
+                if not victim.is_finished:  # with another choice of its request, whose adapter never fits any more
                     self._preempt(victim)
             if life.allocate(sequence, len(running)):
                 return True
-        self._least_blocked = min(self._least_blocked, self._num_held(account) / account.weight)
+        self._least_blocked = min(self._least_blocked, self._num_blocks_of(account) / account.weight)
         self._is_full = self._least_blocked == 0
         return False
 
-    def _num_held(self, account: Account) -> float:
-        if self._blocks_held is None:
-            self._blocks_held = blocks_held(self._fairness, self._running)
-        return self._blocks_held.get(account, 0)
+    def _num_blocks_of(self, account: Account) -> float:
+        if self._blocks_by_account is None:
+            self._blocks_by_account = blocks_by_account(self._fairness, self._running)
+        return self._blocks_by_account.get(account, 0)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._states.preempt(sequence)
         self._builder.remove_stopped()
-        self._seat_holder = self._blocks_held = None
+        self._seat_holder = self._blocks_by_account = None
         self._is_full = False

@@ -1,4 +1,4 @@
-"""What a step's result says of the sequences in it."""
+"""`take_result`: takes over the result of a step for one sequence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from descant_client.errors import InternalError
 
 
 def take_result(life: ExecutorLife, sequence: Sequence, row: Row, result: RowResult) -> int | None:
-    """Take over what a step did to a running sequence; return how many tokens it gained, None if none was sampled.
+    """Update a running sequence from its row's result. Return the number of new tokens, None if none was sampled.
 
     Raises:
-        InternalError: the row failed, or the engine did something else than was planned.
-        ValueError: packed numbers are cut off, or fewer or more than they should be.
+        InternalError: the row failed, or its result does not match the plan.
+        ValueError: packed numbers are cut off, or their count is wrong.
     """
     if result.error is not None:
         raise InternalError(result.error)
@@ -24,7 +24,7 @@ def take_result(life: ExecutorLife, sequence: Sequence, row: Row, result: RowRes
     num_sampled = num_packed(result.token_ids)
     if row.draft is not None and num_sampled:
         num_accepted = _take_verdict(sequence, row.draft, num_sampled)
-        device.num_planned += num_accepted  # it was planned as if nothing came of the draft
+        device.num_planned += num_accepted  # the plan assumed that no node is accepted
         end += num_accepted
     elif num_sampled != is_sampled:
         raise InternalError("the engine computed something else than was planned")
@@ -39,8 +39,12 @@ def take_result(life: ExecutorLife, sequence: Sequence, row: Row, result: RowRes
 
 
 def _take_verdict(sequence: Sequence, draft: TokenDraft, num_sampled: int) -> int:
-    """Tell the sequence's drafter how its draft fared; return how many of its tokens came true."""
-    assert sequence.drafter is not None, "who drafts has a drafter"
+    """Tell the drafter the outcome of its draft; return the number of accepted tokens.
+
+    Raises:
+        InternalError: more tokens were accepted than drafted.
+    """
+    assert sequence.drafter is not None, "a sequence with a draft has a drafter"
     depth = depth_of(unpack_ints(draft.parents))
     num_accepted = num_sampled - 1
     if num_accepted > depth:
@@ -50,7 +54,7 @@ def _take_verdict(sequence: Sequence, draft: TokenDraft, num_sampled: int) -> in
 
 
 def _take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> int:
-    """Append what was sampled, up to what ends the sequence; return how many tokens."""
+    """Append the sampled tokens, up to the one that ends the sequence; return the number of new tokens."""
     sequence.device.num_pending -= 1
     if len(result.token_ids) == 4:
         token_ids = [int.from_bytes(result.token_ids, "little", signed=True)]
@@ -61,7 +65,7 @@ def _take_sampled(life: ExecutorLife, sequence: Sequence, result: RowResult) -> 
     start = len(output.token_ids)
     num_new = sequence.append(token_ids, logprobs)
     if len(token_ids) > 1:
-        life.register(sequence)  # what a draft has filled, now that its tokens are known
+        life.register(sequence)  # blocks filled by the draft, now that its tokens are known
         num_guessed = min(num_new, len(token_ids) - 1)
         if sequence.drafter is not None:
             sequence.drafter.on_gained(num_guessed)

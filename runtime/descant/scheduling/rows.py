@@ -1,4 +1,4 @@
-"""`StepBuilder`: turns decisions about sequences into the rows of a `StepPlan`."""
+"""`StepBuilder`: collects the rows of a `StepPlan`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from descant.scheduling.speculation.ngram import DraftTree
 
 
 class PlannedStep(NamedTuple):
-    """A plan, and the sequences behind its rows, in the same order; when planning began, on the policy's clock."""
+    """A plan, the sequences of its rows in the same order, and when planning began, on the policy's clock."""
 
     plan: StepPlan
     sequences: tuple[Sequence, ...]
@@ -25,7 +25,7 @@ class StepBuilder:
         self._admits: list[Admit] = []
         self._rows: list[Row] = []
         self._sequences: list[Sequence] = []
-        self._prompts: set[int] = set()  # ids of sequences with more than a decode
+        self._prompts: set[int] = set()  # ids of sequences with a prefill
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -37,10 +37,10 @@ class StepBuilder:
         tree: DraftTree | None = None,
         num_candidates: int = 0,
     ) -> None:
-        """Compute the sequence's last token, and the nodes of a draft behind it.
+        """Add a row that computes the sequence's last token and the nodes of a draft behind it.
 
         Args:
-          num_candidates: that each of its draft heads shall propose.
+          num_candidates: number of tokens that each draft head of the sequence proposes.
         """
         device = sequence.device
         assert device.spans is not None, "a running sequence has its adapter"
@@ -62,7 +62,7 @@ class StepBuilder:
         return sequence.id in self._prompts
 
     def prefill(self, sequence: Sequence) -> int:
-        """Compute as many of the sequence's uncomputed tokens as the budget allows, at least one; return how many."""
+        """Add a row for as many uncomputed tokens as the budget allows, at least one; return their number."""
         device = sequence.device
         assert device.spans is not None, "a running sequence has its adapter"
         num_new_tokens = min(sequence.num_tokens - device.num_planned, self.num_tokens_left)
@@ -76,7 +76,7 @@ class StepBuilder:
         return num_new_tokens
 
     def admit(self, sequence: Sequence) -> int:
-        """Make the sequence a row of the engine, with all its blocks, and prefill it; return the tokens computed."""
+        """Add the sequence, with all its blocks, to the engine's rows, and prefill it as `prefill` does."""
         request, device = sequence.request, sequence.device
         self._admits.append(
             Admit(
@@ -105,6 +105,6 @@ class StepBuilder:
         self._prompts -= stopped
 
     def build(self, epoch: int, step: int, drop: list[int], begun_s: float) -> PlannedStep:
-        """Return the step."""
+        """Return the planned step."""
         plan = StepPlan(epoch, step, tuple(self._admits), tuple(self._rows), pack_ints(drop))
         return PlannedStep(plan, tuple(self._sequences), begun_s)

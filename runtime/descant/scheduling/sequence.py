@@ -1,6 +1,7 @@
-"""`Sequence`: the state of one choice of one request, and the table of all live ones.
+"""`Sequence`: the state of one choice of one request; `SequenceTable`: all live sequences.
 
-A sequence's tokens are the truth: blocks, adapter slot and the engine's row can all be lost and made again from them.
+A sequence's tokens are authoritative: its blocks, adapter slot and row in the engine can be lost and made again from
+them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class Stopper(Protocol):
 
 
 class Sink(Protocol):
-    """Where a sequence's tokens go. Neither method waits, and neither calls back into the policy."""
+    """The receiver of a sequence's tokens. Neither method waits, and neither calls back into the policy."""
 
     def put(self, sequence: Sequence, num_new: int) -> bool:
-        """Take note of the last `num_new` output tokens; False: over budget, park this sequence."""
+        """Buffer the last `num_new` output tokens. Return False if over budget; the policy then parks the sequence."""
         ...
 
     def end(self, sequence: Sequence) -> None:
-        """The sequence is finished: `finish_reason` is set, and `error` if the reason is `error`. Called once."""
+        """Take the end of the sequence. `finish_reason` is set, and `error` if the reason is `error`. Called once."""
         ...
 
 
@@ -58,7 +59,7 @@ def unpack_logprobs(rows: LogprobRows, token_ids: list[int]) -> list[TokenLogpro
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceRequest:
-    """What was asked for: one choice of one request. Written once, before the sequence is submitted."""
+    """The request of a sequence: one choice of one client request. Written once, before the sequence is submitted."""
 
     request_id: str
     prompt_ids: list[int]
@@ -85,7 +86,7 @@ class SequenceRequest:
 
 @dataclass(slots=True, eq=False)
 class Output:
-    """What a sequence has produced. It is never taken back."""
+    """The results of a sequence. They survive preemption."""
 
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # one per token, or none
@@ -97,7 +98,7 @@ class Output:
 
 @dataclass(slots=True, eq=False)
 class DeviceState:
-    """What a sequence has on one executor. Preemption replaces it by a new one."""
+    """The state of a sequence on one executor. Preemption replaces it by a new one."""
 
     block_table: list[int] = field(default_factory=list[int])
     num_computed: int = 0  # positions whose K/V is in the cache
@@ -118,7 +119,7 @@ class DeviceState:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice of one request. `id` is also its row in the engine; ids grow with arrival."""
+    """One choice of one request. `id` is also its row in the engine. Ids grow in order of arrival."""
 
     id: int
     request: SequenceRequest
@@ -181,7 +182,7 @@ class Sequence:
 
     @property
     def always_verifies(self) -> bool:
-        """Whether its guesses are verified at any cost."""
+        """Whether its drafts are verified at any cost."""
         return self.drafter is not None and self.drafter.settings.always
 
     @property
@@ -208,7 +209,7 @@ class Sequence:
         return prompt_ids[start:] + output_ids[: stop - num_prompt]
 
     def append(self, token_ids: Iterable[int], logprobs: Iterable[TokenLogprobs] = ()) -> int:
-        """Take sampled tokens up to the first that ends the sequence; return how many were taken.
+        """Append sampled tokens up to the first that ends the sequence; return the number appended.
 
         A stop token is kept in the output, and so are all tokens of a stop string. Sets `finish_reason`.
         """
@@ -237,19 +238,19 @@ class Sequence:
 
 
 def by_arrival(sequence: Sequence) -> int:
-    """Sort by this to put who came first first."""
+    """Sort key: order of arrival."""
     return sequence.id
 
 
 class DraftCounts(NamedTuple):
-    """Guesses that were verified, the tokens on the longest ways through them, and how many of these came true."""
+    """Number of drafts verified, of tokens on the longest paths through them, and of tokens accepted."""
 
     num_drafts: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
 
     def plus(self, drafter: Drafter | None) -> DraftCounts:
-        """Return the counts with those of one sequence."""
+        """Return the counts with those of one drafter added."""
         if drafter is None:
             return self
         return DraftCounts(
@@ -262,7 +263,7 @@ class DraftCounts(NamedTuple):
 class SequenceTable:
     """All live sequences, and the numbers that must never repeat.
 
-    It belongs to the system: it outlives the scheduler actor, whose new policy goes on with what is in it.
+    It belongs to the system and outlives the scheduler actor: the next policy goes on with the sequences in it.
     """
 
     def __init__(self) -> None:
@@ -309,7 +310,7 @@ class SequenceTable:
         return next(iter(self._by_request[request_id].values()))
 
     def draft_counts(self) -> DraftCounts:
-        """Return the counts of all sequences there ever were."""
+        """Return the counts of all sequences, live and finished."""
         counts = self._drafts_before
         for sequence in self:
             counts = counts.plus(sequence.drafter)

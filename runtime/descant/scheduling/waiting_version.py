@@ -10,16 +10,16 @@ from descant.scheduling.sequence import Sequence
 
 @dataclass(slots=True, eq=False)
 class WaitingVersion:
-    """A version that waits for a place, and who waits with it."""
+    """A version that waits for a place, and the sequences that wait for it."""
 
     version: AdapterVersion
-    turn: tuple[int, int]  # of who came first
-    num_bytes: int  # of the arena
+    turn: tuple[int, int]  # of the first sequence or pin: its id, and the number of the pin
+    num_bytes: int  # aligned size in the arena
     sequences: list[Sequence] = field(default_factory=list[Sequence])  # in order of arrival
     is_pin: bool = False
-    is_doomed: bool = False
+    is_doomed: bool = False  # to be forgotten once no sequence uses it
 
 
 def by_turn(waiting: WaitingVersion) -> tuple[int, int]:
-    """Sort by this to put first what waits for whoever came first."""
+    """Sort key: order of turns."""
     return waiting.turn
