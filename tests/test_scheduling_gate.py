@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.gate import AdapterGate
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.waiting_versions import MAX_PASSES
 from descant_client.errors import AdapterTooLarge
 from fakes import make_sequence, version
 

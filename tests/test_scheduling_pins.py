@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from descant.contract.plan import EngineLimits
-from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.gate import AdapterGate
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.waiting_versions import MAX_PASSES
 from descant_client.errors import AdapterTooLarge
 from fake_engine import FakeEngine
 from fakes import Loop, make_sequence, version

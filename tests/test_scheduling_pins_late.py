@@ -1,8 +1,9 @@
 """Pins that come while answers are being given: they wait for who was promised a place before."""
 
 from descant.contract.plan import EngineLimits
-from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.gate import AdapterGate
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.waiting_versions import MAX_PASSES
 from fake_engine import FakeEngine
 from fakes import FakeSink, Loop, make_sequence, version
 

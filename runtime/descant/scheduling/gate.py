@@ -7,7 +7,7 @@ version without a place waits in the same queue, without sequences.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterable
 
 from descant.contract.executor import AdapterMove
@@ -17,10 +17,8 @@ from descant.scheduling.placement.adapter_work import AdapterLoad, AdapterWork
 from descant.scheduling.placement.load_turns import LoadTurns
 from descant.scheduling.placement.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
-from descant.scheduling.waiting_version import WaitingVersion, by_turn
+from descant.scheduling.waiting_versions import WaitingVersion, WaitingVersions
 from descant_client.errors import AdapterTooLarge, UnsupportedRequest
-
-MAX_PASSES = 64  # sequences that may get an adapter while an earlier one waits for a place for its own
 
 
 class AdapterGate:
@@ -33,8 +31,7 @@ class AdapterGate:
         self.num_sequences = 0
         """Number of sequences that wait here."""
         self._epoch = epoch
-        self._queue: dict[str, WaitingVersion] = {}  # by digest
-        self._order: list[WaitingVersion] = []  # the same, in order of their turns
+        self._waiting = WaitingVersions()
         self._loading: dict[str, list[Sequence]] = {}  # by digest, sequences with a place that is not filled yet
         self._load_turns = LoadTurns()
         self._prefetches: dict[str, AdapterVersion] = {}  # not yet taken
@@ -42,7 +39,6 @@ class AdapterGate:
         self._pins: dict[str, AdapterVersion] = {}
         self._unplaced_pins: dict[str, AdapterVersion] = {}  # pins that are neither pinned yet nor in the queue
         self._num_pins = 0  # pins that were added to the queue so far
-        self._num_passes = 0  # sequences that passed the first version of the queue
         self._latest = 0  # id of the latest sequence that entered
         self._has_changed = True  # since the last `place_waiting`, which may succeed now
 
@@ -50,7 +46,7 @@ class AdapterGate:
     def loading(self) -> list[Sequence]:
         """Sequences whose version is being read: suspects if the executor dies."""
         groups = [group for digest, group in self._loading.items() if not self._load_turns.is_waiting(digest)]
-        groups += [self._queue[digest].sequences for digest in self._prefetching if digest in self._queue]
+        groups += [one.sequences for digest in self._prefetching if (one := self._waiting.get(digest)) is not None]
         return [sequence for group in groups for sequence in group]
 
     # ---- sequences come and go ------------------------------------------------------------------------------------
@@ -84,9 +80,9 @@ class AdapterGate:
             self.residency.check_fits(version, ())
         self._latest = max(self._latest, sequence.id)
         self.num_sequences += 1
-        if self._may_pass(sequence) and (placement := self.residency.acquire(version)) is not None:
-            self._num_passes += bool(self._order)
-            self._has_changed |= version.digest in self._queue  # other sequences wait for it
+        if self._waiting.may_enter(sequence) and (placement := self.residency.acquire(version)) is not None:
+            self._waiting.on_passed(1)
+            self._has_changed |= version.digest in self._waiting  # other sequences wait for it
             return self._assign(sequence, version, placement)
         insort(self._enqueue(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
         sequence.is_cold = True
@@ -94,7 +90,7 @@ class AdapterGate:
 
     def load_if_free(self, version: AdapterVersion) -> bool:
         """Return whether the version is loaded; if not, load it if there is room. Return False while versions wait."""
-        if self._order:
+        if self._waiting:
             return False
         try:
             self.check_fits(version)
@@ -118,10 +114,10 @@ class AdapterGate:
             self.residency.release(digest)
             sequence.device.spans = None
             self._has_changed = True
-        elif digest in self._queue and sequence in self._queue[digest].sequences:
-            self._queue[digest].sequences.remove(sequence)
+        elif (waiting := self._waiting.get(digest)) is not None and sequence in waiting.sequences:
+            waiting.sequences.remove(sequence)
             self.num_sequences -= 1
-            self._requeue(self._queue[digest])
+            self._update(waiting)
             self._has_changed = True
 
     def place_waiting(self, first: Iterable[str] = ()) -> list[Sequence]:
@@ -133,20 +129,20 @@ class AdapterGate:
         if not self._has_changed and not first:
             return ready
         for digest in first:
-            if digest in self._queue:
-                self._place(self._queue[digest], ready)
+            if (waiting := self._waiting.get(digest)) is not None:
+                self._place(waiting, ready)
         self._has_changed = False
         self._queue_pins()
         too_large = self.residency.num_available + 1 if self.residency.has_free_slot() else 0
-        for waiting in [one for one in self._order if one.num_bytes < too_large or self._is_resident(one)]:
-            is_first = waiting is self._order[0]
-            if not is_first and self._num_passes >= MAX_PASSES:
+        for waiting in [one for one in self._waiting if one.num_bytes < too_large or self._is_resident(one)]:
+            is_first = self._waiting.is_first(waiting)
+            if not is_first and not self._waiting.is_passable:
                 break
             # There was no room for a version of this size or a smaller one: there is none for this one.
             if waiting.num_bytes >= too_large and not self._is_resident(waiting):
                 continue
             if self._place(waiting, ready):
-                self._num_passes += 0 if is_first else len(waiting.sequences) or 1
+                self._waiting.on_passed(0 if is_first else len(waiting.sequences) or 1)
                 too_large = too_large if self.residency.has_free_slot() else 0
             else:
                 too_large = min(too_large, waiting.num_bytes)
@@ -170,17 +166,17 @@ class AdapterGate:
                 unplaceable.append(version)
         for digest in self._pins.keys() - pins.keys():
             self.residency.unpin(digest)
-            if digest in self._queue:
-                self._queue[digest].is_pin = False
-                self._requeue(self._queue[digest])
+            if (waiting := self._waiting.get(digest)) is not None:
+                waiting.is_pin = False
+                self._update(waiting)
         self._pins, self.unplaceable_pins = pins, tuple(unplaceable)
         self._unplaced_pins = {digest: version for digest, version in pins.items() if not self._is_taken(digest)}
         self._has_changed = True
 
     def forget_version(self, digest: str) -> None:
         """Free the version's place as soon as no sequence uses it."""
-        if digest in self._queue:
-            self._queue[digest].is_doomed = True
+        if (waiting := self._waiting.get(digest)) is not None:
+            waiting.is_doomed = True
         self.residency.doom(digest)
         self._has_changed = True
 
@@ -190,7 +186,7 @@ class AdapterGate:
         """Return the moves, loads and prefetches to begin now. Loads wait for their turn: `LoadTurns`."""
         loads = self._load_turns.take(self._principals)
         prefetches, self._prefetches = self._prefetches, {}
-        waiting = tuple(version for digest, version in prefetches.items() if digest in self._queue)
+        waiting = tuple(version for digest, version in prefetches.items() if digest in self._waiting)
         self._prefetching.update(version.digest for version in waiting)
         moves = tuple(AdapterMove(moved.adapter_slot, moved.offset) for moved in self.residency.take_moves())
         return AdapterWork(moves, loads, waiting)
@@ -235,39 +231,17 @@ class AdapterGate:
 
     # ---- the queue ------------------------------------------------------------------------------------------------
 
-    def _may_pass(self, sequence: Sequence) -> bool:
-        if not self._order or self._num_passes < MAX_PASSES:
-            return True
-        return (sequence.id, 0) < self._order[0].turn
-
     def _enqueue(self, version: AdapterVersion, turn: tuple[int, int]) -> WaitingVersion:
-        """Return the version's entry in the queue, made or moved forward so that its turn is no later than `turn`."""
-        waiting = self._queue.get(version.digest)
-        if waiting is None:
-            waiting = self._queue[version.digest] = WaitingVersion(version, turn, aligned(version.num_bytes))
-            insort(self._order, waiting, key=by_turn)
+        """Return the version's entry in the queue, with a turn no later than `turn`; prefetch a new one."""
+        if version.digest not in self._waiting:
             self._prefetches[version.digest] = version
-        elif turn < waiting.turn:
-            self._unqueue(waiting)
-            waiting.turn = turn
-            insort(self._order, waiting, key=by_turn)
-        return waiting
+        return self._waiting.add(version, turn)
 
-    def _requeue(self, waiting: WaitingVersion) -> None:
-        """Update the turn of an entry that a sequence or a pin has left; remove it if nothing waits for it any more."""
-        is_first = self._order[0] is waiting
-        self._unqueue(waiting)
-        if waiting.sequences or waiting.is_pin:
-            if waiting.sequences and not waiting.is_pin:
-                waiting.turn = (waiting.sequences[0].id, 0)
-            insort(self._order, waiting, key=by_turn)
-        else:
-            del self._queue[waiting.version.digest]
+    def _update(self, waiting: WaitingVersion) -> None:
+        """Update an entry that a sequence or a pin has left."""
+        self._waiting.update(waiting)
+        if waiting.version.digest not in self._waiting:
             self._prefetching.discard(waiting.version.digest)
-            self._num_passes = 0 if is_first else self._num_passes  # the new first has not been passed yet
-
-    def _unqueue(self, waiting: WaitingVersion) -> None:
-        del self._order[bisect_left(self._order, waiting.turn, key=by_turn)]
 
     def _place(self, waiting: WaitingVersion, ready: list[Sequence]) -> bool:
         """Give a version a place and return whether there was one; add its sequences that may run to `ready`."""
@@ -275,9 +249,7 @@ class AdapterGate:
         placement = self.residency.place(version)
         if placement is None:
             return False
-        self._num_passes = 0 if self._order[0] is waiting else self._num_passes
-        self._unqueue(waiting)
-        del self._queue[version.digest]
+        self._waiting.remove(waiting)
         if placement.is_new:
             self._load(version, placement)
         if waiting.is_pin:
@@ -317,7 +289,7 @@ class AdapterGate:
         """
         if not self._unplaced_pins:
             return
-        others = [waiting.num_bytes for waiting in self._order if not waiting.is_pin]
+        others = [waiting.num_bytes for waiting in self._waiting if not waiting.is_pin]
         for digest, version in list(self._unplaced_pins.items()):
             taken = [aligned(pin.num_bytes) for pin in self._pins.values() if self._is_taken(pin.digest)]
             num_bytes = sum(taken) + aligned(version.num_bytes) + max(others, default=0)
@@ -334,9 +306,9 @@ class AdapterGate:
         """Give up all claims of pins, so that an admitted sequence gets its place. They are queued again after it."""
         for digest in self._pins:
             self.residency.unpin(digest)
-            if digest in self._queue and self._queue[digest].is_pin:
-                self._queue[digest].is_pin = False
-                self._requeue(self._queue[digest])
+            if (waiting := self._waiting.get(digest)) is not None and waiting.is_pin:
+                waiting.is_pin = False
+                self._update(waiting)
         self._unplaced_pins = dict(self._pins)
         self._has_changed = True
 
@@ -345,4 +317,5 @@ class AdapterGate:
 
     def _is_taken(self, digest: str) -> bool:
         """Return whether a pin has its place or is in the queue."""
-        return self.residency.is_pinned(digest) or (digest in self._queue and self._queue[digest].is_pin)
+        waiting = self._waiting.get(digest)
+        return self.residency.is_pinned(digest) or (waiting is not None and waiting.is_pin)
