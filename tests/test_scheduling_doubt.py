@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from descant.contract.plan import Row, RowResult, StepPlan, StepResult, pack_ints
-from descant.scheduling.speculation.doubt import MOST, RAISED, RELENT_EVERY, STEPS, Doubt, gain_of
+from descant.scheduling.speculation.doubt import LOWER_EVERY, MOST, RAISED, STEPS, Doubt, gain_of
 
 
 def seen(doubt: Doubt, gain: float, times: int = 1) -> float:
@@ -39,14 +39,14 @@ def test_it_ends_somewhere_and_another_chance_is_a_step_back() -> None:
     doubt = Doubt()
 
     assert seen(doubt, -1.0, times=20) == MOST
-    doubt.relent()
+    doubt.lower()
     assert doubt.factor == pytest.approx(MOST / RAISED)
 
 
 def test_it_fades_over_plain_steps() -> None:
     doubt = Doubt()
     seen(doubt, -1.0, times=2)
-    for _ in range(2 * RELENT_EVERY - 1):
+    for _ in range(2 * LOWER_EVERY - 1):
         doubt.on_plain_step()
     assert doubt.factor == pytest.approx(RAISED)
 

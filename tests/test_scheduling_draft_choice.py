@@ -9,7 +9,7 @@ import pytest
 
 from decode_steps import chain, learn, plan
 from descant.contract.plan import HeadCandidates, StepPlan, pack_floats, pack_ints
-from descant.scheduling.speculation.doubt import RAISED, RELENT_EVERY, STEPS
+from descant.scheduling.speculation.doubt import LOWER_EVERY, RAISED, STEPS
 from descant.scheduling.speculation.draft_choice import PROBE_EVERY, PROBE_NODES, DraftChoice
 from descant.scheduling.speculation.drafting import Drafter
 from descant.scheduling.speculation.guess import Guess
@@ -120,7 +120,7 @@ def test_a_single_node_that_pays_is_never_lost_to_rounding() -> None:
     choice, dice = taught(any_draft=0.0, node=0.01), random.Random(2)
     for _ in range(500):
         drafter = Drafter()
-        drafter.promise(dice.uniform(1, 3))
+        drafter.expect(dice.uniform(1, 3))
         drafter.learn(3, 1)
 
         assert choose(choice, {0: (drafter, chain(dice.uniform(0.5, 1)))}, 1)
@@ -274,7 +274,7 @@ def test_doubts_fade_over_plain_steps_though_nothing_is_tried() -> None:
         learn(choice, plan(1), 1.0)
     assert least(choice, 1) == pytest.approx(0.1 * RAISED, rel=0.1)
 
-    for _ in range(RELENT_EVERY):
+    for _ in range(LOWER_EVERY):
         learn(choice, plan(1), 1.0)
 
     assert least(choice, 1) == pytest.approx(0.1, rel=0.1)

@@ -135,15 +135,15 @@ def test_each_head_is_believed_as_often_as_it_was_right() -> None:
 
 def test_a_promise_that_was_broken_is_not_held_against_anybody_for_ever() -> None:
     drafter, said = Drafter(), [1]
-    drafter.promise(10.0)
+    drafter.expect(10.0)
     drafter.learn(16, 0)
-    assert drafter.kept_share < 0.3
+    assert drafter.acceptance_share < 0.3
 
     for token_id in range(2, 80):
         said.append(token_id)
         drafter.read(text(said), 64)
 
-    assert drafter.kept_share > 0.8
+    assert drafter.acceptance_share > 0.8
 
 
 def test_nothing_is_kept_of_a_text_that_has_ended() -> None:

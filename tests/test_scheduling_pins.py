@@ -147,6 +147,15 @@ def test_pins_that_can_never_fit_are_passed_over() -> None:
     assert [pin.digest for pin in gate.unplaceable_pins] == ["large", "r"]
 
 
+def test_the_policy_shows_the_pins_that_its_executor_has_no_place_for() -> None:
+    loop = Loop(adapter_bytes=192)
+    loop.policy.adapters.set_pins([version("p"), version("large", 192)])
+
+    assert [pin.digest for pin in loop.policy.adapters.unplaceable_pins] == ["large"]
+    loop.policy.on_executor_lost("off")
+    assert loop.policy.adapters.unplaceable_pins == ()
+
+
 def test_a_pin_that_cannot_be_loaded_is_not_tried_for_ever() -> None:
     gate = AdapterGate(2, 128, 1)
     gate.set_pins([version("p")])

@@ -267,7 +267,7 @@ def test_a_draft_that_is_cut_short_for_want_of_room_breaks_no_promise(monkeypatc
     while not sequence.is_finished:
         drafting.step()
         assert sequence.drafter is not None
-        shares.append(sequence.drafter.kept_share)
+        shares.append(sequence.drafter.acceptance_share)
 
     assert num_drafted(drafting) > 3
     assert min(shares) > 0.9

@@ -135,7 +135,7 @@ class Planner:
             if num_slots < len(tree.token_ids):
                 tree = tree.beginning(num_slots)
                 if drafter is not None:
-                    drafter.promise(0.0)  # the promise was that of the whole draft
+                    drafter.expect(0.0)  # the expectation was that of the whole draft
             if tree is not None and sequence.always_verifies:
                 self._fairness.charge_draft(sequence, len(tree.token_ids))
         self._builder.decode(sequence, new_blocks or None, tree, num_candidates)

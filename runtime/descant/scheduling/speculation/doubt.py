@@ -13,7 +13,7 @@ RAISED = 1.5  # factor by which a loss raises it
 MOST = 16.0  # largest factor
 CLEAR_GAIN = 0.05  # of a plain step, per step
 CLEAR_LOSS = -0.02  # likewise: less may be chance
-RELENT_EVERY = 256  # plain steps, after which the factor is lowered
+LOWER_EVERY = 256  # plain steps, after which the factor is lowered
 
 
 class Doubt:
@@ -33,17 +33,17 @@ class Doubt:
             if self._gain < CLEAR_LOSS * STEPS:
                 self.factor = min(MOST, self.factor * RAISED)
             elif self._gain > CLEAR_GAIN * STEPS:
-                self.relent()
+                self.lower()
             self._num_steps, self._gain = 0, 0.0
 
     def on_plain_step(self) -> None:
         """Record a plain step."""
         self._num_plain += 1
-        if self._num_plain == RELENT_EVERY:
+        if self._num_plain == LOWER_EVERY:
             self._num_plain = 0
-            self.relent()
+            self.lower()
 
-    def relent(self) -> None:
+    def lower(self) -> None:
         """Lower the factor by one step, so that guessing is tried again."""
         self.factor = max(1.0, self.factor / RAISED)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from descant.contract.plan import StepPlan, StepResult, num_drafted
 from descant.scheduling.speculation.doubt import Doubt, gain_of
 from descant.scheduling.speculation.drafting import Drafter
-from descant.scheduling.speculation.guess import Guess, believed, pruned
+from descant.scheduling.speculation.guess import Guess, discounted, pruned
 from descant.scheduling.speculation.ngram import DraftTree
 from descant.scheduling.speculation.step_costs import AddedCosts, StepCosts
 
@@ -71,7 +71,7 @@ class _Load:
     def on_probe(self) -> None:
         """Record that a draft is verified as a measurement only; the next such probe waits longer."""
         self._probe_every = min(2 * self._probe_every, MAX_PROBE_EVERY)
-        self.doubt.relent()
+        self.doubt.lower()
 
 
 class DraftChoice:
@@ -136,7 +136,7 @@ class StepChoice:
     def choose(self, guesses: Mapping[int, tuple[Drafter, Guess]]) -> dict[int, DraftTree]:
         """Return the trees to verify in the step, by sequence."""
         weighed = {
-            key: (drafter, believed(guess, drafter.kept_share))
+            key: (drafter, discounted(guess, drafter.acceptance_share))
             for key, (drafter, guess) in guesses.items()
             if not drafter.settings.always
         }
@@ -146,7 +146,7 @@ class StepChoice:
             worthy = pruned(guess, least, len(guess.probabilities))
             if worthy is not None:
                 chosen[key] = worthy.tree
-                drafter.promise(sum(worthy.probabilities) / drafter.kept_share)
+                drafter.expect(sum(worthy.probabilities) / drafter.acceptance_share)
         if not chosen:
             return self._probe(weighed)
         self._load.on_chosen()
@@ -191,6 +191,6 @@ class StepChoice:
         probe = pruned(guess, PROBE_LEAST, PROBE_NODES)
         if probe is None:
             return {}
-        drafter.promise(sum(probe.probabilities) / drafter.kept_share)
+        drafter.expect(sum(probe.probabilities) / drafter.acceptance_share)
         self._load.on_probe()
         return {key: probe.tree}

@@ -77,8 +77,8 @@ class Drafter:
         self._awaited = deque[tuple[int, int, int, float]](maxlen=_MAX_AWAITED)  # position, head, token, likelihood
         self._head_records: list[_Record] = []
         self.head_likelihoods: list[float] = []  # of the likeliest nodes that heads propose, of late
-        self._promises = _Record(2.0, 2.0)
-        self._promised = 0.0  # expected number of accepted tokens of the draft in flight; 0: not to be compared
+        self._acceptance = _Record(2.0, 2.0)
+        self._num_expected = 0.0  # expected number of accepted tokens of the draft in flight; 0: not to be compared
 
     def read(self, sequence: Spoken, max_tokens: int) -> int:
         """Read at most `max_tokens` tokens that the text has gained since the last call; return their number.
@@ -88,7 +88,7 @@ class Drafter:
         num_tokens, index = sequence.num_tokens, self._index
         if self._awaited:
             self._judge_heads(sequence)
-        self._promises.drift()
+        self._acceptance.drift()
         if not self.settings.ngram:
             return 0
         known = index.num_tokens
@@ -111,24 +111,24 @@ class Drafter:
           least: likelihood below which nodes may be left out.
         """
         max_nodes = min(max_nodes, self.settings.max_nodes)
-        said = self._text_guess(sequence, max_nodes, least)
+        repeated = self._text_guess(sequence, max_nodes, least)
         proposed = self._heads_guess(sequence, max_nodes)
-        if said is None or proposed is None:
-            return said or proposed
-        return pruned(merged((said, proposed)), 0.0, max_nodes)  # each alone may have `max_nodes`
+        if repeated is None or proposed is None:
+            return repeated or proposed
+        return pruned(merged((repeated, proposed)), 0.0, max_nodes)  # each alone may have `max_nodes`
 
     @property
-    def kept_share(self) -> float:
-        """Share of the promised tokens of verified guesses that were accepted of late, from 0 to 1."""
-        return self._promises.rate
+    def acceptance_share(self) -> float:
+        """Accepted tokens of recent drafts as a share of the expected ones, from 0 to 1."""
+        return self._acceptance.rate
 
-    def promise(self, num_tokens: float) -> None:
+    def expect(self, num_tokens: float) -> None:
         """Record the sum of the nodes' likelihoods of a draft that will be verified. 0: do not judge it by that."""
-        self._promised = num_tokens
+        self._num_expected = num_tokens
 
     def heads_gain(self, least: float) -> float:
         """Return the expected tokens of the heads' latest nodes, less the cost of verifying them, `least` each."""
-        share, likelihoods = self.kept_share, self.head_likelihoods or [1.0]
+        share, likelihoods = self.acceptance_share, self.head_likelihoods or [1.0]
         return sum(max(0.0, share * likelihood - least) for likelihood in likelihoods)
 
     def share_head_likelihoods(self, known: list[float]) -> list[float]:
@@ -167,9 +167,9 @@ class Drafter:
         """
         self.num_drafts += 1
         self.num_drafted += depth
-        if self._promised:
-            self._promises.add(num_accepted, self._promised)
-            self._promised = 0.0
+        if self._num_expected:
+            self._acceptance.add(num_accepted, self._num_expected)
+            self._num_expected = 0.0
 
     def on_gained(self, num_tokens: int) -> None:
         """Count tokens of a verified draft that became part of the output."""

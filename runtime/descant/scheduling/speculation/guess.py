@@ -117,7 +117,7 @@ def merged(guesses: Iterable[Guess]) -> Guess:
     return Guess(DraftTree.of(nodes), tuple(weights))
 
 
-def believed(guess: Guess, share: float) -> Guess:
+def discounted(guess: Guess, share: float) -> Guess:
     """Return the guess with all likelihoods multiplied by `share`, from 0 to 1."""
     return Guess(guess.tree, tuple(share * likelihood for likelihood in guess.probabilities))
 
