@@ -195,18 +195,17 @@ class Policy:
     # ---- applying -------------------------------------------------------------------------------------------------
 
     def _apply_row(self, life: ExecutorLife, sequence: Sequence, row: Row, result: RowResult, now: float) -> None:
+        states = self.states
         try:
             num_new = take_result(life, sequence, row, result)
         except InternalError as error:
-            self.states.finish(sequence, "error", error)
+            states.finish(sequence, "error", error)
+            return
         except ValueError as exc:  # packed numbers are cut off, or their count is wrong
-            self.states.finish(sequence, "error", InternalError(f"the engine's answer makes no sense: {exc}"))
-        else:
-            if num_new is not None:
-                self._take_tokens(sequence, num_new, now)
-
-    def _take_tokens(self, sequence: Sequence, num_new: int, now: float) -> None:
-        states = self.states
+            states.finish(sequence, "error", InternalError(f"the engine's answer makes no sense: {exc}"))
+            return
+        if num_new is None:
+            return
         if sequence.first_token_s is None:
             sequence.first_token_s = now
         states.lineup.fairness.charge_output(sequence, num_new)
