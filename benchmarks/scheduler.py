@@ -17,7 +17,7 @@ import time
 from descant.contract.plan import EngineLimits, RowResult, StepPlan, StepResult, pack_ints
 from descant.contract.version import AdapterVersion
 from descant.scheduling.policy import Policy
-from descant.scheduling.sequence import Sequence, SequenceTable
+from descant.scheduling.sequence import Sequence, SequenceRequest, SequenceTable
 from descant_client.protocol import SamplingParams
 
 LIMITS = EngineLimits(num_blocks=65536, block_size=16, max_context=131072, vocab_size=32000, num_adapter_slots=64)
@@ -43,7 +43,7 @@ def answer(plan: StepPlan, policy: Policy, table: SequenceTable) -> StepResult:
     for row in plan.rows:
         sequence = table.get(row.row)
         assert sequence is not None, "nothing finishes here"
-        end = sequence.num_computed + row.num_new_tokens
+        end = sequence.device.num_computed + row.num_new_tokens
         rows.append(RowResult(row.row, end, token if end == sequence.num_tokens else b""))
     return StepResult(plan.epoch, plan.step, tuple(rows))
 
@@ -53,18 +53,25 @@ def start(num_seqs: int, num_waiting: int, num_principals: int) -> tuple[Policy,
     rng = random.Random(0)
     table = SequenceTable()
     policy = Policy(table, max_num_seqs=num_seqs, max_num_batched_tokens=8192, now=time.perf_counter)
-    policy.executor_up(LIMITS, 1 << 30)
+    policy.on_executor_up(LIMITS, 1 << 30)
     adapters = [None, *(AdapterVersion(str(i), "", 1 << 20, 8, 28) for i in range(NUM_ADAPTERS))]
     for i in range(num_seqs + num_waiting):
         prompt_ids = [rng.randrange(32000) for _ in range(NUM_PROMPT_TOKENS + i % 16)]
         adapter, sink = rng.choice(adapters), NullSink()
-        sequence = Sequence(
-            table.next_id(), str(i), prompt_ids, SamplingParams(), i, sink, adapter=adapter, max_tokens=MAX_TOKENS
+        request = SequenceRequest(
+            request_id=str(i),
+            prompt_ids=prompt_ids,
+            sampling=SamplingParams(),
+            seed=i,
+            sink=sink,
+            adapter=adapter,
+            max_tokens=MAX_TOKENS,
+            principal=str(i % num_principals),
         )
-        sequence.principal = str(i % num_principals)
-        policy.submit([sequence])
-    for load in policy.adapter_work().loads:
-        policy.loaded(load)
+        policy.submit([Sequence(table.next_id(), request)])
+    while loads := policy.adapters.take_work().loads:  # only so many at once
+        for load in loads:
+            policy.adapters.on_placed(load)
     while sum(sequence.num_output_tokens > 0 for sequence in table) < num_seqs:
         planned = policy.plan()
         assert planned is not None, "there is something to prefill"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import pytest
 
-from descant.scheduling import life
+from descant.scheduling.policy import Policy
 from zygote import Zygote
-
-# Check for leaked resources whenever the scheduler is idle.
-life.CHECKS_IDLE = True
 
 # The models are tiny, so more threads would be slower. Processes started by tests inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from descant.assembly.system import System
+    from descant.scheduling.life import ExecutorLife
+    from descant.scheduling.rows import PlannedStep
     from servers import Checkpoint, Neighbor
 
 
@@ -37,6 +37,26 @@ def _zygote() -> Iterator[None]:
         patch.setattr("descant.actor.launcher.execute_module", zygote.execute_module)
         yield
     zygote.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_idle_moment_shows_what_was_not_given_back() -> Iterator[None]:
+    """Check, whenever a policy of this process has nothing to run, that nothing is in use, once per step."""
+    plan = Policy.plan
+    checked: WeakKeyDictionary[ExecutorLife, int] = WeakKeyDictionary()
+
+    def checked_plan(self: Policy) -> PlannedStep | None:
+        planned, life = plan(self), self.states.life
+        if planned is None and life is not None and not self.num_running and not self.states.in_flight:
+            if checked.get(life) != life.num_steps:  # it takes milliseconds where there are many blocks
+                self.states.check_integrity()
+                checked[life] = life.num_steps
+            life.gate.residency.check_integrity()
+        return planned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "plan", checked_plan)
+        yield
 
 
 @pytest.fixture(scope="session")

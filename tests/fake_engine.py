@@ -77,7 +77,6 @@ class FakeEngine:
         self.launched.append(plan)
         for row in unpack_ints(plan.drop):
             del self.rows[row]
-        self._copy_blocks(unpack_ints(plan.copy_blocks))
         for admit in plan.admit:
             assert admit.row not in self.rows, "a row is admitted twice"
             blocks = unpack_ints(admit.blocks)
@@ -120,11 +119,6 @@ class FakeEngine:
         owned = {block for row in in_flight for block in self.rows[row].blocks}
         assert owned.isdisjoint(given), "a block is given away in flight"
         assert in_flight.isdisjoint(unpack_ints(plan.drop)), "a row is dropped in flight"
-
-    def _copy_blocks(self, pairs: list[int]) -> None:
-        for source, target in zip(pairs[::2], pairs[1::2], strict=True):
-            for offset in range(self.limits.block_size):
-                self._cache[target, offset] = self._cache[source, offset]
 
     def _slot(self, row: FakeRow, position: int) -> tuple[int, int]:
         return row.blocks[position // self.limits.block_size], position % self.limits.block_size
@@ -183,8 +177,8 @@ class FakeEngine:
         assert self.arena.digest_in(row.heads_slot), "heads are on the device"
         proposed = self.heads(state, self.history(state, self._adapter(row))[-1])
         ids = [token_id for one in proposed for token_id in one[: row.num_candidates]]
-        odds = [0.5**rank for one in proposed for rank in range(1, 1 + len(one[: row.num_candidates]))]
-        return HeadCandidates(row.num_candidates, pack_ints(ids), pack_floats(odds))
+        likelihoods = [0.5**rank for one in proposed for rank in range(1, 1 + len(one[: row.num_candidates]))]
+        return HeadCandidates(row.num_candidates, pack_ints(ids), pack_floats(likelihoods))
 
     def _result(self, row: Row, state: FakeRow, start: int, histories: list[int]) -> RowResult:
         end, num_prompt = state.num_computed, state.admit.num_prompt_tokens

@@ -11,7 +11,8 @@ from descant.contract.version import AdapterVersion
 from descant.scheduling.placement.adapter_work import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
-from descant.scheduling.sequence import Sequence, SequenceTable, Stopper
+from descant.scheduling.sequence import Sequence, SequenceRequest, SequenceTable, Stopper
+from descant.scheduling.speculation.drafting import Drafter
 from descant_client.errors import DescantError
 from descant_client.protocol import SamplingParams
 from fake_engine import EngineDied, FakeEngine
@@ -40,6 +41,12 @@ class FakeSink:
 def version(digest: str, num_bytes: int = 64) -> AdapterVersion:
     """Return an adapter version that exists only on paper."""
     return AdapterVersion(digest=digest, path=f"{digest}.safetensors", num_bytes=num_bytes, max_rank=8, num_modules=1)
+
+
+def make_sequence(number: int, prompt_ids: list[int], **fields: Any) -> Sequence:
+    """Return a sequence that no policy knows; `fields` are more of `SequenceRequest`'s."""
+    defaults: dict[str, Any] = {"request_id": "r", "sampling": SamplingParams(), "seed": 0, "sink": FakeSink()}
+    return Sequence(number, SequenceRequest(prompt_ids=prompt_ids, **(defaults | fields)))
 
 
 class Loop:
@@ -89,26 +96,30 @@ class Loop:
         scope: str = "",
         num_logprobs: int = -1,
         num_prompt_logprobs: int = -1,
+        drafter: Drafter | None = None,
         **fields: Any,
     ) -> list[Sequence]:
-        """Submit a request and return its choices; `fields` are more of `Sequence`'s."""
+        """Submit a request and return its choices; `fields` are more of `SequenceRequest`'s."""
         sequences = [
             Sequence(
-                id=(sequence_id := self.table.next_id()),
-                request_id=request_id or str(sequence_id - choice),
-                prompt_ids=prompt_ids,
-                sampling=SamplingParams(),
-                seed=seed,
-                sink=sinks[choice] if sinks else FakeSink(),
-                choice=choice,
-                max_tokens=max_tokens,
-                stop_token_ids=stop,
+                (sequence_id := self.table.next_id()),
+                SequenceRequest(
+                    request_id=request_id or str(sequence_id - choice),
+                    prompt_ids=prompt_ids,
+                    sampling=SamplingParams(),
+                    seed=seed,
+                    sink=sinks[choice] if sinks else FakeSink(),
+                    choice=choice,
+                    max_tokens=max_tokens,
+                    stop_token_ids=stop,
+                    num_logprobs=num_logprobs,
+                    num_prompt_logprobs=num_prompt_logprobs,
+                    adapter=adapter,
+                    cache_scope=scope,
+                    **fields,
+                ),
                 stopper=stopper,
-                num_logprobs=num_logprobs,
-                num_prompt_logprobs=num_prompt_logprobs,
-                adapter=adapter,
-                cache_scope=scope,
-                **fields,
+                drafter=drafter,
             )
             for choice in range(n)
         ]
@@ -117,26 +128,26 @@ class Loop:
 
     def start_loads(self) -> None:
         """Move what is to be moved and take the loads that are due."""
-        work = self.policy.adapter_work()
+        work = self.policy.adapters.take_work()
         for move in work.moves:
             self.engine.arena.move(move)
         self.loads += work.loads
         for version in work.prefetches:
-            self.policy.prefetched(version.digest)
+            self.policy.adapters.on_prefetch_done(version.digest)
 
     def finish_load(self, index: int = 0) -> None:
         """Carry out a started load."""
         load = self.loads.pop(index)
         if (error := self.load_error(load)) is not None:
-            self.policy.load_failed(load, error)
+            self.policy.adapters.on_load_failed(load, error)
         else:
             self.engine.arena.load(load)
-            self.policy.loaded(load)
+            self.policy.adapters.on_placed(load)
         self.start_loads()
 
     def crash(self, reason: str = "killed") -> None:
         """Lose the executor, whatever it is doing, and start another."""
-        self.lives.append(self.policy.executor_lost(reason))
+        self.lives.append(self.policy.on_executor_lost(reason))
         self._start_executor()
 
     def launch(self) -> bool:
@@ -183,4 +194,4 @@ class Loop:
         self.engine.restart()
         self.loads.clear()
         self.in_flight.clear()
-        self.policy.executor_up(self.engine.limits, self.adapter_bytes)
+        self.policy.on_executor_up(self.engine.limits, self.adapter_bytes)

@@ -56,7 +56,7 @@ def stored_files(data_dir: Path) -> set[Path]:
 
 
 def residency_of(system: System) -> AdapterResidency:
-    return system.services.scheduler._address.actor._policy._life.gate.residency
+    return system.services.scheduler._address.actor._policy.states.life.gate.residency
 
 
 async def evict(client: Client, *others: str) -> None:

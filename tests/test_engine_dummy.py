@@ -9,7 +9,7 @@ import pytest
 from descant.contract.plan import Admit, Row, StepPlan, pack_ints, unpack_floats, unpack_ints
 from descant.engine import dummy
 from descant.engine.dummy import DummyEngine, DummyOptions
-from descant_client.errors import InvalidRequest, UnsupportedRequest
+from descant_client.errors import InvalidRequest
 from descant_client.protocol import SamplingParams
 
 PROMPT = list(b"sing")
@@ -89,5 +89,3 @@ def test_plans_are_held_to_the_rules_of_the_model() -> None:
     engine = DummyEngine(DummyOptions(tokens_per_s=0))
     with pytest.raises(InvalidRequest, match="known tokens"):
         engine.step(StepPlan(0, 0, admit=(admit(),), rows=(Row(0, 5),)))
-    with pytest.raises(UnsupportedRequest):
-        engine.step(StepPlan(0, 0, admit=(admit(),), rows=(Row(0, 1, positions=pack_ints([0])),)))

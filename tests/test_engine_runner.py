@@ -70,12 +70,6 @@ def test_a_cached_prefix_is_not_computed_again(engine: Engine) -> None:
     assert rest == whole
 
 
-def test_blocks_are_copied_before_rows_are_admitted(engine: Engine) -> None:
-    (whole,) = step(engine, Row(0, 20), admit=(admit(),))
-    cached = admit(1, blocks=(9, 7), num_cached_tokens=16)
-    assert step(engine, Row(1, 4), admit=(cached,), copy_blocks=pack_ints([3, 9])) == [whole]
-
-
 def test_blocks_given_later_lengthen_the_table(engine: Engine) -> None:
     (whole,) = step(engine, Row(0, 20), admit=(admit(),))
     step(engine, Row(1, 16), admit=(admit(1, blocks=(5,)),))
@@ -103,7 +97,6 @@ def test_admitting_a_row_again_replaces_it(engine: Engine) -> None:
     [
         (Row(0, 21), {}, "position 20 is beyond the 20 known tokens"),
         (Row(0, 20), {"admit": (admit(blocks=(1,)),)}, "beyond the 16 positions of its blocks"),
-        (Row(0, 1), {"copy_blocks": pack_ints([1, 2, 3])}, "not made of pairs"),
         (Row(0, 401), {"admit": (admit(tokens=PROMPT * 25, blocks=tuple(range(40))),)}, "exceed the engine's 400"),
         (Row(7, 1), {}, "is not a row"),
         (Row(0, 1, spans=(AdapterSpan(0, 8),)), {}, "adapter slot 8 does not exist"),
@@ -123,7 +116,7 @@ def test_a_plan_that_contradicts_the_rows_is_refused_whole(engine: Engine, row: 
 
 def test_what_is_not_done_yet_is_refused(engine: Engine) -> None:
     with pytest.raises(UnsupportedRequest):
-        step(engine, Row(0, 1, positions=pack_ints([0])), admit=(admit(),))
+        step(engine, Row(0, 1, spans=(AdapterSpan(0, 0), AdapterSpan(1, 1))), admit=(admit(),))
 
 
 def test_a_row_whose_logits_are_not_finite_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

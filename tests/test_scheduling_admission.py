@@ -46,7 +46,7 @@ def test_a_request_is_refused_as_a_whole_and_leaves_no_trace() -> None:
     loop.submit([1])
     loop.run()
 
-    assert loop.policy._lineup.limits.num_waiting_by_principal() == {}
+    assert loop.policy.states.lineup.limits.num_waiting_by_principal() == {}
 
 
 def test_more_choices_than_may_ever_wait_are_no_matter_of_time() -> None:
@@ -84,7 +84,7 @@ def test_what_is_preempted_waits_again() -> None:
     loop = Loop(max_num_seqs=2, max_queued=1)
     (seq,) = loop.submit([1], max_tokens=50)
     loop.step()
-    loop.policy._preempt(seq)
+    loop.policy.states.preempt(seq)
 
     refused(loop)
     loop.step()
@@ -101,9 +101,9 @@ def test_who_is_refused_is_told_when_there_may_be_room() -> None:
         loop.submit([1], max_tokens=4)
 
     assert 3 <= refused(loop).retry_after_s <= 5
-    loop.policy._lineup.limits._max_queued = 30
+    loop.policy.states.lineup.limits._max_queued = 30
     assert 37 <= refused(loop).retry_after_s <= 50  # eleven have to leave
-    loop.policy._lineup.limits._max_queued = 10
+    loop.policy.states.lineup.limits._max_queued = 10
     assert refused(loop).retry_after_s == 60
 
 
@@ -112,7 +112,7 @@ def test_coming_back_after_a_preemption_is_no_sign_of_room() -> None:
     (seq,) = loop.submit([1], max_tokens=100)
     for _ in range(20):
         loop.step()
-        loop.policy._preempt(seq)
+        loop.policy.states.preempt(seq)
 
     assert refused(loop).retry_after_s > 10
 
@@ -122,7 +122,7 @@ def test_coming_back_after_a_preemption_is_no_sign_of_room() -> None:
 def test_a_rate_is_right_from_the_beginning_and_forgets(per_second: float, seconds: float) -> None:
     rate = Rate(since_s=7.0)
     for number in range(int(seconds * per_second)):
-        rate.happened(7.0 + (number + 1) / per_second)
+        rate.add_event(7.0 + (number + 1) / per_second)
 
     assert rate.per_second(7.0 + seconds) == pytest.approx(per_second, rel=0.25)
     assert rate.per_second(7.0 + seconds + 20 * MEMORY_S) < 1e-6

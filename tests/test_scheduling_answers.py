@@ -160,7 +160,7 @@ def test_no_pin_gives_way_to_what_is_there_for_speed_alone() -> None:
     loop.run()
     seq = for_speed(loop, max_tokens=20)
     loop.step()
-    loop.policy.set_pins([version("p", 1024)])  # all there is
+    loop.policy.adapters.set_pins([version("p", 1024)])  # all there is
 
     loop.crash()
     loop.run()
@@ -174,7 +174,7 @@ def test_a_pin_that_has_come_since_takes_the_place_of_what_is_there_for_speed_al
     loop.run()
     loop.submit([1], max_tokens=50, adapter=version("a"))  # so that the pin waits
     loop.step()
-    loop.policy.set_pins([version("p", 128)])
+    loop.policy.adapters.set_pins([version("p", 128)])
 
     seq = for_speed(loop, max_tokens=3)
     loop.run()
@@ -189,8 +189,8 @@ def test_answers_about_loads_of_an_earlier_executor_are_ignored() -> None:
     stale: AdapterLoad = loop.loads[0]
     loop.crash()
 
-    loop.policy.loaded(stale)
-    loop.policy.load_failed(stale, AdapterInvalid("a", "the executor is gone"))
+    loop.policy.adapters.on_placed(stale)
+    loop.policy.adapters.on_load_failed(stale, AdapterInvalid("a", "the executor is gone"))
     assert loop.policy.plan() is None
 
     loop.start_loads()

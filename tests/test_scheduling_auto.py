@@ -32,9 +32,9 @@ class Machine:
 
     def _step(self, drafters: list[Drafter]) -> bool:
         is_forced = any(one.settings.always for one in drafters)
-        self.choice.begin(len(drafters), is_forced=is_forced)
+        choice = self.choice.for_step(len(drafters), is_forced=is_forced)
         guess = chain(*[self.belief ** (i + 1) for i in range(self.depth)])
-        trees = self.choice.choose({i: (one, guess) for i, one in enumerate(drafters)})
+        trees = choice.choose({i: (one, guess) for i, one in enumerate(drafters)})
         drafts = [trees.get(i) for i in range(len(drafters))]
         plan = StepPlan(0, 0, rows=tuple(Row(i, 1, draft=_draft(tree)) for i, tree in enumerate(drafts)))
         slowness = self.slowness(self.num_steps) * self._dice.uniform(0.97, 1.03)

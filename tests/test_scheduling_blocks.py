@@ -16,10 +16,8 @@ from descant.scheduling.blocks import (
     hash_of,
     root_hash,
 )
-from descant.scheduling.free_runs import FreeRuns
-from descant.scheduling.sequence import Sequence
-from descant_client.protocol import SamplingParams
-from fakes import FakeSink, version
+from descant.scheduling.placement.free_runs import FreeRuns
+from fakes import make_sequence, version
 
 
 def digests(*names: str) -> list[bytes]:
@@ -114,7 +112,7 @@ def test_the_integrity_check_notices_a_lost_block() -> None:
 
 def test_scope_version_and_everything_before_enter_the_digest() -> None:
     def digest(scope: str = "", adapter: str | None = None, prompt: tuple[int, ...] = (1, 2, 3, 4)) -> bytes:
-        seq = Sequence(1, "r", list(prompt), SamplingParams(), 0, FakeSink(), cache_scope=scope)
+        seq = make_sequence(1, list(prompt), cache_scope=scope)
         seq.adapter = version(adapter) if adapter else None
         return hash_of(seq, 1, 2)
 
@@ -124,7 +122,8 @@ def test_scope_version_and_everything_before_enter_the_digest() -> None:
 
 
 def test_digests_are_those_of_the_chain() -> None:
-    seq = Sequence(1, "r", [1, 2, 3], SamplingParams(), 0, FakeSink(), output_ids=[4, 5])
+    seq = make_sequence(1, [1, 2, 3])
+    seq.output.token_ids = [4, 5]
 
     first = block_hash(root_hash("", ""), [1, 2])
     assert hash_of(seq, 1, 2) == block_hash(first, [3, 4])

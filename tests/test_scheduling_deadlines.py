@@ -34,7 +34,7 @@ def test_who_has_run_by_then_may_wait_again() -> None:
     (seq,) = loop.submit([1], max_tokens=9, queue_deadline_s=2.0)
     loop.step()
 
-    loop.policy._preempt(seq)
+    loop.policy.states.preempt(seq)
     loop.crash()
     loop.run()
 
@@ -66,7 +66,7 @@ def test_who_is_parked_runs_out_of_time_too() -> None:
 @pytest.mark.parametrize("deadline", ["queue_deadline_s", "deadline_s"])
 def test_deadlines_pass_while_the_executor_is_down(deadline: str) -> None:
     loop = Loop()
-    loop.policy.executor_lost("off")
+    loop.policy.on_executor_lost("off")
     fields: dict[str, Any] = {deadline: 5.0}
     (seq,) = loop.submit([1], **fields)
     assert loop.policy.seconds_to_deadline() == 5.0

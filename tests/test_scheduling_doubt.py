@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from descant.contract.plan import Row, RowResult, StepPlan, StepResult, pack_ints
-from descant.scheduling.speculation.doubt import MOST, RAISED, RELENT_EVERY, STEPS, Doubt, gain_of
+from descant.scheduling.speculation.doubt import LOWER_EVERY, MOST, RAISED, STEPS, Doubt, gain_of
 
 
 def seen(doubt: Doubt, gain: float, times: int = 1) -> float:
     for _ in range(times * STEPS):
-        doubt.saw(gain)
+        doubt.on_gain(gain)
     return doubt.factor
 
 
@@ -27,10 +27,10 @@ def test_a_loss_raises_it_and_a_clear_gain_lowers_it_again() -> None:
 def test_one_step_that_was_held_up_is_no_loss() -> None:
     doubt = Doubt()
     for _ in range(4 * STEPS):
-        doubt.saw(0.3)
-    doubt.saw(-2.0)
+        doubt.on_gain(0.3)
+    doubt.on_gain(-2.0)
     for _ in range(STEPS - 1):
-        doubt.saw(0.3)
+        doubt.on_gain(0.3)
 
     assert doubt.factor == 1.0
 
@@ -39,18 +39,18 @@ def test_it_ends_somewhere_and_another_chance_is_a_step_back() -> None:
     doubt = Doubt()
 
     assert seen(doubt, -1.0, times=20) == MOST
-    doubt.relent()
+    doubt.lower()
     assert doubt.factor == pytest.approx(MOST / RAISED)
 
 
 def test_it_fades_over_plain_steps() -> None:
     doubt = Doubt()
     seen(doubt, -1.0, times=2)
-    for _ in range(2 * RELENT_EVERY - 1):
-        doubt.saw_plain()
+    for _ in range(2 * LOWER_EVERY - 1):
+        doubt.on_plain_step()
     assert doubt.factor == pytest.approx(RAISED)
 
-    doubt.saw_plain()
+    doubt.on_plain_step()
     assert doubt.factor == pytest.approx(1.0)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from decode_steps import chain, learn, plan
 from descant.contract.plan import HeadCandidates, StepPlan, pack_floats, pack_ints
-from descant.scheduling.speculation.doubt import RAISED, RELENT_EVERY, STEPS
+from descant.scheduling.speculation.doubt import LOWER_EVERY, RAISED, STEPS
 from descant.scheduling.speculation.draft_choice import PROBE_EVERY, PROBE_NODES, DraftChoice
 from descant.scheduling.speculation.drafting import Drafter
 from descant.scheduling.speculation.guess import Guess
@@ -31,18 +31,16 @@ def taught(any_draft: float, node: float, num_rows: int = 1) -> DraftChoice:
 
 
 def least(choice: DraftChoice, num_rows: int) -> float:
-    choice.begin(num_rows, is_forced=False)
-    return choice.least_likelihood
+    return choice.for_step(num_rows, is_forced=False).least_likelihood
 
 
 def num_asked(choice: DraftChoice, drafter: Drafter, digest: str, num_rows: int) -> int:
-    choice.begin(num_rows, is_forced=False)
-    return choice.num_candidates(drafter, digest)
+    return choice.for_step(num_rows, is_forced=False).num_candidates(drafter, digest)
 
 
 def choose(choice: DraftChoice, guesses: dict[int, tuple[Drafter, Guess]], num_rows: int) -> dict[int, DraftTree]:
-    choice.begin(num_rows, is_forced=any(drafter.settings.always for drafter, _ in guesses.values()))
-    return choice.choose(guesses)
+    is_forced = any(drafter.settings.always for drafter, _ in guesses.values())
+    return choice.for_step(num_rows, is_forced=is_forced).choose(guesses)
 
 
 def chosen(choice: DraftChoice, num_rows: int, *guesses: Guess) -> dict[int, int]:
@@ -122,7 +120,7 @@ def test_a_single_node_that_pays_is_never_lost_to_rounding() -> None:
     choice, dice = taught(any_draft=0.0, node=0.01), random.Random(2)
     for _ in range(500):
         drafter = Drafter()
-        drafter.promise(dice.uniform(1, 3))
+        drafter.expect(dice.uniform(1, 3))
         drafter.learn(3, 1)
 
         assert choose(choice, {0: (drafter, chain(dice.uniform(0.5, 1)))}, 1)
@@ -276,7 +274,7 @@ def test_doubts_fade_over_plain_steps_though_nothing_is_tried() -> None:
         learn(choice, plan(1), 1.0)
     assert least(choice, 1) == pytest.approx(0.1 * RAISED, rel=0.1)
 
-    for _ in range(RELENT_EVERY):
+    for _ in range(LOWER_EVERY):
         learn(choice, plan(1), 1.0)
 
     assert least(choice, 1) == pytest.approx(0.1, rel=0.1)

@@ -82,7 +82,7 @@ class GuessingWorld(World):
                 sequence.drafter = Drafter(
                     Speculation(ngram=ngram, max_depth=depth, max_width=width, tree=tree, always=always)
                 )
-                sequence.guessed = []
+                sequence.output.guessed = []
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -97,8 +97,8 @@ def test_every_sequence_gets_the_tokens_it_would_have_got_without_guesses(seed: 
             continue
         assert sequence.error is None
         output, scores, prompt = undisturbed(sequence, world.max_tokens, NUM_WORDS)
-        assert (sequence.output_ids, sequence.output_logprobs) == (output, scores)
-        assert sequence.prompt_logprobs == prompt
+        assert (sequence.output_ids, sequence.output.logprobs) == (output, scores)
+        assert sequence.output.prompt_logprobs == prompt
         assert world.sinks[sequence.id].token_ids == output
         if sequence.drafter is not None:
-            assert len(sequence.guessed or ()) == sequence.drafter.num_accepted
+            assert len(sequence.output.guessed or ()) == sequence.drafter.num_accepted

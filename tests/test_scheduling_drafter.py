@@ -8,13 +8,12 @@ from descant.contract.plan import HeadCandidates, pack_floats, pack_ints
 from descant.scheduling.sequence import Sequence
 from descant.scheduling.speculation.drafting import Drafter, depth_of
 from descant.scheduling.speculation.ngram import DraftTree
-from descant_client.protocol import SamplingParams
 from descant_client.speculation import Speculation
-from fakes import FakeSink
+from fakes import make_sequence
 
 
 def text(token_ids: list[int]) -> Sequence:
-    return Sequence(1, "", token_ids, SamplingParams(), 0, FakeSink())
+    return make_sequence(1, token_ids)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +33,7 @@ def test_candidates_that_make_no_sense_are_dropped(candidates: HeadCandidates) -
     drafter.take_candidates(3, candidates)
 
     assert drafter.guess(text([1, 2, 3]), 64) is None
-    assert drafter.odds == []
+    assert drafter.head_likelihoods == []
 
 
 def test_a_long_prompt_is_read_part_by_part() -> None:
@@ -136,15 +135,15 @@ def test_each_head_is_believed_as_often_as_it_was_right() -> None:
 
 def test_a_promise_that_was_broken_is_not_held_against_anybody_for_ever() -> None:
     drafter, said = Drafter(), [1]
-    drafter.promise(10.0)
+    drafter.expect(10.0)
     drafter.learn(16, 0)
-    assert drafter.kept_share < 0.3
+    assert drafter.acceptance_share < 0.3
 
     for token_id in range(2, 80):
         said.append(token_id)
         drafter.read(text(said), 64)
 
-    assert drafter.kept_share > 0.8
+    assert drafter.acceptance_share > 0.8
 
 
 def test_nothing_is_kept_of_a_text_that_has_ended() -> None:

@@ -54,7 +54,7 @@ def queue_steps(loop: Loop, num_seconds: int = 6, num_prompt: int = 6, **options
 
 
 def served(loop: Loop, principal: str) -> float:
-    return loop.policy._lineup.fairness.accounts[principal].service
+    return loop.policy.states.lineup.fairness.accounts[principal].service
 
 
 # ---- floods -------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_who_weighs_three_times_as_much_gets_three_times_the_service() -> None:
 
     tokens = Counter[str]()
     for seq in seqs:
-        tokens[seq.principal] += seq.num_charged + 2 * seq.num_output_tokens
+        tokens[seq.request.principal] += seq.num_charged + 2 * seq.num_output_tokens
     assert 2.8 < tokens["b"] / tokens["a"] < 3.2
     assert abs(served(loop, "a") - served(loop, "b")) < 8 * (20 + 2 * 20)
     assert sum(seq.num_preemptions for seq in seqs) < 30  # of about 400 that ran
@@ -263,7 +263,7 @@ def test_a_token_is_charged_once() -> None:
     (seq,) = loop.submit([1] * 9, max_tokens=4, principal="p")
     for _ in range(2):
         step(loop)
-    loop.policy._preempt(seq)
+    loop.policy.states.preempt(seq)
     step(loop)
     loop.crash()
     loop.run()

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.gate import AdapterGate
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.waiting_versions import MAX_PASSES
 from descant_client.errors import AdapterTooLarge
-from descant_client.protocol import SamplingParams
-from fakes import FakeSink, version
+from fakes import make_sequence, version
 
 
 def sequence(number: int, adapter: str | None = None, num_bytes: int = 64) -> Sequence:
     adapter_version = version(adapter, num_bytes) if adapter else None
-    return Sequence(number, "r", [1], SamplingParams(), 0, FakeSink(), adapter=adapter_version)
+    return make_sequence(number, [1], adapter=adapter_version)
 
 
 def finish_loads(gate: AdapterGate) -> list[int]:
     """Finish all loads; return the ids of the sequences that may run then."""
-    return [ready.id for load in gate.take_work().loads for ready in gate.loaded(load)]
+    return [ready.id for load in gate.take_work().loads for ready in gate.on_placed(load)]
 
 
 def test_the_base_model_needs_no_gate() -> None:
@@ -31,7 +31,7 @@ def test_sequences_of_one_version_wait_for_one_load() -> None:
     assert not any(gate.enter(sequence(number, "a")) for number in (1, 2))
     (load,) = gate.take_work().loads
     assert (load.epoch, load.version.digest, gate.num_sequences) == (7, "a", 2)
-    assert [ready.id for ready in gate.loaded(load)] == [1, 2]
+    assert [ready.id for ready in gate.on_placed(load)] == [1, 2]
     assert gate.enter(sequence(3, "a"))
     assert gate.take_work().loads == ()
 
@@ -44,7 +44,7 @@ def test_a_version_without_a_place_does_not_hold_up_the_others() -> None:
 
     assert not gate.enter(sequence(2, "b"))
     assert gate.enter(sequence(3, "a"))
-    assert gate.open() == []
+    assert gate.place_waiting() == []
 
 
 def test_who_came_first_gets_the_place_that_becomes_free() -> None:
@@ -56,7 +56,7 @@ def test_who_came_first_gets_the_place_that_becomes_free() -> None:
         gate.enter(sequence(number, adapter))
 
     gate.leave(holder)
-    assert gate.open() == []
+    assert gate.place_waiting() == []
 
     assert finish_loads(gate) == [3, 5]
 
@@ -85,7 +85,7 @@ def test_only_so_many_pass_somebody_who_waits() -> None:
 
     for passer in [holder, *passing]:
         gate.leave(passer)
-    gate.open()
+    gate.place_waiting()
     assert finish_loads(gate) == [2]
 
 
@@ -99,15 +99,15 @@ def test_small_versions_do_not_pass_a_large_one_for_ever() -> None:
 
     finish_loads(gate)
     passing = [small[1]]
-    while passing[-1].spans is not None:
+    while passing[-1].device.spans is not None:
         gate.leave(passing[-1])
-        gate.open()
+        gate.place_waiting()
         finish_loads(gate)
         passing.append(small[len(passing) + 1])
 
     assert len(passing) == MAX_PASSES + 1
     gate.leave(small[0])
-    gate.open()
+    gate.place_waiting()
     assert gate.residency.is_resident("large")
 
 
@@ -122,10 +122,10 @@ def test_who_is_next_may_be_passed_again() -> None:
 
     for seq in [first, *passing]:
         gate.leave(seq)
-    gate.open()
+    gate.place_waiting()
     finish_loads(gate)
 
-    assert second.spans is not None
+    assert second.device.spans is not None
     assert gate.enter(sequence(1001, "b"))
 
 
@@ -151,9 +151,9 @@ def test_a_failed_load_fails_those_who_waited_for_it() -> None:
     gate.enter(sequence(2, "b"))
     (load,) = gate.take_work().loads
 
-    assert gate.load_failed(load) == [first]
+    assert gate.on_load_failed(load) == [first]
 
-    assert gate.open() == []
+    assert gate.place_waiting() == []
     assert finish_loads(gate) == [2]
 
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import pytest
 
 from descant.contract.plan import EngineLimits
-from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.gate import AdapterGate
 from descant.scheduling.sequence import Sequence
+from descant.scheduling.waiting_versions import MAX_PASSES
 from descant_client.errors import AdapterTooLarge
-from descant_client.protocol import SamplingParams
 from fake_engine import FakeEngine
-from fakes import FakeSink, Loop, version
+from fakes import Loop, make_sequence, version
 
 
 def sequence(number: int, adapter: str, num_bytes: int = 64) -> Sequence:
-    return Sequence(number, "r", [1], SamplingParams(), 0, FakeSink(), adapter=version(adapter, num_bytes))
+    return make_sequence(number, [1], adapter=version(adapter, num_bytes))
 
 
 def go_on(gate: AdapterGate) -> list[str]:
     """Open the gate and finish all loads; return what was loaded."""
-    gate.open()
+    gate.place_waiting()
     loads = gate.take_work().loads
     for load in loads:
-        gate.loaded(load)
+        gate.on_placed(load)
     gate.residency.check_integrity()
     return [load.version.digest for load in loads]
 
@@ -59,7 +59,7 @@ def test_what_is_no_longer_pinned_goes_like_any_other() -> None:
 
     gate.set_pins([])
 
-    assert use(gate, 1, "a").spans is not None
+    assert use(gate, 1, "a").device.spans is not None
     assert not gate.residency.is_resident("p")
 
 
@@ -111,12 +111,12 @@ def test_only_so_many_pass_a_pin() -> None:
     go_on(gate)
 
     passing = [use(gate, number, "small") for number in range(2, 2 + MAX_PASSES)]
-    assert all(seq.spans is not None for seq in passing)
+    assert all(seq.device.spans is not None for seq in passing)
     assert not gate.enter(late := sequence(1000, "small"))
     gate.leave(held)
 
     assert go_on(gate) == ["p"]
-    assert late.spans is not None
+    assert late.device.spans is not None
 
 
 def test_versions_that_do_not_fit_beside_the_pins_are_refused_with_what_is_left() -> None:
@@ -147,13 +147,22 @@ def test_pins_that_can_never_fit_are_passed_over() -> None:
     assert [pin.digest for pin in gate.unplaceable_pins] == ["large", "r"]
 
 
+def test_the_policy_shows_the_pins_that_its_executor_has_no_place_for() -> None:
+    loop = Loop(adapter_bytes=192)
+    loop.policy.adapters.set_pins([version("p"), version("large", 192)])
+
+    assert [pin.digest for pin in loop.policy.adapters.unplaceable_pins] == ["large"]
+    loop.policy.on_executor_lost("off")
+    assert loop.policy.adapters.unplaceable_pins == ()
+
+
 def test_a_pin_that_cannot_be_loaded_is_not_tried_for_ever() -> None:
     gate = AdapterGate(2, 128, 1)
     gate.set_pins([version("p")])
-    gate.open()
+    gate.place_waiting()
     (load,) = gate.take_work().loads
 
-    assert gate.load_failed(load) == []
+    assert gate.on_load_failed(load) == []
     assert go_on(gate) == []
     gate.set_pins([version("p")])
     assert go_on(gate) == ["p"]
@@ -162,11 +171,11 @@ def test_a_pin_that_cannot_be_loaded_is_not_tried_for_ever() -> None:
 def test_a_pin_that_could_not_be_loaded_is_pinned_once_a_request_gets_it_loaded() -> None:
     gate = AdapterGate(2, 128, 1)
     gate.set_pins([version("p")])
-    gate.open()
-    gate.load_failed(gate.take_work().loads[0])
+    gate.place_waiting()
+    gate.on_load_failed(gate.take_work().loads[0])
 
     use(gate, 1, "p")
-    gate.open()
+    gate.place_waiting()
 
     assert gate.residency.is_pinned("p")
 
@@ -180,10 +189,10 @@ def test_a_pin_and_its_users_wait_for_one_load() -> None:
     gate.leave(holder)
 
     assert go_on(gate) == ["p"]
-    assert early.spans == late.spans != None  # noqa: E711
+    assert early.device.spans == late.device.spans != None  # noqa: E711
     gate.leave(early)
     gate.leave(late)
-    gate.open()
+    gate.place_waiting()
     assert gate.residency.is_pinned("p")
 
 
@@ -212,7 +221,7 @@ def test_a_version_forgotten_while_it_waits_or_is_loaded_goes_after_its_use() ->
 
     for seq in (loading, waiting):
         go_on(gate)
-        assert seq.spans is not None
+        assert seq.device.spans is not None
         gate.leave(seq)
     assert not gate.residency.is_resident("a")
     assert not gate.residency.is_resident("b")
@@ -233,7 +242,7 @@ def test_a_version_that_has_to_wait_is_prefetched_once() -> None:
 def test_what_gets_its_place_at_once_is_loaded_and_not_prefetched() -> None:
     gate = AdapterGate(1, 64, 1)
     gate.set_pins([version("p")])
-    gate.open()
+    gate.place_waiting()
 
     work = gate.take_work()
 
@@ -246,15 +255,15 @@ def test_a_closed_gate_does_not_look_again_until_something_has_changed(monkeypat
     holder = use(gate, 1, "a")
     for number in range(2, 50):
         gate.enter(sequence(number, f"v{number}"))
-    gate.open()
+    gate.place_waiting()
     asked: list[str] = []
     place = gate.residency.place
     monkeypatch.setattr(gate.residency, "place", lambda one: asked.append(one.digest) or place(one))
 
-    assert gate.open() == []
+    assert gate.place_waiting() == []
     assert asked == []
     gate.leave(holder)
-    gate.open()
+    gate.place_waiting()
     assert asked[0] == "v2"
 
 
@@ -275,7 +284,7 @@ def test_of_those_who_give_way_for_blocks_one_may_end_with_its_sibling() -> None
     both = loop.submit(prompt, n=2, max_tokens=40, adapter=large, principal="ann", num_prompt_logprobs=1)
     while not all(choice.status == "running" for choice in both):
         step()
-    loop.policy.set_pins([version("p", 1024)])  # for `large` there is no place any more
+    loop.policy.adapters.set_pins([version("p", 1024)])  # for `large` there is no place any more
     (new,) = loop.submit([700 + i for i in range(32)], max_tokens=4, principal="bob")
 
     loop.run()

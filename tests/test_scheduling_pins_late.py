@@ -1,11 +1,11 @@
 """Pins that come while answers are being given: they wait for who was promised a place before."""
 
 from descant.contract.plan import EngineLimits
-from descant.scheduling.gate import MAX_PASSES, AdapterGate
+from descant.scheduling.gate import AdapterGate
 from descant.scheduling.sequence import Sequence
-from descant_client.protocol import SamplingParams
+from descant.scheduling.waiting_versions import MAX_PASSES
 from fake_engine import FakeEngine
-from fakes import FakeSink, Loop, version
+from fakes import FakeSink, Loop, make_sequence, version
 
 
 def run(loop: Loop, num_steps: int) -> None:
@@ -28,7 +28,7 @@ def parked(loop: Loop, digest: str, principal: str = "p") -> tuple[Sequence, Fak
 def test_a_pin_does_not_end_a_stream_that_has_begun() -> None:
     loop = Loop(FakeEngine(EngineLimits(4000, 4, 400, 1000, 4)), adapter_bytes=256)
     large, sink = parked(loop, "large")
-    loop.policy.set_pins([version("pin", 64)])
+    loop.policy.adapters.set_pins([version("pin", 64)])
     run(loop, 3)
 
     sink.budget = 100
@@ -44,7 +44,7 @@ def test_a_stream_that_waits_for_its_adapter_again_comes_before_a_pin_and_holds_
     loop.submit([2] * 5, max_tokens=10, adapter=version("a", 128), principal="q")
     loop.submit([3] * 5, max_tokens=20, adapter=version("b", 128), principal="q")
     run(loop, 3)
-    loop.policy.set_pins([version("pin", 64)])
+    loop.policy.adapters.set_pins([version("pin", 64)])
     run(loop, 1)
 
     first_sink.budget = second_sink.budget = 10**9
@@ -63,12 +63,12 @@ def test_passes_are_counted_for_who_is_first_alone() -> None:
 
     def sequence(number: int, digest: str, num_bytes: int = 64) -> Sequence:
         adapter = version(digest, num_bytes)
-        return Sequence(number, str(number), [1], SamplingParams(), 0, FakeSink(), adapter=adapter)
+        return make_sequence(number, [1], request_id=str(number), adapter=adapter)
 
     gate.enter(sequence(1, "hot"))
-    gate.open()
+    gate.place_waiting()
     for load in gate.take_work().loads:
-        gate.loaded(load)
+        gate.on_placed(load)
     first = sequence(2, "large", 128)
     assert not gate.enter(first)
     for number in range(3, 3 + MAX_PASSES):
@@ -77,7 +77,7 @@ def test_passes_are_counted_for_who_is_first_alone() -> None:
         gate.leave(passing)
 
     gate.leave(first)
-    gate.open()
+    gate.place_waiting()
 
     assert not gate.enter(sequence(1000, "large", 128))
     assert gate.enter(sequence(1001, "hot")), "nobody has passed the second yet"

@@ -27,12 +27,12 @@ def deep_loop(behavior: Behavior = hash_history, depth: int = 2, *, seqs: int = 
 
 
 def num_available(loop: Loop) -> int:
-    assert loop.policy._life is not None
-    return loop.policy._life.blocks.num_available
+    assert loop.policy.states.life is not None
+    return loop.policy.states.life.blocks.num_available
 
 
 def is_evictable(loop: Loop, digest: str) -> bool:
-    return loop.policy._life is not None and digest in loop.policy._life.gate.residency._unused
+    return loop.policy.states.life is not None and digest in loop.policy.states.life.gate.residency._unused
 
 
 def rows_of(loop: Loop) -> list[list[int]]:
@@ -60,7 +60,7 @@ def test_what_is_sampled_in_flight_is_the_input_of_the_next_step() -> None:
     loop.launch()
 
     prefill, decode = (plan.rows[0] for plan in loop.engine.plans)
-    assert (prefill.num_new_tokens, decode.num_new_tokens, decode.input_ids) == (3, 1, b"")
+    assert (prefill.num_new_tokens, decode.num_new_tokens) == (3, 1)
     assert seq.output_ids == []
     loop.run()
     assert seq.output_ids == [0, 1, 2, 3]
@@ -93,7 +93,7 @@ def test_the_chunks_of_a_prompt_follow_one_another_in_flight() -> None:
     loop.run()
 
     assert [plan.rows[0].num_new_tokens for plan in loop.engine.plans] == [4, 4, 2, 1]
-    assert (seq.output_ids, len(seq.prompt_logprobs)) == ([0, 1], 9)
+    assert (seq.output_ids, len(seq.output.prompt_logprobs)) == ([0, 1], 9)
 
 
 def test_a_block_is_shared_only_when_it_is_known_to_be_computed() -> None:
@@ -120,7 +120,7 @@ def test_service_is_charged_once_for_every_token() -> None:
 
     assert [seq.output_ids for seq in seqs] == [list(range(8))] * 4
     assert sum(seq.num_preemptions for seq in seqs) > 0
-    assert loop.policy._lineup.fairness.accounts[""].service == 4 * (5 + 2 * 8)
+    assert loop.policy.states.lineup.fairness.accounts[""].service == 4 * (5 + 2 * 8)
 
 
 # ---- endings in flight --------------------------------------------------------------------------------------------
@@ -161,8 +161,8 @@ def test_what_is_computed_beyond_a_stop_is_ignored() -> None:
     loop.run()
 
     assert seq.output_ids == [0, 1]
-    assert isinstance(seq.sink, FakeSink)
-    assert (seq.sink.token_ids, seq.sink.ended) == ([0, 1], [seq])
+    assert isinstance(seq.request.sink, FakeSink)
+    assert (seq.request.sink.token_ids, seq.request.sink.ended) == ([0, 1], [seq])
 
 
 def test_its_seat_is_free_with_everything_else() -> None:
@@ -208,7 +208,7 @@ def test_who_is_parked_in_flight_can_be_cancelled_there() -> None:
     loop.policy.cancel(seq.request_id)
     loop.run()
 
-    assert (seq.finish_reason, num_available(loop), len(loop.policy._lineup.leaving)) == ("cancelled", 64, 0)
+    assert (seq.finish_reason, num_available(loop), len(loop.policy.states.lineup.leaving)) == ("cancelled", 64, 0)
 
 
 # ---- giving way ---------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_everybody_in_any_step_in_flight_is_suspected() -> None:
 
     loop.crash()
 
-    assert loop.policy._blame._num_deaths == {first.id: 1, second.id: 1}
+    assert loop.policy.states.blame._num_deaths == {first.id: 1, second.id: 1}
     loop.run()
     assert [seq.num_output_tokens for seq in (first, second, waiting)] == [1, 9, 9]
 
@@ -321,7 +321,7 @@ def test_results_of_a_dead_executor_are_discarded() -> None:
 
     loop.policy.apply(planned, result)
 
-    assert not loop.policy.awaits(planned)
+    assert not loop.policy.is_in_flight(planned)
     assert seq.output_ids == []
     loop.run()
     assert seq.output_ids == [0, 1, 2, 3]

@@ -79,8 +79,8 @@ class World(promise.World):
 def expected(world: World, seq: Sequence) -> tuple[list[int], str]:
     """Return the output and the ending of a sequence that is alone in the world."""
     output = promise.undisturbed(seq, world.max_tokens)[0]
-    reason = "stop" if seq.stop_token_ids & set(output[-1:]) else "length"
-    if seq.prompt_ids[-1] == FAILING and seq.choice == 0 and len(output) > 2:
+    reason = "stop" if seq.request.stop_token_ids & set(output[-1:]) else "length"
+    if seq.prompt_ids[-1] == FAILING and seq.request.choice == 0 and len(output) > 2:
         output, reason = output[:2], "error"
     stopper = EvenPair()
     for index, token_id in enumerate(output if seq.stopper else []):
@@ -117,11 +117,11 @@ def test_everything_is_given_back_in_the_end(random: Random) -> None:
 
     policy = world.loop.policy
     assert policy.plan() is None
-    assert (policy.num_running, policy.num_waiting, policy._lineup.num_seated) == (0, 0, 0)
-    assert policy._life is not None
-    assert policy._life.blocks.num_available == world.loop.engine.limits.num_blocks
-    assert all(resident.num_users == 0 for resident in policy._life.gate.residency._residents.values())
-    assert set(world.loop.engine.rows) <= set(policy._life.take_drops())
+    assert (policy.num_running, policy.num_waiting, policy.states.lineup.num_seated) == (0, 0, 0)
+    assert policy.states.life is not None
+    assert policy.states.life.blocks.num_available == world.loop.engine.limits.num_blocks
+    assert all(resident.num_users == 0 for resident in policy.states.life.gate.residency._residents.values())
+    assert set(world.loop.engine.rows) <= set(policy.states.life.take_drops())
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -72,7 +72,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(num_blocks: int) -> None:
 
 def test_a_prompt_that_turns_out_too_long_ends_through_its_sink() -> None:
     loop = Loop(tiny(3))
-    loop.policy.executor_lost("off")
+    loop.policy.on_executor_lost("off")
     (seq,) = loop.submit([1] * 12)
 
     loop._start_executor()
@@ -110,9 +110,9 @@ def test_log_probabilities_are_kept_with_their_tokens() -> None:
 
     loop.run()
 
-    assert [entry.token_id for entry in seq.output_logprobs] == seq.output_ids
-    assert [entry.token_id for entry in seq.prompt_logprobs] == [2, 3, 4, 5, 6]
-    assert {len(entry.top) for entry in seq.output_logprobs} == {2}
+    assert [entry.token_id for entry in seq.output.logprobs] == seq.output_ids
+    assert [entry.token_id for entry in seq.output.prompt_logprobs] == [2, 3, 4, 5, 6]
+    assert {len(entry.top) for entry in seq.output.logprobs} == {2}
 
 
 # ---- many sequences -----------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_prompt_logprobs_are_computed_not_skipped() -> None:
     loop.run()
 
     assert seq.num_cached_tokens == 0
-    assert len(seq.prompt_logprobs) == 8
+    assert len(seq.output.prompt_logprobs) == 8
 
 
 @pytest.mark.parametrize(
@@ -257,9 +257,9 @@ def test_a_sequence_over_its_sinks_budget_is_parked_and_holds_nothing() -> None:
 
     loop.run()
 
-    assert (seq.status, seq.num_output_tokens, seq.block_table, seq.spans) == ("parked", 3, [], None)
-    assert loop.policy._life is not None
-    assert loop.policy._life.blocks.num_available == 64
+    assert (seq.status, seq.num_output_tokens, seq.device.block_table, seq.device.spans) == ("parked", 3, [], None)
+    assert loop.policy.states.life is not None
+    assert loop.policy.states.life.blocks.num_available == 64
 
 
 def test_a_parked_sequence_goes_on_where_it_was() -> None:
@@ -292,7 +292,7 @@ def test_the_first_run_is_what_is_reported_of_a_preempted_sequence() -> None:
     (seq,) = loop.submit([1] * 9, max_tokens=3, num_prompt_logprobs=0)
     loop.step()
 
-    loop.policy._preempt(seq)
+    loop.policy.states.preempt(seq)
     loop.run()
 
     assert (seq.first_scheduled_s, seq.first_token_s, seq.num_cached_tokens, seq.num_preemptions) == (1, 1, 0, 1)
@@ -322,14 +322,14 @@ def test_the_blocks_and_slot_of_what_is_cancelled_in_flight_are_kept_until_the_s
 
     def cancel() -> None:
         loop.policy.cancel(seq.request_id)
-        assert loop.policy._life is not None
-        assert loop.policy._life.blocks.num_available < 64
-        assert not loop.policy._life.gate.residency._unused
+        assert loop.policy.states.life is not None
+        assert loop.policy.states.life.blocks.num_available < 64
+        assert not loop.policy.states.life.gate.residency._unused
 
     loop.step(cancel)
 
-    assert loop.policy._life is not None
-    assert loop.policy._life.blocks.num_available == 64
+    assert loop.policy.states.life is not None
+    assert loop.policy.states.life.blocks.num_available == 64
     assert (seq.output_ids, seq.finish_reason) == ([], "cancelled")
 
 

@@ -31,17 +31,18 @@ def undisturbed(
     seq: Sequence, max_tokens: int, num_words: int = 997
 ) -> tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]:
     """Return output, its log-probabilities and the prompt's, as if the sequence were alone in the world."""
+    request = seq.request
     adapter = seq.adapter.digest if seq.adapter and seq.adapter.num_modules else ""
     output, scores = list[int](), list[TokenLogprobs]()
     histories = list(accumulate(seq.prompt_ids, lambda h, token: extend_history(h, token, adapter), initial=0))[1:]
     history = histories[-1]
-    limit = max_tokens if seq.max_tokens is None else min(max_tokens, len(seq.prompt_ids) + seq.max_tokens)
-    while len(seq.prompt_ids) + len(output) < limit and not seq.stop_token_ids & set(output[-1:]):
-        output.append(extend_history(history, seq.seed, str(seq.choice)) % 997 % num_words)
-        scores.append(logprobs(history, output[-1], seq.num_logprobs))
+    limit = max_tokens if request.max_tokens is None else min(max_tokens, len(seq.prompt_ids) + request.max_tokens)
+    while len(seq.prompt_ids) + len(output) < limit and not request.stop_token_ids & set(output[-1:]):
+        output.append(extend_history(history, request.seed, str(request.choice)) % 997 % num_words)
+        scores.append(logprobs(history, output[-1], request.num_logprobs))
         history = extend_history(history, output[-1], adapter)
-    prompt = [logprobs(h, token, seq.num_prompt_logprobs) for h, token in zip(histories, seq.prompt_ids[1:])]  # noqa: B905
-    return output, scores if seq.num_logprobs >= 0 else [], prompt if seq.num_prompt_logprobs >= 0 else []
+    prompt = [logprobs(h, token, request.num_prompt_logprobs) for h, token in zip(histories, seq.prompt_ids[1:])]  # noqa: B905
+    return output, scores if request.num_logprobs >= 0 else [], prompt if request.num_prompt_logprobs >= 0 else []
 
 
 @dataclass
@@ -112,8 +113,8 @@ class World:
     def crash(self) -> None:
         """The executor dies for no fault of anybody, and never so that the fault seems to be somebody's."""
         policy = self.loop.policy
-        in_flight = policy._in_flight.sequences if policy._in_flight else ()
-        if not policy._blame.is_watching or sum(not seq.is_finished for seq in in_flight) >= 2:
+        in_flight = policy.states.in_flight.sequences if policy.states.in_flight else ()
+        if not policy.states.blame.is_watching or sum(not seq.is_finished for seq in in_flight) >= 2:
             self.loop.crash()
 
     def disturb(self) -> None:
@@ -154,10 +155,10 @@ def test_every_sequence_gets_the_tokens_it_would_have_got_alone(random: Random) 
         count = len(seq.output_ids)
         assert seq.output_ids == world.sinks[seq.id].token_ids
         assert world.sinks[seq.id].ended == [seq]
-        assert (seq.output_ids, seq.output_logprobs) == (output[:count], scores[:count])
+        assert (seq.output_ids, seq.output.logprobs) == (output[:count], scores[:count])
         if seq.id not in world.cancelled:
             assert count == len(output)
-            assert seq.prompt_logprobs == prompt_scores
+            assert seq.output.prompt_logprobs == prompt_scores
             assert seq.finish_reason == ("stop" if seq.is_ended_by_token else "length")
 
 
@@ -170,7 +171,7 @@ def test_everything_is_given_back_in_the_end(random: Random) -> None:
         world.loop.finish_load()
 
     assert world.loop.policy.plan() is None
-    life = world.loop.policy._life
+    life = world.loop.policy.states.life
     assert life is not None
     life.blocks.check_integrity()
     life.gate.residency.check_integrity()

@@ -72,7 +72,7 @@ def test_every_life_has_its_epoch() -> None:
 
 def test_sequences_submitted_while_the_executor_is_down_run_when_it_is_up() -> None:
     loop = Loop()
-    loop.policy.executor_lost("off")
+    loop.policy.on_executor_lost("off")
     (seq,) = loop.submit([1], adapter=version("a"))
     assert loop.policy.plan() is None
     assert loop.policy.num_waiting == 1
@@ -86,7 +86,7 @@ def test_sequences_submitted_while_the_executor_is_down_run_when_it_is_up() -> N
 def test_what_is_cancelled_while_the_executor_is_down_is_finished_at_once() -> None:
     loop = Loop()
     (seq,) = loop.submit([1])
-    loop.policy.executor_lost("off")
+    loop.policy.on_executor_lost("off")
 
     loop.policy.cancel(seq.request_id)
 
@@ -141,7 +141,7 @@ def test_who_is_cancelled_in_the_fatal_step_may_have_been_the_killer() -> None:
     loop.step(die_cancelled)
     loop.run()
 
-    assert (kept.finish_reason, loop.policy._blame.is_watching) == ("length", False)
+    assert (kept.finish_reason, loop.policy.states.blame.is_watching) == ("length", False)
 
 
 def test_a_suspect_that_is_cancelled_while_on_trial_makes_way_for_the_next() -> None:
@@ -149,7 +149,7 @@ def test_a_suspect_that_is_cancelled_while_on_trial_makes_way_for_the_next() -> 
     (first,), (second,) = loop.submit([1]), loop.submit([2])
     for _ in range(2):
         loop.step(loop.crash)
-    assert loop.policy._blame.trial == {first.id}
+    assert loop.policy.states.blame.trial == {first.id}
 
     loop.policy.cancel(first.request_id)
     loop.run()
@@ -235,8 +235,8 @@ def test_the_members_of_a_cleared_half_wait_for_the_next() -> None:
     loop = Loop(FakeEngine(behavior=counter), adapter_bytes=64)
     seqs = [loop.submit([i], adapter=version("ab"[i // 2]))[0] for i in range(4)]
     for _ in range(2):
-        loop.policy._blame.lost([seq.id for seq in seqs])
-    loop.policy.executor_lost("twice")
+        loop.policy.states.blame.on_executor_lost([seq.id for seq in seqs])
+    loop.policy.on_executor_lost("twice")
     loop._start_executor()
 
     loop.run()
@@ -267,7 +267,7 @@ def test_who_waits_for_a_version_whose_reading_ahead_kills_is_to_blame_and_nobod
 
     for _ in range(60):
         loop.clock += 1
-        planned, work = loop.policy.plan(), loop.policy.adapter_work()
+        planned, work = loop.policy.plan(), loop.policy.adapters.take_work()
         loop.loads += work.loads
         if "bad" in [*(load.version.digest for load in work.loads), *(ahead.digest for ahead in work.prefetches)]:
             loop.crash("reading it ended the process")

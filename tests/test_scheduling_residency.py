@@ -18,7 +18,7 @@ def use(residency: AdapterResidency, digest: str, num_bytes: int = 64) -> bool:
     """Acquire and load a version; return whether there was room."""
     placement = residency.acquire(version(digest, num_bytes))
     if placement is not None and placement.is_new:
-        residency.loaded(digest)
+        residency.on_placed(digest)
     return placement is not None
 
 
@@ -27,7 +27,7 @@ def test_a_version_keeps_its_place_while_it_is_used_or_unneeded() -> None:
     first = residency.acquire(version("a"))
     assert first is not None
     assert first.is_new
-    residency.loaded("a")
+    residency.on_placed("a")
     residency.release("a")
 
     again = residency.acquire(version("a"))
@@ -64,7 +64,7 @@ def test_what_is_being_loaded_is_never_evicted() -> None:
     residency.release("a")
 
     assert not use(residency, "b")
-    residency.loaded("a")
+    residency.on_placed("a")
     assert use(residency, "b")
 
 
@@ -203,7 +203,7 @@ def test_what_is_being_loaded_stays_where_it_is() -> None:
 
     assert residency.acquire(version("big", 128)) is None
     assert residency.take_moves() == []
-    residency.loaded("loading")
+    residency.on_placed("loading")
     assert use(residency, "big", 128)
     assert loading is not None
     assert residency.offset_of("loading") != loading.offset
@@ -290,7 +290,7 @@ def test_places_in_use_never_overlap(num_slots: int, num_bytes: int, operations:
             residency.release(digest)
         if operation in ("use", "finish") and digest in loading:
             loading.remove(digest)
-            residency.loaded(digest)
+            residency.on_placed(digest)
         if operation == "fail" and digest in loading:
             loading.remove(digest)
             used = [other for other in used if other != digest]

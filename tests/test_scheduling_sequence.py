@@ -1,14 +1,18 @@
 """A sequence takes tokens until something ends it."""
 
+from typing import Any
+
 from descant.contract.plan import LogprobRows, pack_floats, pack_ints
 from descant.scheduling.sequence import Sequence, SequenceTable, TokenLogprobs, unpack_logprobs
-from descant_client.protocol import SamplingParams
-from fakes import FakeSink
+from fakes import make_sequence
 
 
-def sequence(**fields: object) -> Sequence:
-    defaults: dict[str, object] = {"prompt_ids": [1, 2, 3], "token_limit": 100}
-    return Sequence(id=1, request_id="r", sampling=SamplingParams(), seed=0, sink=FakeSink(), **(defaults | fields))
+def sequence(**fields: Any) -> Sequence:
+    prompt_ids: list[int] = fields.pop("prompt_ids", [1, 2, 3])
+    stopper, token_limit = fields.pop("stopper", None), fields.pop("token_limit", 100)
+    made = make_sequence(1, prompt_ids, **fields)
+    made.stopper, made.device.token_limit = stopper, token_limit
+    return made
 
 
 class StopAfter:
@@ -51,7 +55,7 @@ def test_a_stop_string_truncates_to_the_token_that_completes_it() -> None:
     seq.append([5], logprobs[:1])
     assert seq.append([6, 7, 8], logprobs[1:]) == 2
     assert (seq.output_ids, seq.finish_reason, seq.is_ended_by_token) == ([5, 6, 7], "stop", False)
-    assert seq.output_logprobs == logprobs[:3]
+    assert seq.output.logprobs == logprobs[:3]
 
 
 def test_a_stop_string_on_the_last_allowed_token_is_a_stop() -> None:
@@ -63,7 +67,8 @@ def test_a_stop_string_on_the_last_allowed_token_is_a_stop() -> None:
 
 
 def test_tokens_reads_across_prompt_and_output() -> None:
-    seq = sequence(output_ids=[4, 5])
+    seq = sequence()
+    seq.output.token_ids = [4, 5]
 
     assert [seq.tokens(0, 2), seq.tokens(2, 4), seq.tokens(3, 5), seq.tokens(0, 5)] == [
         [1, 2],
@@ -86,7 +91,7 @@ def test_prompt_logprobs_are_missing_until_the_last_position_has_one() -> None:
     seq = sequence(num_prompt_logprobs=0)
     assert seq.needs_prompt_logprobs
 
-    seq.prompt_logprobs = [TokenLogprobs(2, -1.0), TokenLogprobs(3, -1.0)]
+    seq.output.prompt_logprobs = [TokenLogprobs(2, -1.0), TokenLogprobs(3, -1.0)]
     assert not seq.needs_prompt_logprobs
     assert not sequence(num_prompt_logprobs=0, prompt_ids=[1]).needs_prompt_logprobs
 

@@ -48,7 +48,7 @@ def submit(loop: Loop, with_drafts: bool, **fields: object) -> list[Sequence]:
 
 
 def said(sequences: list[Sequence]) -> list[object]:
-    return [(one.output_ids, one.output_logprobs, one.finish_reason) for one in sequences]
+    return [(one.output_ids, one.output.logprobs, one.finish_reason) for one in sequences]
 
 
 def undisturbed() -> list[object]:
@@ -108,12 +108,12 @@ def test_what_a_stop_string_cuts_off_is_no_step_saved() -> None:
             return 10 if self.num_taken >= 10 else None
 
     drafting = loop(behavior=echo)
-    (sequence,) = drafting.submit([5, 6], max_tokens=100, drafter=eager(), stopper=StopAtTen(), guessed=[])
+    (sequence,) = drafting.submit([5, 6], max_tokens=100, drafter=eager(), stopper=StopAtTen(), marks_guesses=True)
     drafting.run()
 
     assert sequence.drafter is not None
     assert (sequence.num_output_tokens, sequence.finish_reason) == (10, "stop")
-    assert sequence.drafter.num_accepted == len(sequence.guessed or ()) == 10 - (len(drafting.engine.plans) - 1)
+    assert sequence.drafter.num_accepted == len(sequence.output.guessed or ()) == 10 - (len(drafting.engine.plans) - 1)
 
 
 def test_who_always_verifies_pays_for_it() -> None:
@@ -122,7 +122,7 @@ def test_who_always_verifies_pays_for_it() -> None:
         drafting.submit([1, 2], max_tokens=40, principal=principal, drafter=drafter)
     drafting.run()
 
-    accounts = drafting.policy._lineup.fairness.accounts
+    accounts = drafting.policy.states.lineup.fairness.accounts
     assert accounts["plain"].service == accounts["choosy"].service < accounts["eager"].service
 
 
@@ -267,7 +267,7 @@ def test_a_draft_that_is_cut_short_for_want_of_room_breaks_no_promise(monkeypatc
     while not sequence.is_finished:
         drafting.step()
         assert sequence.drafter is not None
-        shares.append(sequence.drafter.kept_share)
+        shares.append(sequence.drafter.acceptance_share)
 
     assert num_drafted(drafting) > 3
     assert min(shares) > 0.9

@@ -75,7 +75,7 @@ class World:
     def swap(self) -> None:
         """A name gets another version; the old one is forgotten."""
         at = self.random.randrange(len(self.names))
-        self.loop.policy.forget_version(self.names[at].digest)
+        self.loop.policy.adapters.forget_version(self.names[at].digest)
         self.names[at] = self.new_version()
 
     def pin(self) -> None:
@@ -84,7 +84,7 @@ class World:
             num_units += -(-name.num_bytes // UNIT)
             if num_units <= self.num_units // 2 and len(pins) + 1 < self.num_slots:
                 pins.append(name)
-        self.loop.policy.set_pins(pins)
+        self.loop.policy.adapters.set_pins(pins)
 
     def damage(self) -> None:
         self.damaged = set(self.random.sample([name.digest for name in self.names], k=1))
@@ -123,7 +123,7 @@ class World:
 
 
 def residency_of(loop: Loop) -> AdapterResidency:
-    life = loop.policy._life
+    life = loop.policy.states.life
     assert life is not None
     return life.gate.residency
 
@@ -146,7 +146,7 @@ def test_pins_get_their_place_whatever_goes_on_and_nothing_else_stays(seed: int)
     world.run()
     world.damaged.clear()
     world.pin()
-    pins = world.loop.policy._pins
+    pins = world.loop.policy.adapters.pins
     world.loop.run()
     while world.loop.loads:
         world.loop.finish_load()
@@ -155,9 +155,9 @@ def test_pins_get_their_place_whatever_goes_on_and_nothing_else_stays(seed: int)
     residency = residency_of(world.loop)
     residency.check_integrity()
     assert all(residency.is_loaded(pin.digest) and residency.is_pinned(pin.digest) for pin in pins)
-    world.loop.policy.set_pins([])
+    world.loop.policy.adapters.set_pins([])
     for digest in list(residency._residents):
-        world.loop.policy.forget_version(digest)
+        world.loop.policy.adapters.forget_version(digest)
     assert not residency._residents
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from descant.actor.errors import ActorFailed
 from descant.model.tokenizer import Tokenizer
-from descant.scheduling.sequence import Sequence, TokenLogprobs
+from descant.scheduling.sequence import Sequence, SequenceRequest, TokenLogprobs
 from descant.sessions.outgoing import Outgoing, error_message
 from descant.sessions.stream import BYTES_PER_TOKEN, MAX_DELTA_TOKENS, OutgoingStream
 from descant_client.errors import AdapterNotFound, InternalError, InvalidRequest
@@ -26,11 +28,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 class Told:
     """A stream with its sequences, and the number of its changes."""
 
-    def __init__(self, tokenizer: Tokenizer, n: int = 1, budget: int = 1000, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, n: int = 1, budget: int = 1000, **fields: Any) -> None:
         self.num_changes = 0
         self.stream = OutgoingStream("r", "s/r", budget * BYTES_PER_TOKEN, self._changed)
         self.sequences = [
-            Sequence(i, "s/r", [1, 2], SamplingParams(), 7, self.stream, choice=i, stop=stop) for i in range(n)
+            Sequence(i, SequenceRequest("s/r", [1, 2], SamplingParams(), 7, self.stream, choice=i, **fields))
+            for i in range(n)
         ]
         self.stream.expect(self.sequences, tokenizer)
         self.stream.accept(Accepted("r", 7, 2))
@@ -40,11 +43,11 @@ class Told:
 
     def say(self, text: str, choice: int = 0) -> bool:
         """Append the tokens of a text to a choice. Return whether there was room."""
-        self.sequences[choice].output_ids += text.encode()
+        self.sequences[choice].output.token_ids += text.encode()
         return self.stream.put(self.sequences[choice], len(text.encode()))
 
     def finish(self, choice: int = 0) -> None:
-        self.sequences[choice].finish_reason = "length"
+        self.sequences[choice].output.finish_reason = "length"
         self.stream.end(self.sequences[choice])
 
     def rendered(self) -> list[object]:
@@ -87,7 +90,7 @@ def test_a_backlog_comes_in_pieces_so_that_others_get_their_turn(tokenizer: Toke
 def test_done_comes_once_and_last_with_what_was_held_back(tokenizer: Tokenizer) -> None:
     told = Told(tokenizer, n=2)
     told.say("a")
-    told.sequences[1].output_ids += "é".encode()[:1]
+    told.sequences[1].output.token_ids += "é".encode()[:1]
     told.finish(0)
     assert not any(isinstance(message, Done) for message in told.rendered())
     told.finish(1)
@@ -100,9 +103,8 @@ def test_done_comes_once_and_last_with_what_was_held_back(tokenizer: Tokenizer) 
 
 
 def test_a_stop_token_is_no_part_of_the_text(tokenizer: Tokenizer) -> None:
-    told = Told(tokenizer)
-    told.sequences[0].stop_token_ids = frozenset([ord("!")])
-    told.sequences[0].finish_reason = "stop"
+    told = Told(tokenizer, stop_token_ids=frozenset([ord("!")]))
+    told.sequences[0].output.finish_reason = "stop"
     told.say("hi!")
 
     messages = told.rendered()
@@ -125,7 +127,7 @@ def test_a_resumed_stream_says_the_rest_whatever_was_sent_before(tokenizer: Toke
         told.rendered()
     have = data.draw(st.integers(0, len(text.encode())))
     before = Told(tokenizer)
-    before.sequences[0].output_ids += text.encode()[:have]
+    before.sequences[0].output.token_ids += text.encode()[:have]
 
     told.stream.resume({0: have})
     rest = told.rendered()
@@ -175,7 +177,8 @@ def test_an_error_ends_the_stream_and_what_was_not_sent_is_not_sent(tokenizer: T
 
 def test_a_sequence_that_fails_fails_its_stream(tokenizer: Tokenizer) -> None:
     told = Told(tokenizer)
-    told.sequences[0].finish_reason, told.sequences[0].error = "error", InternalError("broken")
+    told.sequences[0].output.finish_reason = "error"
+    told.sequences[0].output.error = InternalError("broken")
     told.stream.end(told.sequences[0])
 
     (error,) = told.rendered()
@@ -194,9 +197,8 @@ def test_progress_is_told_once_and_never_again(tokenizer: Tokenizer) -> None:
 
 
 def test_logprobs_come_with_their_tokens_and_name_special_ones(tokenizer: Tokenizer) -> None:
-    told = Told(tokenizer)
-    told.sequences[0].num_logprobs = 1
-    told.sequences[0].output_logprobs = [TokenLogprobs(97, -0.5, ((END, -1.0),))]
+    told = Told(tokenizer, num_logprobs=1)
+    told.sequences[0].output.logprobs = [TokenLogprobs(97, -0.5, ((END, -1.0),))]
     told.say("a")
 
     delta = told.rendered()[-1]

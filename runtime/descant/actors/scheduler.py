@@ -1,7 +1,7 @@
-"""The scheduler actor: the step loop between the policy and the executor.
+"""`Scheduler`: the actor with the step loop between the policy and the executor.
 
 Accepts: Submit, CancelRequest, Unpark, ExecutorUp, ExecutorDown, PinVersions, ForgetVersion. Asks: executor. Tells:
-registry. Owns: the policy of this life; the sequences themselves belong to the system and outlive it.
+registry. Owns: the policy of this life. The sequences themselves belong to the system and outlive the actor.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from descant.requests.services import ModelState
 from descant.scheduling.placement.adapter_work import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
-from descant.scheduling.sequence import Sequence
+from descant.scheduling.sequence import Sequence, SequenceRequest
 from descant_client.errors import AdapterInvalid, DeadlineExceeded, DescantError
 from descant_client.protocol import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-STEP_TIMEOUT_S = 600.0  # a step this long is a fault of ours; a dead executor is noticed by its socket and heartbeat
-STAGE_TIMEOUT_S = 600.0  # of reading one version; its requests wait no longer
-MAX_PREFETCHES = 4  # at once: others of the executor's side threads are for what is needed now
+STEP_TIMEOUT_S = 600.0  # a longer step is our fault; a dead executor is noticed by its socket and heartbeat
+STAGE_TIMEOUT_S = 600.0  # for reading one version; then the requests that wait for it fail
+MAX_PREFETCHES = 4  # at once; the other side threads of the executor are for loads
 
 
 class Scheduler(Actor[SchedulerMessage]):
-    """Moves messages; every decision is the policy's."""
+    """Passes messages between the policy and the executor. The policy makes every decision."""
 
     def __init__(
         self,
@@ -75,19 +75,19 @@ class Scheduler(Actor[SchedulerMessage]):
         self._prefetches: dict[str, AdapterVersion] = {}  # by digest, not yet begun
         self._num_prefetching = 0
         self._outcomes: deque[tuple[PlannedStep, StepResult | DescantError]] = deque()  # of steps, not yet applied
-        self._probe = probe  # makes the request that shows a first life can step
+        self._probe = probe  # makes a request that shows that the first executor can step
         self._work = anyio.Event()
         self._work_turn = anyio.Lock()  # adapter work is told in the order in which it was decided
 
     async def on_start(self) -> None:
-        """Go on with the executor as it is: a restart of this actor alone loses its rows, not the process."""
+        """Start the step loop. If the executor is up, go on with it: a restart of this actor loses only its rows."""
         self.start_soon(self._run)
-        self._policy.set_pins(self._model.pinned)
+        self._policy.adapters.set_pins(self._model.pinned)
         if self._model.is_up:
-            self._policy.executor_up(self._model.engine.limits, self._model.engine.info.num_adapter_bytes)
+            self._policy.on_executor_up(self._model.engine.limits, self._model.engine.info.num_adapter_bytes)
 
     async def on_receive(self, message: SchedulerMessage) -> None:
-        """Answer one message."""
+        """Handle one message."""
         match message:
             case Submit(sequences):
                 self._policy.submit(sequences)
@@ -102,15 +102,15 @@ class Scheduler(Actor[SchedulerMessage]):
                 self._down(reason)
             case PinVersions(versions):
                 self._model.pinned = versions
-                self._policy.set_pins(versions)
+                self._policy.adapters.set_pins(versions)
             case ForgetVersion(digest):
-                self._policy.forget_version(digest)
+                self._policy.adapters.forget_version(digest)
                 self._drop(digest)
         self._work.set()
 
     def _up(self, engine: EngineReady) -> None:
         self._model.on_executor_up(engine)
-        self._policy.executor_up(engine.limits, engine.info.num_adapter_bytes)
+        self._policy.on_executor_up(engine.limits, engine.info.num_adapter_bytes)
         if self._model.num_steps == 0:
             self._policy.submit([self._probe()])
 
@@ -119,12 +119,12 @@ class Scheduler(Actor[SchedulerMessage]):
             return
         self._model.is_up = False
         self._prefetches.clear()
-        if self._policy.executor_lost(reason):
+        if self._policy.on_executor_lost(reason):
             self._executor.mark_productive()
 
     async def _run(self) -> None:
         while True:
-            self._work = anyio.Event()  # before all else: what comes while moves are told may change the plan
+            self._work = anyio.Event()  # first: a message that comes while moves are told may change the plan
             self._apply_outcomes()
             self._policy.expire()
             planned = self._policy.plan() if self._model.is_up else None
@@ -133,10 +133,10 @@ class Scheduler(Actor[SchedulerMessage]):
                 with anyio.move_on_after(self._policy.seconds_to_deadline()):
                     await self._work.wait()
             elif self._model.engine.limits.max_steps_in_flight == 1:
-                await self._ask(planned)  # nothing can be planned before its answer
+                await self._ask(planned)  # no step can be planned before its answer
             else:
                 self.start_soon(self._ask, planned)
-                await anyio.lowlevel.checkpoint()  # it is in the mailbox before anything that is decided later
+                await anyio.lowlevel.checkpoint()  # the step is in the mailbox before anything decided later
 
     async def _ask(self, planned: PlannedStep) -> None:
         try:
@@ -149,7 +149,7 @@ class Scheduler(Actor[SchedulerMessage]):
     def _apply_outcomes(self) -> None:
         while self._outcomes:
             planned, outcome = self._outcomes.popleft()
-            if self._policy.awaits(planned):
+            if self._policy.is_in_flight(planned):
                 self._apply(planned, outcome)
 
     def _apply(self, planned: PlannedStep, outcome: StepResult | DescantError) -> None:
@@ -160,7 +160,7 @@ class Scheduler(Actor[SchedulerMessage]):
         except ActorFailed as error:
             self._down(str(error))
             return
-        except DescantError as error:  # it refused the plan, or answered another one: it is not to be trusted any more
+        except DescantError as error:  # it refused the plan or answered another one: it cannot be trusted
             self._executor.kill()
             self._down(str(error))
             return
@@ -171,9 +171,9 @@ class Scheduler(Actor[SchedulerMessage]):
 
     async def _start_adapter_work(self) -> None:
         async with self._work_turn:
-            work = self._policy.adapter_work()
-            if work.moves:  # told before any step or load that counts on them
-                with contextlib.suppress(ActorError):  # no life will follow, or ExecutorDown is on its way
+            work = self._policy.adapters.take_work()
+            if work.moves:  # told before any step or load that relies on them
+                with contextlib.suppress(ActorError):  # the executor is gone for good, or ExecutorDown is on its way
                     await self._executor.ref.tell(MoveAdapters(work.moves))
         for load in work.loads:
             self._prefetches.pop(load.version.digest, None)
@@ -187,7 +187,7 @@ class Scheduler(Actor[SchedulerMessage]):
     async def _load(self, load: AdapterLoad) -> None:
         """Stage a version beside the steps, then place it between two of them."""
         await self._stage_and_place(load)
-        await self._start_adapter_work()  # of those that waited for its turn
+        await self._start_adapter_work()  # loads that waited for the end of this one
         self._work.set()
 
     async def _stage_and_place(self, load: AdapterLoad) -> None:
@@ -195,31 +195,33 @@ class Scheduler(Actor[SchedulerMessage]):
         place = PlaceAdapter(load.adapter_slot, load.offset, load.version)
         try:
             await self._executor.ref.ask(stage, timeout=STAGE_TIMEOUT_S)
-            self._policy.read(load)
-            await self._start_adapter_work()  # others may be read now, whatever step it is that places wait for
+            self._policy.adapters.on_staged(load)
+            await self._start_adapter_work()  # other versions may be read while this one waits for a step to end
             await self._place(place)
-            self._policy.loaded(load)
+            self._policy.adapters.on_placed(load)
             self._model.num_adapter_loads += 1
         except ActorFailed:
-            return  # ExecutorDown says so too, and counts once
+            return  # ExecutorDown reports it too
         except AskTimeout:
-            self._policy.load_failed(load, DeadlineExceeded("reading an adapter from the store", STAGE_TIMEOUT_S))
+            self._policy.adapters.on_load_failed(
+                load, DeadlineExceeded("reading an adapter from the store", STAGE_TIMEOUT_S)
+            )
         except DescantError as error:
-            if isinstance(error, AdapterInvalid):  # first: whoever tries again is to find a version made anew
+            if isinstance(error, AdapterInvalid):  # first, so that the next try finds a version made anew
                 with contextlib.suppress(ActorError):
                     await self._registry.tell(VersionFailed(load.version.digest))
             self._drop(load.version.digest)
-            self._policy.load_failed(load, error)
+            self._policy.adapters.on_load_failed(load, error)
 
     async def _place(self, message: PlaceAdapter) -> None:
         try:
             await self._executor.ref.ask(message, timeout=STEP_TIMEOUT_S)
-        except AskTimeout as error:  # it may still write there, whoever has the place then
+        except AskTimeout as error:  # it may still write there after the place is given to another version
             self._executor.kill()
             raise ActorFailed(self._executor.name, str(error)) from error
 
     async def _prefetch(self) -> None:
-        """Have what waits read, one version after the other, in the order in which it came."""
+        """Have the versions that wait read, one after the other, in order of arrival."""
         try:
             while self._prefetches:
                 version = self._prefetches.pop(next(iter(self._prefetches)))
@@ -227,36 +229,35 @@ class Scheduler(Actor[SchedulerMessage]):
                     stage = StageAdapter(version, is_placed=False, epoch=0)
                     await self._executor.ref.ask(stage, timeout=STAGE_TIMEOUT_S)
                 except ActorFailed:
-                    continue  # perhaps of this: ExecutorDown finds it under way
+                    continue  # perhaps because of this version: at ExecutorDown it counts as being read
                 except DescantError:
-                    pass  # its load will say so
-                self._policy.prefetched(version.digest)
+                    pass  # its load will report it
+                self._policy.adapters.on_prefetch_done(version.digest)
         finally:
             self._num_prefetching -= 1
 
     def _drop(self, digest: str) -> None:
         if self._model.is_up:
-            with contextlib.suppress(ActorError):  # it would only have freed memory
+            with contextlib.suppress(ActorError):  # the message would only have freed memory
                 self._executor.ref.tell_nowait(DropAdapter(digest))
 
 
 class Discard:
-    """The sink of a sequence nobody reads."""
+    """A sink that discards its tokens."""
 
     def put(self, sequence: Sequence, num_new: int) -> bool:
-        """Take everything."""
+        """Discard the tokens."""
         return True
 
     def end(self, sequence: Sequence) -> None:
-        """Say so if even this failed."""
+        """Log the error of a sequence that failed."""
         if sequence.error is not None:
             logger.error("the first step failed: %s", sequence.error)
 
 
 def make_probe(sequence_id: int) -> Sequence:
-    """Return a request of one token, which makes the executor complete a step."""
-    return Sequence(
-        id=sequence_id,
+    """Return a sequence of one prompt and one output token, which makes the executor complete a step."""
+    request = SequenceRequest(
         request_id="descant/probe",
         prompt_ids=[0],
         sampling=SamplingParams(temperature=0.0),
@@ -264,3 +265,4 @@ def make_probe(sequence_id: int) -> Sequence:
         sink=Discard(),
         max_tokens=1,
     )
+    return Sequence(sequence_id, request)

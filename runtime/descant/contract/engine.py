@@ -1,4 +1,4 @@
-"""What an engine is to its owner: how it is sized, what it says of itself, what it can be asked. No torch here."""
+"""The engine interface: options, info, the `StepEngine` protocol and the check of plans. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,26 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from descant.contract.plan import Admit, EngineLimits, Row, StepPlan, StepResult, num_drafted, validate_plan
+from descant.contract.plan import (
+    Admit,
+    EngineLimits,
+    Row,
+    StepPlan,
+    StepResult,
+    num_drafted,
+    num_packed,
+    validate_plan,
+)
 from descant_client.errors import InvalidRequest
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 EngineKind = Literal["model", "dummy"]
-
-_INT_BYTES = 4
-_PAIR_BYTES = 2 * _INT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Sizes and placement of an engine.
 
-    `dtype` None serves in the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as
-    fit in `num_kv_bytes`. Cache and arena None: on a GPU what `memory_fraction` of its memory leaves beside the weights
-    and the largest step, elsewhere 256 MiB each. `num_threads` is of the whole process; None takes one for small models
-    and torch's choice for others. `is_invariant` is the probe's result of an earlier engine on this machine; None runs
-    the probe, which takes a fraction of a second. `max_steps_in_flight` None is 1 on a CPU, which has no idle time to
-    fill, and 2 on a GPU.
+    `dtype` None means the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as fit in
+    `num_kv_bytes`. If the sizes of cache and arena are None, they share the rest of `memory_fraction` of a GPU's memory
+    after the weights and the largest step; elsewhere they take 256 MiB each. `num_threads` is that of the whole
+    process; None means one for small models and torch's choice for others. `is_invariant` is the result of an earlier
+    engine's probe on this machine; None runs the probe, which takes a fraction of a second. `max_steps_in_flight` None
+    means 1 on a CPU, which has no idle time to fill, and 2 on a GPU.
     """
 
     dtype: Dtype | None = None
@@ -45,48 +51,48 @@ class EngineOptions:
 
     @property
     def pipeline_depth(self) -> int:
-        """Steps that may be launched before the first of them is collected."""
+        """Number of steps that may be launched before the first of them is collected."""
         return self.max_steps_in_flight or (1 if self.device == "cpu" else 2)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine says of itself once it is loaded."""
+    """Properties of a loaded engine."""
 
     dtype: Dtype
     device: str
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     num_adapter_bytes: int
-    is_invariant: bool  # the probe ran and found rows bitwise independent of what shares their batch
+    is_invariant: bool  # the probe ran and found rows bitwise independent of the other rows of their batch
 
 
 class StagedAdapter(Protocol):
-    """A version on the host; what is in it is the engine's."""
+    """A version in host memory, in a layout that only the engine knows."""
 
     @property
     def num_bytes(self) -> int:
-        """Host memory it takes."""
+        """Size in host memory."""
         ...
 
 
 class StepEngine(Protocol):
-    """What the model's engine and the dummy have in common.
+    """The interface of the model's engine and of the dummy.
 
     Steps are launched and collected in the same order, at most `limits.max_steps_in_flight` of them at once. A step
-    works on the rows, the cache and the adapters as those launched before it, and what was placed and moved since,
-    will leave them; a row that failed in one of those is lost, not the step. Calls come from one thread, but for
-    `stage_adapter` and `block_until_done`.
+    works on the rows, the cache and the adapters as the steps launched before it, and the placements and moves since,
+    will leave them. If a row failed in one of those steps, that row is lost, not the step. All calls come from one
+    thread, except `stage_adapter` and `block_until_done`.
     """
 
     @property
     def limits(self) -> EngineLimits:
-        """What plans may ask for."""
+        """The limits that plans must keep to."""
         ...
 
     @property
     def info(self) -> EngineInfo:
-        """What clients may want to know."""
+        """Properties of the engine, reported to clients."""
         ...
 
     def stage_adapter(self, path: Path | str) -> StagedAdapter:
@@ -98,15 +104,15 @@ class StepEngine(Protocol):
         ...
 
     def place_adapter(self, adapter_slot: int, offset: int, staged: Any) -> None:
-        """Copy what this engine's `stage_adapter` returned into the arena at `offset` bytes, and put it into a slot."""
+        """Copy a result of this engine's `stage_adapter` into the arena at `offset` bytes, and put it into a slot."""
         ...
 
     def move_adapter(self, adapter_slot: int, offset: int) -> None:
-        """Move what is in a slot to `offset` bytes; the two extents may overlap."""
+        """Move the adapter in a slot to `offset` bytes of the arena. The two extents may overlap."""
         ...
 
     def launch(self, plan: StepPlan) -> None:
-        """Start a step, and return at once where the device works by itself.
+        """Start a step. Returns at once if the device works asynchronously.
 
         Raises:
             InvalidRequest, UnsupportedRequest: as `check_plan`; nothing of the plan was carried out.
@@ -114,29 +120,29 @@ class StepEngine(Protocol):
         ...
 
     def block_until_done(self) -> None:
-        """Wait until the oldest launched step is done. One other thread may, while this one launches."""
+        """Wait until the oldest launched step is done. Another thread may call it while this one launches."""
         ...
 
     def collect(self) -> StepResult:
-        """Return the result of the oldest launched step, once it is done."""
+        """Return the result of the oldest launched step once it is done."""
         ...
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan, `launch` and `collect` in one, while no step is in flight."""
+        """Carry out a plan: `launch` and `collect` in one. No step may be in flight."""
         ...
 
 
 class RowCounts(Protocol):
-    """What there must be to know of a row before a plan touches it: as the steps launched before will leave it."""
+    """The sizes of a row as the steps launched so far will leave it."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, those still being sampled included."""
+        """Number of tokens, including those still being sampled."""
         ...
 
     @property
     def num_computed(self) -> int:
-        """Positions whose K/V is, or will be, valid."""
+        """Number of positions whose K/V is, or will be, valid."""
         ...
 
     @property
@@ -152,11 +158,9 @@ def check_plan(
 
     Raises:
         InvalidRequest: the plan contradicts itself, the limits or the rows; the field names the row.
-        UnsupportedRequest: it uses what engines do not do yet.
+        UnsupportedRequest: it uses a feature that engines do not have yet.
     """
     validate_plan(plan, limits, tuple(rows))
-    if len(plan.copy_blocks) % _PAIR_BYTES:
-        raise InvalidRequest("copy_blocks", "is not made of pairs")
     num_new_tokens = sum(row.num_new_tokens + num_drafted(row) for row in plan.rows)
     if num_new_tokens > max_num_batched_tokens:
         raise InvalidRequest("rows", f"{num_new_tokens} new tokens exceed the engine's {max_num_batched_tokens}")
@@ -167,20 +171,20 @@ def check_plan(
 
 def _check_row(row: Row, admit: Admit | None, rows: Mapping[int, RowCounts], limits: EngineLimits) -> None:
     if admit is not None:
-        num_computed, num_tokens = admit.num_cached_tokens, len(admit.token_ids) // _INT_BYTES
-        num_blocks = len(admit.blocks) // _INT_BYTES
+        num_computed, num_tokens = admit.num_cached_tokens, num_packed(admit.token_ids)
+        num_blocks = num_packed(admit.blocks)
     else:
         state = rows[row.row]
         num_computed, num_tokens, num_blocks = state.num_computed, state.num_tokens, state.num_blocks
     drafted = num_drafted(row)
     end = num_computed + row.num_new_tokens
-    num_slots = (num_blocks + len(row.blocks) // _INT_BYTES) * limits.block_size
+    num_slots = (num_blocks + num_packed(row.blocks)) * limits.block_size
     if drafted and (row.num_new_tokens != 1 or end != num_tokens):
         raise InvalidRequest(f"rows[{row.row}].draft", "it follows the row's last token, computed alone")
-    for last, limit, what in (
+    for last, limit, unit in (
         (end, num_tokens, "known tokens"),
         (end + drafted, num_slots, "positions of its blocks"),
         (end + drafted, limits.max_context, "positions of the context"),
     ):
         if last > limit:
-            raise InvalidRequest(f"rows[{row.row}]", f"position {last - 1} is beyond the {limit} {what}")
+            raise InvalidRequest(f"rows[{row.row}]", f"position {last - 1} is beyond the {limit} {unit}")

@@ -1,9 +1,9 @@
-"""`StepPlan` and `StepResult`: all that passes between scheduling and the engine.
+"""`StepPlan` and `StepResult`: everything that passes between scheduling and the engine.
 
-The engine keeps one *row* per sequence: its tokens, block table, sampling state and how many of its positions have
-their K/V in the cache. The scheduler keeps the truth and can rebuild any row with one `Admit`. A step first drops
-rows, then copies blocks, then admits, then runs one forward pass over the `rows`. A plan may be sent before the result
-of the one before is known: then it goes by what that one will have computed and sampled.
+The engine keeps one *row* per sequence: its tokens, block table, sampling state and the number of positions whose K/V
+is in the cache. The scheduler's sequences are authoritative: any row can be rebuilt with one `Admit`. A step first
+drops rows, then admits rows, then runs one forward pass over its `rows`. A plan may be sent before the result of the
+previous one is known; it then assumes that the previous step computes and samples as planned.
 
 Integers travel packed: little-endian int32 in bytes (`pack_ints`), floats likewise as float32.
 """
@@ -23,6 +23,8 @@ from descant_client.protocol import SamplingParams
 NO_ADAPTER = -1  # adapter slot of the base model
 NO_LOGPROBS = -1
 
+_ITEM_BYTES = 4
+
 _Number = TypeVar("_Number", int, float)
 
 
@@ -36,6 +38,11 @@ def unpack_ints(data: bytes) -> list[int]:
     values = array("i")
     values.frombytes(data)
     return _little_endian(values).tolist()
+
+
+def num_packed(data: bytes) -> int:
+    """Return the number of integers packed in `data`."""
+    return len(data) // _ITEM_BYTES
 
 
 def pack_floats(values: Iterable[float]) -> bytes:
@@ -57,7 +64,7 @@ def _little_endian(values: array[_Number]) -> array[_Number]:
 
 
 class AdapterSpan(msgspec.Struct, frozen=True, array_like=True):
-    """From this position of the sequence on, the adapter in this slot applies (`NO_ADAPTER`: none)."""
+    """A stretch of a sequence: from this position on, the adapter in this slot applies (`NO_ADAPTER`: none)."""
 
     from_position: int
     adapter_slot: int
@@ -74,7 +81,7 @@ class TokenDraft(msgspec.Struct, frozen=True):
 
 
 class Admit(msgspec.Struct, frozen=True):
-    """Make a row: everything the engine must know of a sequence.
+    """Everything the engine needs to make a row for a sequence.
 
     `token_ids` are prompt and output so far. The K/V of the first `num_cached_tokens` (fewer than all) is already in
     `blocks`, the packed ids of the row's first blocks. `num_logprobs` alternatives are reported per output token.
@@ -94,38 +101,34 @@ class Admit(msgspec.Struct, frozen=True):
 class Row(msgspec.Struct, frozen=True):
     """One row's part in a step: compute its next `num_new_tokens` positions.
 
-    A row whose last known token is among them is sampled: its result carries the next token, which the engine appends
-    to the row, so that the next step needs no ids. `input_ids` empty means LAST: the row's own tokens; otherwise the
-    packed ids are appended to the row first. `blocks` are packed ids appended to its block table, enough for the
-    longest case. `num_prompt_logprobs` >= 0 asks for the log-probability of each token that follows a computed
-    prompt position. A row with a draft computes nothing but its last known token and the draft's nodes, which lie
-    in the cache behind it in their order, so its blocks must reach that far; its result carries every token that
-    was sampled on the way through the tree, and the K/V of that way is moved into place. With `num_candidates` the
-    draft heads in `heads_slot` propose as many tokens each for what follows the one that is sampled.
+    If the last known token is among them, the row is sampled: its result carries the next token, and the engine appends
+    it to the row, so that the next step needs no ids. `blocks` are packed ids appended to the block table, enough for
+    the longest case. `num_prompt_logprobs` >= 0 asks for the log-probability of each token that follows a computed
+    prompt position. A row with a draft computes only its last known token and the draft's nodes. The nodes lie in the
+    cache behind that token, in their order, so the blocks must reach that far. The result of such a row carries every
+    token sampled on the accepted path through the tree, and the K/V of that path is moved into place. With
+    `num_candidates`, each of the draft heads in `heads_slot` proposes as many tokens for the positions that follow the
+    sampled token.
     """
 
     row: int
     num_new_tokens: int
     spans: tuple[AdapterSpan, ...] = BASE_SPANS
     blocks: bytes = b""
-    input_ids: bytes = b""
     draft: TokenDraft | None = None
-    positions: bytes | None = None
-    allowed_tokens: bytes | None = None  # packed bit mask over the vocabulary, one per sampled node
     num_prompt_logprobs: int = NO_LOGPROBS
     heads_slot: int = NO_ADAPTER
     num_candidates: int = 0
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One forward pass. `drop` is packed row ids, `copy_blocks` packed (source, destination) pairs."""
+    """One forward pass, and the rows that change before it. `drop` is packed row ids."""
 
     epoch: int
     step: int
     admit: tuple[Admit, ...] = ()
     rows: tuple[Row, ...] = ()
     drop: bytes = b""
-    copy_blocks: bytes = b""
 
 
 class LogprobRows(msgspec.Struct, frozen=True):
@@ -139,7 +142,7 @@ class LogprobRows(msgspec.Struct, frozen=True):
 
 
 class HeadCandidates(msgspec.Struct, frozen=True):
-    """What draft heads propose: head i the token that comes i + 1 after the last one sampled, the likeliest first."""
+    """Proposals of draft heads: head i proposes the token i + 1 after the last one sampled, the likeliest first."""
 
     num_candidates: int  # of each head
     token_ids: bytes  # int32 [num_heads, num_candidates]
@@ -147,11 +150,11 @@ class HeadCandidates(msgspec.Struct, frozen=True):
 
 
 class RowResult(msgspec.Struct, frozen=True):
-    """What a step did to a row. `num_computed` is the number of positions whose K/V is valid now."""
+    """The effect of a step on a row. `num_computed` is the number of positions whose K/V is valid now."""
 
     row: int
     num_computed: int
-    token_ids: bytes = b""  # sampled in this step, packed; several where a draft was followed
+    token_ids: bytes = b""  # sampled in this step, packed; several if a draft was accepted
     logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None  # of the prompt tokens after the computed positions
     error: str | None = None
@@ -168,10 +171,10 @@ class StepResult(msgspec.Struct, frozen=True):
 
 
 class EngineLimits(msgspec.Struct, frozen=True):
-    """What an engine can do; `validate_plan` holds a plan against it.
+    """Limits of an engine, which `validate_plan` checks plans against.
 
-    With `max_steps_in_flight` above 1 it takes a plan before it has answered the one before. A row's draft has at
-    most `max_draft_nodes` nodes; 0: this engine verifies none.
+    With `max_steps_in_flight` above 1, the engine takes a plan before it has answered the previous one. A row's draft
+    has at most `max_draft_nodes` nodes; 0 means that the engine verifies no drafts.
     """
 
     num_blocks: int
@@ -188,10 +191,9 @@ def validate_plan(plan: StepPlan, limits: EngineLimits, rows: Sequence[int] = ()
 
     Raises:
         InvalidRequest: the plan contradicts itself or the limits; the field names the row.
-        UnsupportedRequest: the plan uses what this engine does not do yet.
+        UnsupportedRequest: the plan uses a feature that this engine does not have yet.
     """
     known = (set(rows) - set(_ints(plan.drop, "drop"))) | {admit.row for admit in plan.admit}
-    _check_blocks(plan.copy_blocks, limits, "copy_blocks")
     for admit in plan.admit:
         _validate_admit(admit, limits)
     seen: set[int] = set()
@@ -234,15 +236,8 @@ def _validate_row(row: Row, limits: EngineLimits, where: str) -> None:
         raise UnsupportedRequest(where, "this engine runs no draft heads")
     if row.draft is not None:
         _validate_draft(row.draft, limits, f"{where}.draft")
-    unsupported = {
-        "positions": row.positions,
-        "allowed_tokens": row.allowed_tokens,
-        "input_ids": row.input_ids or None,
-        "spans": row.spans[1:] or None,
-    }
-    for field, value in unsupported.items():
-        if value is not None:
-            raise UnsupportedRequest(f"{where}.{field}", "this engine does not do it yet")
+    if len(row.spans) > 1:
+        raise UnsupportedRequest(f"{where}.spans", "this engine does not do it yet")
 
 
 def _validate_draft(draft: TokenDraft, limits: EngineLimits, where: str) -> None:
@@ -260,8 +255,8 @@ def _validate_draft(draft: TokenDraft, limits: EngineLimits, where: str) -> None
 
 
 def num_drafted(row: Row) -> int:
-    """Return how many nodes of a draft the row verifies."""
-    return len(row.draft.token_ids) // 4 if row.draft is not None else 0
+    """Return the number of draft nodes that the row verifies."""
+    return num_packed(row.draft.token_ids) if row.draft is not None else 0
 
 
 def _ints(data: bytes, where: str) -> list[int]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from descant.model.arch import DecoderConfig
 from descant_client.errors import ConfigInvalid
-from descant_kernels import copy_blocks, move_kv
+from descant_kernels import move_kv
 
 
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -38,16 +38,6 @@ class KVCache:
         self.block_size = block_size
         self.keys = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
         self.values = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
-
-    def copy_blocks(self, pairs: Tensor) -> None:
-        """Copy whole blocks in every layer, as if all were read before any is written.
-
-        Args:
-          pairs: `[M, 2]` int64, source and destination; no destination twice.
-        """
-        src_blocks, dst_blocks = pairs.unbind(1)
-        for cache in (*self.keys, *self.values):
-            copy_blocks(cache, src_blocks, dst_blocks)
 
     def move_slots(self, pairs: Tensor) -> None:
         """Move single positions in every layer, with all reads before all writes.

@@ -33,7 +33,6 @@ from descant.engine.rotary import rope_tables
 from descant.engine.row_results import concatenated, row_result
 from descant.engine.sampling import Sampler
 from descant.engine.tree import Accepted, accept
-from descant.engine.uploads import upload
 from descant.engine.weights import load_weights
 from descant.model.arch import DecoderConfig, from_hf, lora_modules
 from descant.model.checkpoint import ProgressCallback
@@ -219,9 +218,6 @@ class Engine:
     def _apply_changes(self, plan: StepPlan) -> None:
         for row in unpack_ints(plan.drop):
             self._rows.pop(row, None)
-        if plan.copy_blocks:
-            pairs = torch.tensor(unpack_ints(plan.copy_blocks), dtype=torch.int64).reshape(-1, 2)
-            self._cache.copy_blocks(*upload([pairs], self._device))
         for admit in plan.admit:
             self._rows[admit.row] = EngineRow(admit)
         for row in plan.rows:

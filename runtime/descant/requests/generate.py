@@ -68,7 +68,7 @@ def _end_cancelled(stream: OutgoingStream, accepted: Accepted, sequences: Iterab
     """End sequences that never reached the scheduler as the scheduler would have."""
     stream.accept(accepted)
     for sequence in sequences:
-        sequence.finish_reason = "cancelled"
+        sequence.output.finish_reason = "cancelled"
         stream.end(sequence)
 
 

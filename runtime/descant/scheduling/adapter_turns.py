@@ -1,15 +1,14 @@
-"""`SlotTurns`: whose adapters get the places on the device when several principals want them.
+"""`AdapterTurns`: the order in which principals get places for their adapters on the device.
 
-The gate opens in order of arrival, except that a principal whose adapters have fewer places, by weight, than those of
-who would be next comes before it; of equals, who has had less service. If there is no place for it at all, who has
-most places gives one up: everybody that uses one of its adapters is preempted, which is done once at most for the sake
-of one sequence.
+Places are given in order of arrival, with one exception: a principal whose adapters have fewer places, by weight,
+than those of the principal that is next comes before it. Between equals, the one that has had less service comes
+first. If there is no place for an adapter at all, the principal with most places gives one up: all sequences that use
+one of its adapters are preempted. That is done at most once for the sake of one sequence.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
 
 from descant.contract.version import AdapterVersion
 from descant.scheduling.fairness import Account, Fairness, Lane
@@ -18,29 +17,26 @@ from descant.scheduling.placement.residency import AdapterResidency, aligned
 from descant.scheduling.preemption import may_take, richest
 from descant.scheduling.sequence import Sequence, by_arrival
 
-MAX_TRIES = 8  # principals per step for which somebody may be asked to give way
-LOOK_EVERY = 8  # steps, while nobody comes or leaves: who has had less service may change all the same
-
-# Takes everything from some sequences, and returns what lets them take their way to a seat again; None: not now.
-ClearOut = Callable[[list[Sequence]], Callable[[], None] | None]
+MAX_TRIES = 8  # principals per step for which others may be preempted
+LOOK_EVERY = 8  # steps, while no sequence comes or leaves: the order by service may change all the same
 
 
-class SlotTurns:
-    """Knows who waits for a place."""
+class AdapterTurns:
+    """The sequences that wait for a place for their adapter, by principal."""
 
     def __init__(self, fairness: Fairness) -> None:
         self._fairness = fairness
         self._waiting: dict[Account, list[Sequence]] = {}  # in order of arrival; some may have a place by now
-        self._num_idle = -1  # steps since somebody came or left
-        self._served: set[int] = set()  # ids of sequences for which somebody gave way
+        self._num_idle = -1  # steps since a sequence came or left
+        self._served: set[int] = set()  # ids of sequences for which others were preempted
 
-    def wait(self, sequence: Sequence) -> None:
-        """The sequence waits at the gate."""
+    def enqueue(self, sequence: Sequence) -> None:
+        """Add a sequence that waits at the gate."""
         self._num_idle = -1
         insort(self._waiting.setdefault(self._fairness.account(sequence), []), sequence, key=by_arrival)
 
-    def leave(self, sequence: Sequence) -> None:
-        """The sequence, which may not have waited here, is gone."""
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, which may not have waited here."""
         account = self._fairness.account(sequence)
         queue = self._waiting.get(account, [])
         index = bisect_left(queue, sequence.id, key=by_arrival)
@@ -51,67 +47,65 @@ class SlotTurns:
             self._served.discard(sequence.id)
 
     def clear(self) -> None:
-        """Nobody waits, and nobody has a place."""
+        """Forget all sequences."""
         self._waiting.clear()
         self._served.clear()
 
-    def open(self, gate: AdapterGate, clear_out: ClearOut) -> list[Sequence]:
-        """Open the gate, and return who can run now."""
+    def look_again(self) -> None:
+        """Compare the principals again before the next step, though no sequence came or left."""
+        self._num_idle = -1
+
+    def place_waiting(self, gate: AdapterGate) -> tuple[list[Sequence], list[Sequence]]:
+        """Give free places to waiting sequences in fair order.
+
+        Returns the sequences that may run now, and the first sequence of each principal, in fair order, that others
+        may be preempted for: `victims_for`.
+        """
         self._num_idle += 1
         if len(self._fairness.accounts) < 2 or not self._waiting or self._num_idle % LOOK_EVERY:
-            return gate.open()
+            return gate.place_waiting(), []
         self._num_idle = 0
         firsts = self._firsts()
         if not firsts:
-            return gate.open()
-        held = self._slots_held(gate)
+            return gate.place_waiting(), []
+        num_places = self._places_by_account(gate)
         order = sorted(
-            firsts, key=lambda account: (held.get(account, 0) / account.weight, account.service, firsts[account].id)
+            firsts,
+            key=lambda account: (num_places.get(account, 0) / account.weight, account.service, firsts[account].id),
         )
         next_account = min(firsts, key=lambda account: firsts[account].id)
-        ready = gate.open([_digest(firsts[account]) for account in order[: order.index(next_account)]])
-        for account in order[:MAX_TRIES]:
-            sequence = firsts[account]
-            if sequence.spans is None and sequence.id not in self._served:
-                ready += self._take_place(gate, account, sequence, clear_out)
-        return ready
+        ready = gate.place_waiting([_digest(firsts[account]) for account in order[: order.index(next_account)]])
+        return ready, [firsts[account] for account in order[:MAX_TRIES]]
 
-    def _take_place(
-        self,
-        gate: AdapterGate,
-        account: Account,
-        sequence: Sequence,
-        clear_out: ClearOut,
-    ) -> list[Sequence]:
-        """Have somebody give up a place for the sequence, if that is fair and enough."""
-        assert sequence.adapter is not None, "who waits for a place has an adapter"
-        held, lanes = self._slots_held(gate), list[Lane]()
-        num_held = held.get(account, 0)
+    def victims_for(self, sequence: Sequence, gate: AdapterGate) -> list[Sequence]:
+        """Return the sequences to preempt so that this one gets a place; none if that is unfair or not enough."""
+        if sequence.device.spans is not None or sequence.id in self._served:
+            return []
+        assert sequence.adapter is not None, "only a sequence with an adapter waits for a place"
+        account = self._fairness.accounts[sequence.request.principal]
+        num_places, lanes = self._places_by_account(gate), list[Lane]()
+        num_own = num_places.get(account, 0)
         while not _would_have_room(gate.residency, sequence.adapter, lanes):
-            holder = richest(held)
-            if holder is None or not may_take(holder, held[holder] - 1, account, num_held, 1):
+            holder = richest(num_places)
+            if holder is None or not may_take(holder, num_places[holder] - 1, account, num_own, 1):
                 return []
             lane = self._spare_lane(gate, holder, lanes)
             if lane is None:
                 return []
-            held[holder] -= 1
+            num_places[holder] -= 1
             lanes.append(lane)
-        if not lanes:
-            return []
-        enter_again = clear_out([one for lane in lanes for one in lane.users])
-        if enter_again is None:
-            self._num_idle = -1  # look again next time
-            return []
+        return [user for lane in lanes for user in lane.users]
+
+    def place(self, sequence: Sequence, gate: AdapterGate) -> list[Sequence]:
+        """Give the sequence the place that its victims have left; return the sequences that may run now."""
         self._served.add(sequence.id)
-        ready = gate.open([sequence.adapter.digest])
-        enter_again()
-        return ready
+        return gate.place_waiting([_digest(sequence)])
 
     def _firsts(self) -> dict[Account, Sequence]:
-        """Return the first of each principal that waits for a place."""
+        """Return the first waiting sequence of each principal, dropping those that have a place by now."""
         firsts: dict[Account, Sequence] = {}
         for account, queue in list(self._waiting.items()):
-            while queue and queue[0].spans is not None:
+            while queue and queue[0].device.spans is not None:
                 del queue[0]
             if queue:
                 firsts[account] = queue[0]
@@ -119,7 +113,8 @@ class SlotTurns:
                 del self._waiting[account]
         return firsts
 
-    def _slots_held(self, gate: AdapterGate) -> dict[Account, float]:
+    def _places_by_account(self, gate: AdapterGate) -> dict[Account, float]:
+        """Return the number of adapters with a place that each principal uses."""
         digests = {
             account: {lane.digest for lane in account.lanes.values() if lane.digest and lane.is_busy}
             for account in self._fairness.accounts.values()
@@ -129,7 +124,10 @@ class SlotTurns:
         return {account: float(len(own)) for account, own in digests.items() if own}
 
     def _spare_lane(self, gate: AdapterGate, holder: Account, taken: list[Lane]) -> Lane | None:
-        """Return the users of the adapter that its principal misses least: of who came last, running ones later."""
+        """Return the lane that its principal misses least, None if all adapters are pinned or used by others too.
+
+        That is one without running sequences if there is one; between equals, the one whose first user came last.
+        """
         others = {
             lane.digest
             for account in self._fairness.accounts.values()
@@ -147,7 +145,7 @@ class SlotTurns:
 
 
 def _would_have_room(residency: AdapterResidency, version: AdapterVersion, without: list[Lane]) -> bool:
-    """Whether the version has a place, or slots and bytes for one are free, evictable or used by these lanes only."""
+    """Return whether the version has a place, or would have one without the adapters of these lanes."""
     freed = [lane.users[0].adapter for lane in without]
     num_bytes = residency.num_available + sum(aligned(other.num_bytes) for other in freed if other is not None)
     has_room = (residency.has_free_slot() or bool(freed)) and aligned(version.num_bytes) <= num_bytes

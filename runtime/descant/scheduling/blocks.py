@@ -1,8 +1,8 @@
-"""`BlockAllocator`: which KV block is whose, and the prefix cache.
+"""`BlockAllocator`: the use counts of KV blocks, and the prefix cache.
 
 A block in use has a reference count. A full block whose content is known is *registered* under a digest of the cache
-scope, the adapter version in effect, everything before it and its own tokens. Once nobody uses it, it stays *cached*,
-to be used again or, oldest first, to be taken when no *free* block is left.
+scope, the adapter version in effect, everything before it and its own tokens. Without users it stays *cached*: it may
+be used again, or is taken, oldest first, when no *free* block is left.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 from descant.contract.plan import pack_ints
-from descant.scheduling.free_runs import FreeRuns
+from descant.scheduling.placement.free_runs import FreeRuns
 from descant.scheduling.sequence import Sequence
 
 DIGEST_BYTES = 16
-EVICTION_BATCH = 8  # cached blocks given up at once, so that what grows next finds consecutive ones
+EVICTION_BATCH = 8  # cached blocks evicted at once, so that the next sequence that grows finds consecutive ones
 KEPT_PER_EVICTED = 32  # but never more than this share of all cached blocks
 
 
@@ -32,19 +32,19 @@ def block_hash(parent: bytes, token_ids: Iterable[int]) -> bytes:
 
 
 def hash_of(sequence: Sequence, index: int, block_size: int) -> bytes:
-    """Return the digest of one of a sequence's full blocks. Each is computed only once: tokens do not change."""
+    """Return the digest of one of a sequence's full blocks. Each is computed only once, as tokens do not change."""
     hashes = sequence.block_hashes
     while len(hashes) <= index:
         start = len(hashes) * block_size
         version = sequence.adapter
-        digest = version.digest if version is not None and version.num_modules else ""  # heads alone change nothing
-        parent = hashes[-1] if hashes else root_hash(sequence.cache_scope, digest)
+        digest = version.digest if version is not None and version.num_modules else ""  # heads alone do not change K/V
+        parent = hashes[-1] if hashes else root_hash(sequence.request.cache_scope, digest)
         hashes.append(block_hash(parent, sequence.tokens(start, start + block_size)))
     return hashes[index]
 
 
 class BlockAllocator:
-    """Hands out blocks by id. Whoever got a block by `allocate` or `match` owes one `release`."""
+    """Hands out blocks by id. Each block from `allocate` or `match` must be released once."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
@@ -57,7 +57,7 @@ class BlockAllocator:
 
     @property
     def num_available(self) -> int:
-        """Blocks `allocate` can hand out: free or cached."""
+        """Number of blocks that `allocate` can hand out: free or cached."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -81,7 +81,10 @@ class BlockAllocator:
         return blocks
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """Use the registered blocks of the longest known prefix of `hashes`, which is read no further than that."""
+        """Add a use of the registered blocks of the longest known prefix of `hashes`, and return them.
+
+        `hashes` is read no further than that.
+        """
         blocks: list[int] = []
         for digest in hashes:
             block = self._block_by_hash.get(digest)
@@ -94,14 +97,14 @@ class BlockAllocator:
         return blocks
 
     def register(self, block: int, digest: bytes) -> None:
-        """Offer a used, fully computed block to others. Of two blocks with the same content the first is kept."""
+        """Offer a full block in use to other sequences. Of two blocks with the same content the first is kept."""
         assert self._num_users[block] > 0, "only a block in use has just been computed"
         if digest not in self._block_by_hash and block not in self._hash_by_block:
             self._block_by_hash[digest] = block
             self._hash_by_block[block] = digest
 
     def release(self, blocks: list[int]) -> None:
-        """Give up one use of each block of a table. Later blocks become evictable before earlier ones."""
+        """End one use of each block of a table. Later blocks become evictable before earlier ones."""
         for block in reversed(blocks):
             self._num_users[block] -= 1
             assert self._num_users[block] >= 0, f"block {block} was released twice"

@@ -1,4 +1,4 @@
-"""`Deadlines`: which sequences have run out of time. Looking costs nothing until one has."""
+"""`Deadlines`: finds sequences that are past a deadline, at no cost until one is."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from descant.scheduling.sequence import Sequence, SequenceTable
 from descant_client.errors import DeadlineExceeded
 
 QUEUE, TOTAL = "waiting in the queue", "answering"
-MAX_DEAD = 1024  # entries of sequences that met their deadlines, before they are swept out
+MAX_DEAD = 1024  # entries of sequences that met their deadlines before those are removed
 
 
 class Deadlines:
-    """Watches sequences of `table` until they are removed from it.
+    """The deadlines of the sequences of `table`.
 
-    Some choice of a request must have run by its `queue_deadline_s`, whatever becomes of it afterwards, and each must
+    Some choice of a request must have run by its `queue_deadline_s`; it may wait again afterwards. Each choice must
     have ended by its `deadline_s`, parked or not.
     """
 
@@ -25,10 +25,10 @@ class Deadlines:
         self._max_entries = MAX_DEAD
 
     def add(self, sequence: Sequence) -> None:
-        """Watch a sequence."""
-        for deadline_s, what in ((sequence.queue_deadline_s, QUEUE), (sequence.deadline_s, TOTAL)):
+        """Add the deadlines of a sequence."""
+        for deadline_s, stage in ((sequence.request.queue_deadline_s, QUEUE), (sequence.request.deadline_s, TOTAL)):
             if deadline_s is not None:
-                heappush(self._heap, (deadline_s, sequence.id, what))
+                heappush(self._heap, (deadline_s, sequence.id, stage))
         if len(self._heap) > self._max_entries:
             self._heap = [entry for entry in self._heap if self._find(entry) is not None]
             heapify(self._heap)
@@ -36,22 +36,25 @@ class Deadlines:
 
     @property
     def next_s(self) -> float:
-        """When the next deadline passes; infinity if none will."""
+        """Time of the next deadline; infinity if there is none."""
         while self._heap and self._find(self._heap[0]) is None:
             heappop(self._heap)
         return self._heap[0][0] if self._heap else math.inf
 
     def take_expired(self, now: float) -> tuple[Sequence, DeadlineExceeded] | None:
-        """Return a sequence that ought to be finished by now, and why, once."""
+        """Return a sequence that is past a deadline, and the error to finish it with; None if there is none.
+
+        Each is returned once.
+        """
         if not self._heap or self.next_s > now:
             return None
-        deadline_s, sequence_id, what = heappop(self._heap)
+        deadline_s, sequence_id, stage = heappop(self._heap)
         sequence = self._table.get(sequence_id)
-        assert sequence is not None, "only what is live is next"
-        return sequence, DeadlineExceeded(what, round(deadline_s - sequence.received_s, 3))
+        assert sequence is not None, "the next entry is of a live sequence"
+        return sequence, DeadlineExceeded(stage, round(deadline_s - sequence.request.received_s, 3))
 
     def _find(self, entry: tuple[float, int, str]) -> Sequence | None:
-        """Return the sequence of an entry that still means something."""
+        """Return the sequence of an entry; None if it is gone or has met this deadline."""
         sequence = self._table.get(entry[1])
         is_met = sequence is None or (entry[2] == QUEUE and sequence.has_started)
         return None if is_met else sequence

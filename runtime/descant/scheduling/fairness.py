@@ -1,12 +1,13 @@
-"""`Fairness`: how much service everybody has had, and in which order those who can run take their turns.
+"""`Fairness`: counts the service of each principal, and orders the runnable sequences by it.
 
 This is the virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., OSDI 2024). Every
 principal has a counter of the service it received: prompt tokens computed and output tokens, weighted, divided by the
-principal's own weight. The next to be served is who has had least. Who begins to wait is lifted to the least of those
-that wait already, so nobody saves up idle time. While nobody waits nobody is owed anything: then it is lifted to the
-most of all. Between the adapters of one principal the same counters decide, then arrival.
+principal's own weight. The principal with the lowest counter is served next. A principal that begins to wait is lifted
+to the lowest counter of those already waiting, so idle time earns no credit. If no principal waits, it is lifted to
+the highest counter of all, because nothing is owed to any of them. Between the adapters of one principal the same
+counters decide, then arrival.
 
-A token is charged once, however often it is computed; what the prefix cache spared is not charged.
+A token is charged once, however often it is computed. Tokens found in the prefix cache are not charged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from descant.scheduling.sequence import Sequence, by_arrival
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
-MAX_IDLE_LANES = 64  # per principal, before those are forgotten that would be lifted anyway
+MAX_IDLE_LANES = 64  # per principal; beyond that, lanes that would be lifted anyway are forgotten
 
 
 @dataclass(slots=True, eq=False)
@@ -30,20 +31,21 @@ class Lane:
     digest: str  # empty: the base model
     account: Account
     service: float
-    queue: list[Sequence] = field(default_factory=list[Sequence])  # they can run; in order of arrival
+    queue: list[Sequence] = field(default_factory=list[Sequence])  # runnable ones, in order of arrival
     running: dict[int, Sequence] = field(default_factory=dict[int, Sequence])
 
     @property
     def is_busy(self) -> bool:
+        """Whether any sequence waits or runs."""
         return bool(self.queue or self.running)
 
     @property
     def users(self) -> list[Sequence]:
-        """Who waits and who runs, in order of arrival."""
+        """Waiting and running sequences, in order of arrival."""
         return sorted([*self.queue, *self.running.values()], key=by_arrival)
 
     def charge(self, amount: float) -> None:
-        """Count service, in weighted tokens."""
+        """Add service, in weighted tokens, to the lane and its account."""
         amount /= self.account.weight
         self.service += amount
         self.account.service += amount
@@ -51,12 +53,12 @@ class Lane:
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """A principal."""
+    """The service and the sequences of one principal."""
 
     name: str
     weight: float = 1.0
     service: float = 0.0
-    turn: int = 0  # grows with the beginning of the present wait, which decides between equals
+    turn: int = 0  # number of the present wait, which decides between equals: the earliest first
     num_waiting: int = 0
     num_running: int = 0
     lanes: dict[str, Lane] = field(default_factory=dict[str, Lane])
@@ -71,7 +73,7 @@ class Account:
         return lane
 
     def waiting(self) -> Iterator[Sequence]:
-        """Return who can run, in fair order."""
+        """Yield the runnable sequences, in fair order."""
         lanes = [lane for lane in self.lanes.values() if lane.queue]
         if len(lanes) > 1:
             lanes.sort(key=lambda lane: (lane.service, lane.queue[0].id))
@@ -79,13 +81,13 @@ class Account:
             yield from lane.queue
 
     def lift(self, lane: Lane) -> None:
-        """The lane begins to wait."""
+        """Raise the counter of a lane that begins to wait: to the lowest of those waiting, else to the highest."""
         waiting = [other.service for other in self.lanes.values() if other.queue]
         least = min(waiting) if waiting else max(other.service for other in self.lanes.values())
         lane.service = max(lane.service, least)
 
     def forget_idle_lanes(self) -> None:
-        """Once there are many, forget the lanes that will be lifted anyway when they come back."""
+        """If there are many lanes, forget those that would be lifted anyway when they come back."""
         if len(self.lanes) <= self._max_lanes:
             return
         services = [lane.service for lane in self.lanes.values()]
@@ -95,27 +97,27 @@ class Account:
 
 
 class Fairness:
-    """Knows the sequences that could run at once, and those that do."""
+    """The runnable and the running sequences of all principals."""
 
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
         self.num_waiting = 0
         self._lanes: dict[int, Lane] = {}  # by sequence id
-        # Those with somebody waiting, least service first. An entry may say less than is true, never more.
+        # Accounts with runnable sequences, least service first. The service of an entry may be out of date: too low.
         self._heap: list[tuple[float, int, Account]] = []
-        self._aside: list[tuple[int, Account]] = []  # turn, account: not to be asked again in this step
+        self._aside: list[tuple[int, Account]] = []  # turn, account: passed over in this step
         self._num_turns = 0
 
     def account(self, sequence: Sequence) -> Account:
-        """Return whose the sequence is."""
-        account = self.accounts.get(sequence.principal)
+        """Return the account of the sequence's principal, with its present weight."""
+        account = self.accounts.get(sequence.request.principal)
         if account is None:
-            account = self.accounts[sequence.principal] = Account(sequence.principal)
-        account.weight = sequence.weight
+            account = self.accounts[sequence.request.principal] = Account(sequence.request.principal)
+        account.weight = sequence.request.weight
         return account
 
-    def wait(self, sequence: Sequence) -> None:
-        """The sequence could run."""
+    def enqueue(self, sequence: Sequence) -> None:
+        """Add a runnable sequence to the queue of its principal and adapter."""
         account = self.account(sequence)
         lane = self._lanes[sequence.id] = account.lane(sequence.adapter.digest if sequence.adapter else "")
         if not lane.queue:
@@ -126,15 +128,15 @@ class Fairness:
         account.num_waiting += 1
         self.num_waiting += 1
 
-    def run(self, sequence: Sequence) -> None:
-        """A sequence that waited has a seat."""
+    def start(self, sequence: Sequence) -> None:
+        """Move a sequence from its queue to the running ones."""
         lane = self._lanes[sequence.id]
         self._unqueue(lane, sequence)
         lane.running[sequence.id] = sequence
         lane.account.num_running += 1
 
-    def leave(self, sequence: Sequence) -> None:
-        """The sequence neither runs nor could; others than those of `wait` are left alone."""
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a waiting or running sequence, if it is one."""
         lane = self._lanes.pop(sequence.id, None)
         if lane is None:
             return
@@ -144,7 +146,7 @@ class Fairness:
         lane.account.forget_idle_lanes()
 
     def clear(self) -> None:
-        """Nobody runs and nobody could; what they have had is kept."""
+        """Remove all sequences, but keep the counters."""
         for account in self.accounts.values():
             account.num_waiting = account.num_running = 0
             for lane in account.lanes.values():
@@ -158,25 +160,28 @@ class Fairness:
     # ---- service --------------------------------------------------------------------------------------------------
 
     def charge_prompt(self, sequence: Sequence, num_new_tokens: int) -> None:
-        """The next tokens of the sequence are about to be computed."""
-        end = min(sequence.num_planned + num_new_tokens, sequence.num_prompt_tokens)
-        num_new = end - max(sequence.num_planned, sequence.num_charged)
+        """Charge the prompt tokens among the next `num_new_tokens` of a sequence, each only once."""
+        end = min(sequence.device.num_planned + num_new_tokens, sequence.num_prompt_tokens)
+        num_new = end - max(sequence.device.num_planned, sequence.num_charged)
         if num_new > 0:
             sequence.num_charged = end
             self._lanes[sequence.id].charge(num_new * INPUT_WEIGHT)
 
     def charge_output(self, sequence: Sequence, num_tokens: int) -> None:
-        """The sequence, which runs, has got new tokens."""
+        """Charge new output tokens of a running sequence."""
         self._lanes[sequence.id].charge(num_tokens * OUTPUT_WEIGHT)
 
     def charge_draft(self, sequence: Sequence, num_nodes: int) -> None:
-        """A draft of the sequence, which runs, is about to be verified whether or not that pays."""
+        """Charge the draft of a running sequence that is verified whether or not that pays."""
         self._lanes[sequence.id].charge(num_nodes * INPUT_WEIGHT)
 
     # ---- order ----------------------------------------------------------------------------------------------------
 
     def first(self) -> Account | None:
-        """Return who has had least of those with somebody waiting that were not passed over in this step."""
+        """Return the account with least service among those with runnable sequences; None if there is none.
+
+        Accounts that were passed over in this step are skipped.
+        """
         heap = self._heap
         while heap:
             service, turn, account = heap[0]
@@ -189,7 +194,7 @@ class Fairness:
         return None
 
     def pass_over(self, account: Account) -> None:
-        """Nobody of the `first` can run in this step."""
+        """Skip the account, which is the `first`, until the end of the step: none of its sequences can be admitted."""
         self._aside.append((account.turn, account))
         if self._heap[0][2] is account:
             heappop(self._heap)
@@ -198,14 +203,14 @@ class Fairness:
             heapify(self._heap)
 
     def end_step(self) -> None:
-        """Everybody may be first again."""
+        """Let accounts that were passed over be first again."""
         for turn, account in self._aside:
             if turn == account.turn:
                 heappush(self._heap, (account.service, turn, account))
         self._aside.clear()
 
     def _lift(self, account: Account) -> None:
-        """The principal begins to wait."""
+        """Raise the counter of an account that begins to wait, as the module describes, and add it to the heap."""
         waiting = [other.service for _, other in self._aside if other.num_waiting]
         if (first := self.first()) is not None:
             waiting.append(first.service)

@@ -1,13 +1,13 @@
-"""`AdapterGate`: where sequences wait until their adapter version is on the device.
+"""`AdapterGate`: the queue of sequences whose adapter version is not on the device yet.
 
-A version without a place waits without holding up the others, but only so many may pass it: then nobody who came
-later gets an adapter until the running ones have made room for it. A pinned version that has no place yet waits in
-the same queue, for nobody in particular.
+A version without a place waits without delaying other versions, but only `MAX_PASSES` sequences may pass it. After
+that no sequence that came later gets an adapter until running sequences have made room for the first version. A pinned
+version without a place waits in the same queue, without sequences.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterable
 
 from descant.contract.executor import AdapterMove
@@ -17,46 +17,42 @@ from descant.scheduling.placement.adapter_work import AdapterLoad, AdapterWork
 from descant.scheduling.placement.load_turns import LoadTurns
 from descant.scheduling.placement.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
-from descant.scheduling.waiting_version import WaitingVersion, by_turn
+from descant.scheduling.waiting_versions import WaitingVersion, WaitingVersions
 from descant_client.errors import AdapterTooLarge, UnsupportedRequest
-
-MAX_PASSES = 64  # sequences that may get an adapter while an earlier one waits for a place for its own
 
 
 class AdapterGate:
-    """A sequence that went through holds its adapter's place, and its `spans` say so, until it leaves."""
+    """Gives sequences the places of their adapters. `spans` name a sequence's place, which it keeps until it leaves."""
 
     def __init__(self, num_slots: int, num_bytes: int, epoch: int) -> None:
         self.residency = AdapterResidency(num_slots, num_bytes)
         self.unplaceable_pins: tuple[AdapterVersion, ...] = ()
-        """Versions that were to be pinned and never can be, beside those before them."""
+        """Versions to be pinned that can never have a place beside the pins before them."""
         self.num_sequences = 0
-        """Sequences that wait here."""
+        """Number of sequences that wait here."""
         self._epoch = epoch
-        self._queue: dict[str, WaitingVersion] = {}  # by digest
-        self._order: list[WaitingVersion] = []  # the same, in order of their turns
-        self._loading: dict[str, list[Sequence]] = {}  # by digest, those with a place where nothing is yet
+        self._waiting = WaitingVersions()
+        self._loading: dict[str, list[Sequence]] = {}  # by digest, sequences with a place that is not filled yet
         self._load_turns = LoadTurns()
         self._prefetches: dict[str, AdapterVersion] = {}  # not yet taken
-        self._prefetching: set[str] = set()  # digests that are being read for those who wait
+        self._prefetching: set[str] = set()  # digests that are being read for waiting sequences
         self._pins: dict[str, AdapterVersion] = {}
-        self._unplaced_pins: dict[str, AdapterVersion] = {}  # of them, neither pinned nor in the queue
-        self._num_pins = 0  # that have come to the queue
-        self._num_passes = 0  # since the first in the queue has been first
-        self._latest = 0  # id of the latest sequence that came
-        self._has_changed = True  # since the last `open`: it may let somebody in
+        self._unplaced_pins: dict[str, AdapterVersion] = {}  # pins that are neither pinned yet nor in the queue
+        self._num_pins = 0  # pins that were added to the queue so far
+        self._latest = 0  # id of the latest sequence that entered
+        self._has_changed = True  # since the last `place_waiting`, which may succeed now
 
     @property
     def loading(self) -> list[Sequence]:
-        """Sequences whose version is being read: whoever the executor's death may be due to."""
+        """Sequences whose version is being read: suspects if the executor dies."""
         groups = [group for digest, group in self._loading.items() if not self._load_turns.is_waiting(digest)]
-        groups += [self._queue[digest].sequences for digest in self._prefetching if digest in self._queue]
+        groups += [one.sequences for digest in self._prefetching if (one := self._waiting.get(digest)) is not None]
         return [sequence for group in groups for sequence in group]
 
     # ---- sequences come and go ------------------------------------------------------------------------------------
 
     def check_fits(self, version: AdapterVersion) -> None:
-        """Check that the version can ever have a place beside what is, or is to be, pinned.
+        """Check that the version can ever have a place beside the pins.
 
         Raises:
             AdapterTooLarge, UnsupportedRequest: it cannot.
@@ -64,16 +60,16 @@ class AdapterGate:
         self.residency.check_fits(version, self._pins.values())
 
     def enter(self, sequence: Sequence) -> bool:
-        """Return whether the sequence may run now; otherwise it waits here.
+        """Give the sequence the place of its adapter, or add it to the queue. Return whether it may run now.
 
-        One that has said something already was let in before: no pin that has come since keeps it from going on.
+        A sequence with output was admitted before, and newer pins do not keep it from going on.
 
         Raises:
             AdapterTooLarge, UnsupportedRequest: its adapter will never have a place.
         """
         version = sequence.adapter
         if version is None:
-            sequence.spans = BASE_SPANS
+            sequence.device.spans = BASE_SPANS
             return True
         try:
             self.check_fits(version)
@@ -84,17 +80,17 @@ class AdapterGate:
             self.residency.check_fits(version, ())
         self._latest = max(self._latest, sequence.id)
         self.num_sequences += 1
-        if self._may_pass(sequence) and (placement := self.residency.acquire(version)) is not None:
-            self._num_passes += bool(self._order)
-            self._has_changed |= version.digest in self._queue  # whoever waits for it as well
-            return self._hold(sequence, version, placement)
-        insort(self._wait(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
+        if self._waiting.may_enter(sequence) and (placement := self.residency.acquire(version)) is not None:
+            self._waiting.on_passed(1)
+            self._has_changed |= version.digest in self._waiting  # other sequences wait for it
+            return self._assign(sequence, version, placement)
+        insort(self._enqueue(version, (sequence.id, 0)).sequences, sequence, key=by_arrival)
         sequence.is_cold = True
         return False
 
-    def offer(self, version: AdapterVersion) -> bool:
-        """Return whether the version can be had at once and at nobody's cost. If not, it is loaded if there is room."""
-        if self._order:
+    def load_if_free(self, version: AdapterVersion) -> bool:
+        """Return whether the version is loaded; if not, load it if there is room. Return False while versions wait."""
+        if self._waiting:
             return False
         try:
             self.check_fits(version)
@@ -106,47 +102,47 @@ class AdapterGate:
         return self.residency.is_loaded(version.digest)
 
     def leave(self, sequence: Sequence) -> None:
-        """Give up the sequence's place here or on the device; it may have none."""
+        """Take the sequence out of the queue or off its place on the device, if it has one."""
         version = sequence.adapter
         if version is None:
             return
         digest = version.digest
-        if sequence.spans is not None:
+        if sequence.device.spans is not None:
             if sequence in self._loading.get(digest, ()):
                 self._loading[digest].remove(sequence)
                 self.num_sequences -= 1
             self.residency.release(digest)
-            sequence.spans = None
+            sequence.device.spans = None
             self._has_changed = True
-        elif digest in self._queue and sequence in self._queue[digest].sequences:
-            self._queue[digest].sequences.remove(sequence)
+        elif (waiting := self._waiting.get(digest)) is not None and sequence in waiting.sequences:
+            waiting.sequences.remove(sequence)
             self.num_sequences -= 1
-            self._requeue(self._queue[digest])
+            self._update(waiting)
             self._has_changed = True
 
-    def open(self, first: Iterable[str] = ()) -> list[Sequence]:
-        """Give places that have become free to those who wait; return the sequences that may run now.
+    def place_waiting(self, first: Iterable[str] = ()) -> list[Sequence]:
+        """Give free places to waiting versions and return the sequences that may run now.
 
-        Who waits for the digests of `first` comes before everybody else, in this order.
+        The versions of `first` come before all others, in this order.
         """
         ready: list[Sequence] = []
         if not self._has_changed and not first:
             return ready
         for digest in first:
-            if digest in self._queue:
-                self._place(self._queue[digest], ready)
+            if (waiting := self._waiting.get(digest)) is not None:
+                self._place(waiting, ready)
         self._has_changed = False
         self._queue_pins()
         too_large = self.residency.num_available + 1 if self.residency.has_free_slot() else 0
-        for waiting in [one for one in self._order if one.num_bytes < too_large or self._is_resident(one)]:
-            is_first = waiting is self._order[0]
-            if not is_first and self._num_passes >= MAX_PASSES:
+        for waiting in [one for one in self._waiting if one.num_bytes < too_large or self._is_resident(one)]:
+            is_first = self._waiting.is_first(waiting)
+            if not is_first and not self._waiting.is_passable:
                 break
-            # What is as large as something there was no room for need not be tried: there is none for it either.
+            # There was no room for a version of this size or a smaller one: there is none for this one.
             if waiting.num_bytes >= too_large and not self._is_resident(waiting):
                 continue
             if self._place(waiting, ready):
-                self._num_passes += 0 if is_first else len(waiting.sequences) or 1
+                self._waiting.on_passed(0 if is_first else len(waiting.sequences) or 1)
                 too_large = too_large if self.residency.has_free_slot() else 0
             else:
                 too_large = min(too_large, waiting.num_bytes)
@@ -157,7 +153,7 @@ class AdapterGate:
     def set_pins(self, versions: Iterable[AdapterVersion]) -> None:
         """Keep these versions, and no others, on the device whatever else needs room.
 
-        Those that can never fit beside the ones before them are passed over: `unplaceable_pins`.
+        Versions that can never fit beside those before them are left out: `unplaceable_pins`.
         """
         pins: dict[str, AdapterVersion] = {}
         unplaceable: list[AdapterVersion] = []
@@ -170,52 +166,52 @@ class AdapterGate:
                 unplaceable.append(version)
         for digest in self._pins.keys() - pins.keys():
             self.residency.unpin(digest)
-            if digest in self._queue:
-                self._queue[digest].is_pin = False
-                self._requeue(self._queue[digest])
+            if (waiting := self._waiting.get(digest)) is not None:
+                waiting.is_pin = False
+                self._update(waiting)
         self._pins, self.unplaceable_pins = pins, tuple(unplaceable)
         self._unplaced_pins = {digest: version for digest, version in pins.items() if not self._is_taken(digest)}
         self._has_changed = True
 
     def forget_version(self, digest: str) -> None:
-        """Free the version's place as soon as nobody uses it."""
-        if digest in self._queue:
-            self._queue[digest].is_doomed = True
+        """Free the version's place as soon as no sequence uses it."""
+        if (waiting := self._waiting.get(digest)) is not None:
+            waiting.is_doomed = True
         self.residency.doom(digest)
         self._has_changed = True
 
-    # ---- what the executor does -----------------------------------------------------------------------------------
+    # ---- work for the executor -----------------------------------------------------------------------------------
 
     def take_work(self) -> AdapterWork:
-        """Return what is to be begun now; loads wait for their turn until enough of those before them have ended."""
+        """Return the moves, loads and prefetches to begin now. Loads wait for their turn: `LoadTurns`."""
         loads = self._load_turns.take(self._principals)
         prefetches, self._prefetches = self._prefetches, {}
-        waiting = tuple(version for digest, version in prefetches.items() if digest in self._queue)
+        waiting = tuple(version for digest, version in prefetches.items() if digest in self._waiting)
         self._prefetching.update(version.digest for version in waiting)
         moves = tuple(AdapterMove(moved.adapter_slot, moved.offset) for moved in self.residency.take_moves())
         return AdapterWork(moves, loads, waiting)
 
-    def prefetched(self, digest: str) -> None:
-        """The version has been read, or nobody wants it any more."""
+    def on_prefetch_done(self, digest: str) -> None:
+        """Mark the prefetch of `digest` as finished."""
         self._prefetching.discard(digest)
 
-    def read(self, load: AdapterLoad) -> None:
-        """The version is in host memory: others may be read while it waits to be put in its place."""
+    def on_staged(self, load: AdapterLoad) -> None:
+        """Record that the version is in host memory, so that other versions may be read meanwhile."""
         self._load_turns.end(load.version.digest)
 
-    def loaded(self, load: AdapterLoad) -> list[Sequence]:
-        """The version is in its place; return the sequences that waited for it."""
+    def on_placed(self, load: AdapterLoad) -> list[Sequence]:
+        """Record that the version is in its place; return the sequences that waited for it."""
         digest = load.version.digest
-        self.residency.loaded(digest)
+        self.residency.on_placed(digest)
         if digest in self._pins and not self.residency.is_pinned(digest):
             self._unplaced_pins[digest] = load.version
         self._has_changed = True
         return self._end_load(digest)
 
-    def load_failed(self, load: AdapterLoad) -> list[Sequence]:
-        """The version is not in its place; return the sequences that waited for it. They no longer hold it.
+    def on_load_failed(self, load: AdapterLoad) -> list[Sequence]:
+        """Free the version's place; return the sequences that waited for it. They lose their place too.
 
-        A pin whose load failed is tried again with the next `set_pins`, or if a sequence gets its version loaded.
+        A pin whose load failed is tried again at the next `set_pins`, or when a sequence gets its version loaded.
         """
         sequences = self._end_load(load.version.digest)
         for sequence in sequences:
@@ -225,7 +221,7 @@ class AdapterGate:
         return sequences
 
     def _principals(self, digest: str) -> set[str]:
-        return {sequence.principal for sequence in self._loading[digest]}
+        return {sequence.request.principal for sequence in self._loading[digest]}
 
     def _end_load(self, digest: str) -> list[Sequence]:
         self._load_turns.end(digest)
@@ -235,66 +231,42 @@ class AdapterGate:
 
     # ---- the queue ------------------------------------------------------------------------------------------------
 
-    def _may_pass(self, sequence: Sequence) -> bool:
-        if not self._order or self._num_passes < MAX_PASSES:
-            return True
-        return (sequence.id, 0) < self._order[0].turn
-
-    def _wait(self, version: AdapterVersion, turn: tuple[int, int]) -> WaitingVersion:
-        """Return the version's place in the queue, no later than `turn`."""
-        waiting = self._queue.get(version.digest)
-        if waiting is None:
-            waiting = self._queue[version.digest] = WaitingVersion(version, turn, aligned(version.num_bytes))
-            insort(self._order, waiting, key=by_turn)
+    def _enqueue(self, version: AdapterVersion, turn: tuple[int, int]) -> WaitingVersion:
+        """Return the version's entry in the queue, with a turn no later than `turn`; prefetch a new one."""
+        if version.digest not in self._waiting:
             self._prefetches[version.digest] = version
-        elif turn < waiting.turn:
-            self._unqueue(waiting)
-            waiting.turn = turn
-            insort(self._order, waiting, key=by_turn)
-        return waiting
+        return self._waiting.add(version, turn)
 
-    def _requeue(self, waiting: WaitingVersion) -> None:
-        """Somebody has left: who is left comes first, if anybody is."""
-        is_first = self._order[0] is waiting
-        self._unqueue(waiting)
-        if waiting.sequences or waiting.is_pin:
-            if waiting.sequences and not waiting.is_pin:
-                waiting.turn = (waiting.sequences[0].id, 0)
-            insort(self._order, waiting, key=by_turn)
-        else:
-            del self._queue[waiting.version.digest]
+    def _update(self, waiting: WaitingVersion) -> None:
+        """Update an entry that a sequence or a pin has left."""
+        self._waiting.update(waiting)
+        if waiting.version.digest not in self._waiting:
             self._prefetching.discard(waiting.version.digest)
-            self._num_passes = 0 if is_first else self._num_passes  # nobody has passed who is first now
-
-    def _unqueue(self, waiting: WaitingVersion) -> None:
-        del self._order[bisect_left(self._order, waiting.turn, key=by_turn)]
 
     def _place(self, waiting: WaitingVersion, ready: list[Sequence]) -> bool:
-        """Give a version a place if there is one; add those of its sequences that may run to `ready`."""
+        """Give a version a place and return whether there was one; add its sequences that may run to `ready`."""
         version = waiting.version
         placement = self.residency.place(version)
         if placement is None:
             return False
-        self._num_passes = 0 if self._order[0] is waiting else self._num_passes
-        self._unqueue(waiting)
-        del self._queue[version.digest]
+        self._waiting.remove(waiting)
         if placement.is_new:
             self._load(version, placement)
         if waiting.is_pin:
             self.residency.pin(version.digest)
         for sequence in waiting.sequences:
-            held = self.residency.acquire(version)
-            assert held is not None, "a version with a place can always be used once more"
-            if self._hold(sequence, version, held):
+            acquired = self.residency.acquire(version)
+            assert acquired is not None, "a version with a place can always be used once more"
+            if self._assign(sequence, version, acquired):
                 ready.append(sequence)
         if waiting.is_doomed:
             self.residency.doom(version.digest)
         return True
 
-    def _hold(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
-        """Give a sequence its place, and return whether the version is there."""
-        sequence.spans = (AdapterSpan(0, placement.adapter_slot),) if version.num_modules else BASE_SPANS
-        sequence.heads_slot = placement.adapter_slot if version.num_heads else NO_ADAPTER
+    def _assign(self, sequence: Sequence, version: AdapterVersion, placement: Placement) -> bool:
+        """Give a sequence its place, and return whether the version is loaded."""
+        sequence.device.spans = (AdapterSpan(0, placement.adapter_slot),) if version.num_modules else BASE_SPANS
+        sequence.device.heads_slot = placement.adapter_slot if version.num_heads else NO_ADAPTER
         if placement.is_new:
             self._load(version, placement)
         if version.digest in self._loading:
@@ -310,14 +282,14 @@ class AdapterGate:
         self._load_turns.add(AdapterLoad(self._epoch, version, placement.adapter_slot, placement.offset))
 
     def _queue_pins(self) -> None:
-        """Pin what has a place already, and queue the other pins.
+        """Pin the versions that have a place already, and queue the other pins.
 
-        A pin waits until nothing in the queue would be left without a place for good: who came before it was told
-        that there is one, and who comes after it is told that there is none.
+        A pin is not queued while it would leave another version of the queue without a place for good: versions before
+        it have passed `check_fits` without the pin, and versions after it are checked with it.
         """
         if not self._unplaced_pins:
             return
-        others = [waiting.num_bytes for waiting in self._order if not waiting.is_pin]
+        others = [waiting.num_bytes for waiting in self._waiting if not waiting.is_pin]
         for digest, version in list(self._unplaced_pins.items()):
             taken = [aligned(pin.num_bytes) for pin in self._pins.values() if self._is_taken(pin.digest)]
             num_bytes = sum(taken) + aligned(version.num_bytes) + max(others, default=0)
@@ -328,15 +300,15 @@ class AdapterGate:
                 self.residency.pin(digest)
             else:
                 self._num_pins += 1
-                self._wait(version, (self._latest, self._num_pins)).is_pin = True
+                self._enqueue(version, (self._latest, self._num_pins)).is_pin = True
 
     def _withdraw_pins(self) -> None:
-        """Give up every pin's claim, so that who was promised a place gets it; they come back once that is done."""
+        """Give up all claims of pins, so that an admitted sequence gets its place. They are queued again after it."""
         for digest in self._pins:
             self.residency.unpin(digest)
-            if digest in self._queue and self._queue[digest].is_pin:
-                self._queue[digest].is_pin = False
-                self._requeue(self._queue[digest])
+            if (waiting := self._waiting.get(digest)) is not None and waiting.is_pin:
+                waiting.is_pin = False
+                self._update(waiting)
         self._unplaced_pins = dict(self._pins)
         self._has_changed = True
 
@@ -344,5 +316,6 @@ class AdapterGate:
         return self.residency.is_resident(waiting.version.digest)
 
     def _is_taken(self, digest: str) -> bool:
-        """Whether a pin has its place or is about to get it."""
-        return self.residency.is_pinned(digest) or (digest in self._queue and self._queue[digest].is_pin)
+        """Return whether a pin has its place or is in the queue."""
+        waiting = self._waiting.get(digest)
+        return self.residency.is_pinned(digest) or (waiting is not None and waiting.is_pin)

@@ -1,8 +1,8 @@
 """`InFlight`: the steps that are planned and not yet applied, the oldest first.
 
 The next step is planned as if each of their rows succeeds and goes on: a sequence is then at `num_planned` positions
-and has `num_pending` tokens more than are known. What turns out to be finished or parked meanwhile keeps its blocks,
-its adapter, its seat and its row until the last step with it is applied; what that step says of it is ignored.
+and has `num_pending` tokens more than are known. A sequence that finishes or is parked meanwhile keeps its blocks, its
+adapter, its seat and its row until its last step is applied; the result of that step is ignored for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from descant_client.errors import InternalError
 
 
 class InFlight:
-    """Knows which sequences the executor may be working on."""
+    """The steps that the executor may be working on."""
 
     def __init__(self) -> None:
         self._steps: deque[PlannedStep] = deque()
@@ -26,30 +26,31 @@ class InFlight:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Return whoever is in a step, each once."""
+        """The sequences of all steps, each once."""
         return list({sequence.id: sequence for step in self._steps for sequence in step.sequences}.values())
 
-    def holds(self, sequence: Sequence) -> bool:
+    def has_sequence(self, sequence: Sequence) -> bool:
         """Return whether the sequence is in one of the steps."""
-        return bool(self._steps) and sequence.last_step >= self._steps[0].plan.step
+        return bool(self._steps) and sequence.device.last_step >= self._steps[0].plan.step
 
-    def awaits(self, planned: PlannedStep) -> bool:
-        """Return whether the step's result is still wanted."""
+    def has_step(self, planned: PlannedStep) -> bool:
+        """Return whether the step is in flight."""
         return any(step is planned for step in self._steps)
 
     def add(self, planned: PlannedStep) -> None:
-        """The step is about to be sent."""
+        """Register a planned step as in flight and advance its sequences. Call it before the plan is sent."""
         self._steps.append(planned)
         number = planned.plan.step
         for sequence, row in zip(planned.sequences, planned.plan.rows, strict=True):
-            sequence.last_step = number
-            sequence.num_planned += row.num_new_tokens
-            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
-            if sequence.num_planned == num_tokens:
-                sequence.num_pending += 1
+            device = sequence.device
+            device.last_step = number
+            device.num_planned += row.num_new_tokens
+            num_tokens = sequence.num_prompt_tokens + len(sequence.output.token_ids) + device.num_pending
+            if device.num_planned == num_tokens:
+                device.num_pending += 1
 
-    def take(self, planned: PlannedStep, result: StepResult) -> None:
-        """The step, which is the oldest, is done.
+    def complete(self, planned: PlannedStep, result: StepResult) -> None:
+        """Remove the oldest step, which is done.
 
         Raises:
             InternalError: the result answers another plan.
@@ -59,7 +60,7 @@ class InFlight:
         self._steps.popleft()
 
     def clear(self) -> None:
-        """The executor is gone, and the steps with it."""
+        """Forget all steps: their executor is gone."""
         self._steps.clear()
 
 

@@ -1,4 +1,4 @@
-"""`ExecutorLife`: everything that dies with an executor: its blocks, its adapters, its rows."""
+"""`ExecutorLife`: the scheduler's state that is lost with an executor: blocks, adapter places, rows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from descant.scheduling.sequence import Sequence
 from descant.scheduling.speculation.draft_choice import DraftChoice
 from descant_client.errors import InvalidRequest
 
-CHECKS_IDLE = False  # set by tests: it takes milliseconds where there are many blocks
 WATERMARK_SHARE = 64  # admission leaves one block per running sequence free, but at most this share of all
 
 
 class ExecutorLife:
-    """The scheduler's picture of one executor, from its start to its death."""
+    """The scheduler's state of one executor, from its start to its death."""
 
     def __init__(self, epoch: int, limits: EngineLimits, adapter_bytes: int) -> None:
         self.epoch = epoch
@@ -23,12 +22,11 @@ class ExecutorLife:
         self.num_steps = 0  # completed
         self.draft_choice = DraftChoice()
         self.max_steps_in_flight = limits.max_steps_in_flight
-        # Who plans a step before the last one's tokens are known cannot guess what follows them.
+        # A step that is planned before the previous one's tokens are known cannot have drafts after them.
         self.max_draft_nodes = limits.max_draft_nodes if limits.max_steps_in_flight == 1 else 0
-        # Tokens of a sequence, prompt and output: it must be able to run alone.
+        # Tokens of one sequence, prompt and output: it must be able to run alone.
         self.max_tokens = min(limits.max_context, limits.num_blocks * limits.block_size)
-        self._drops: list[int] = []  # rows the engine still has and no longer needs
-        self._is_checked = True
+        self._drops: list[int] = []  # rows that the engine still has and no longer needs
 
     def check_fits(self, sequence: Sequence) -> None:
         """Check that the sequence can ever run here.
@@ -42,17 +40,17 @@ class ExecutorLife:
                 "prompt",
                 f"it has {sequence.num_prompt_tokens} tokens; this server holds {self.max_tokens - 1} at most.",
             )
-        if sequence.adapter is not None and not sequence.is_adapter_optional:
+        if sequence.adapter is not None and not sequence.request.is_adapter_optional:
             self.gate.check_fits(sequence.adapter)
 
     def token_limit(self, sequence: Sequence) -> int:
-        """Return how many tokens, prompt and output, the sequence may have here."""
-        if sequence.max_tokens is None:
+        """Return the number of tokens, prompt and output, that the sequence may have here."""
+        if sequence.request.max_tokens is None:
             return self.max_tokens
-        return min(self.max_tokens, sequence.num_prompt_tokens + sequence.max_tokens)
+        return min(self.max_tokens, sequence.num_prompt_tokens + sequence.request.max_tokens)
 
     def allocate(self, sequence: Sequence, num_running: int) -> bool:
-        """Give the sequence blocks for all its tokens, known ones as far as possible; False: too few are left."""
+        """Give the sequence blocks for all its tokens, cached ones where possible. Return False if too few are left."""
         size = self.blocks.block_size
         num_matchable = 0 if sequence.needs_prompt_logprobs else (sequence.num_tokens - 1) // size
         table = self.blocks.match(hash_of(sequence, index, size) for index in range(num_matchable))
@@ -62,34 +60,35 @@ class ExecutorLife:
             return False
         new = self.blocks.allocate(num_missing, after=table[-1] if table else -1)
         assert new is not None, "as many blocks were available"
-        sequence.num_registered = len(table)
-        sequence.num_computed = sequence.num_planned = len(table) * size
-        sequence.block_table = table + new
+        device = sequence.device
+        device.num_registered = len(table)
+        device.num_computed = device.num_planned = len(table) * size
+        device.block_table = table + new
         return True
 
     def watermark(self, num_running: int) -> int:
-        """Return how many blocks admission leaves free for the growth of those who run."""
+        """Return the number of blocks that admission leaves free for the growth of running sequences."""
         return min(num_running, self.blocks.num_blocks // WATERMARK_SHARE)
 
     def will_share(self, sequence: Sequence, other: Sequence) -> bool:
         """Return whether `other`, with the same prompt, is computing blocks that `sequence` will find in the cache."""
         num_sharable = (sequence.num_prompt_tokens - 1) // self.blocks.block_size * self.blocks.block_size
-        is_ahead = other is not sequence and other.status == "running" and other.num_computed < num_sharable
+        is_ahead = other is not sequence and other.status == "running" and other.device.num_computed < num_sharable
         return is_ahead and not sequence.needs_prompt_logprobs
 
     def grow(self, sequence: Sequence, num_blocks: int = 1) -> list[int] | None:
-        """Give the sequence so many more blocks and return them; None if too few are left."""
-        new = self.blocks.allocate(num_blocks, after=sequence.block_table[-1])
+        """Give the sequence `num_blocks` more blocks and return them; None if too few are left."""
+        new = self.blocks.allocate(num_blocks, after=sequence.device.block_table[-1])
         if new is not None:
-            sequence.block_table += new
+            sequence.device.block_table += new
         return new
 
     def room_behind(self, sequence: Sequence, num_wanted: int, num_running: int) -> list[int]:
-        """Give the sequence blocks for so many tokens behind its last; return the new ones, none if few are free.
+        """Give the sequence blocks for `num_wanted` tokens behind its last; return the new ones, none if few are free.
 
-        A guess is worth nobody's place: a block stays free for everybody who runs.
+        A draft must not cause a preemption: one block stays free for each running sequence.
         """
-        num_missing = self.blocks.num_blocks_for(sequence.num_tokens + num_wanted) - len(sequence.block_table)
+        num_missing = self.blocks.num_blocks_for(sequence.num_tokens + num_wanted) - len(sequence.device.block_table)
         if not 0 < num_missing <= self.blocks.num_available - num_running:
             return []
         new = self.grow(sequence, num_missing)
@@ -97,30 +96,22 @@ class ExecutorLife:
         return new
 
     def register(self, sequence: Sequence) -> None:
-        """Offer the blocks that the sequence has filled to the prefix cache, as far as its tokens are known."""
-        size = self.blocks.block_size
-        num_full = min(sequence.num_computed, sequence.num_tokens) // size
-        for index in range(sequence.num_registered, num_full):
-            self.blocks.register(sequence.block_table[index], hash_of(sequence, index, size))
-        sequence.num_registered = num_full
+        """Register the full blocks of the sequence in the prefix cache, as far as its tokens are known."""
+        size, device = self.blocks.block_size, sequence.device
+        num_full = min(device.num_computed, sequence.num_tokens) // size
+        for index in range(device.num_registered, num_full):
+            self.blocks.register(device.block_table[index], hash_of(sequence, index, size))
+        device.num_registered = num_full
 
     def release(self, sequence: Sequence) -> None:
-        """Take back everything the sequence has here."""
-        if sequence.is_row:
+        """Take back the sequence's blocks, adapter place and row."""
+        if sequence.device.is_row:
             self._drops.append(sequence.id)
-        self.blocks.release(sequence.block_table)
+        self.blocks.release(sequence.device.block_table)
         self.gate.leave(sequence)
         sequence.forget_device_state()
-        self._is_checked = False
 
     def take_drops(self) -> list[int]:
-        """Return the rows to drop that have not been taken yet."""
+        """Return the rows to drop since the last call."""
         drops, self._drops = self._drops, []
         return drops
-
-    def check_idle(self) -> None:
-        """Where `CHECKS_IDLE`, assert, once per idle time, that nothing is in use when no sequence runs."""
-        if CHECKS_IDLE and not self._is_checked:
-            self.blocks.check_integrity()
-            self.gate.residency.check_integrity()
-            self._is_checked = True

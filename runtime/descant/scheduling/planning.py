@@ -1,80 +1,64 @@
-"""`Planner`: which rows a step has, and who gives way for them.
+"""`Planner`: chooses the rows of a step, and preempts sequences to make room for them.
 
-First everybody who decodes, in order of arrival. What is left of the step's tokens goes to prompts, those of running
-sequences and those of sequences that come in, in fair order: whoever has had least service is served next. Who comes
-in needs a seat and blocks; if there are none, those who hold too much of them give way.
+First come the decoding sequences, in order of arrival. The rest of the step's tokens goes to prompts, of running
+sequences and of newly admitted ones, in fair order: the principal with least service is served next. A new sequence
+needs a seat and blocks; if there are none, sequences of principals that have too many are preempted.
 
-Nobody gives way while a step is in flight, which may still write to its blocks: who needs them goes without for this
-step, and the next is planned when nothing is in flight.
+No sequence is preempted while a step is in flight, which may still write to its blocks. A sequence that needs them
+gets no row in this step, and the next step is planned when nothing is in flight.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from heapq import heapify, heappop, heapreplace
-from typing import NamedTuple
 
 from descant.scheduling.fairness import Account
 from descant.scheduling.life import ExecutorLife
-from descant.scheduling.lineup import Lineup
 from descant.scheduling.preemption import (
     block_victims,
-    blocks_held,
+    blocks_by_account,
     growth_victim,
     is_ahead,
     latest_of,
     may_take,
     richest,
-    seats_held,
+    seats_by_account,
 )
 from descant.scheduling.rows import StepBuilder
-from descant.scheduling.sequence import Sequence, SequenceTable, by_arrival
+from descant.scheduling.sequence import Sequence, by_arrival
+from descant.scheduling.sequence_states import SequenceStates
+from descant.scheduling.speculation.draft_choice import StepChoice
 from descant.scheduling.speculation.drafting import Drafter
 from descant.scheduling.speculation.guess import Guess
 from descant.scheduling.speculation.ngram import DraftTree
-from descant_client.protocol import FinishReason
 
-MAX_READ = 1024  # tokens that drafters take in before a step: a long prompt shall not hold up everybody
+MAX_READ = 1024  # tokens that drafters read before a step, so that a long prompt does not delay it
 _NO_DRAFTS: Mapping[int, DraftTree] = {}
 
 
-class Moves(NamedTuple):
-    """What the planner has done to a sequence. `may_preempt` is asked before somebody is chosen to give way."""
-
-    may_preempt: Callable[[], bool]
-    preempt: Callable[[Sequence], None]
-    finish: Callable[[Sequence, FinishReason], None]
-
-
 class Planner:
-    """Plans one step. The lineup changes with the moves."""
+    """Plans one step, and preempts, seats or finishes sequences for it."""
 
-    def __init__(
-        self,
-        table: SequenceTable,
-        life: ExecutorLife,
-        lineup: Lineup,
-        num_seats: int,
-        builder: StepBuilder,
-        moves: Moves,
-        now: float,
-    ) -> None:
-        self._table = table
+    def __init__(self, states: SequenceStates, life: ExecutorLife, num_seats: int, builder: StepBuilder) -> None:
+        self._states = states
         self._life = life
-        self._lineup = lineup
-        self._fairness = lineup.fairness
-        self._running = lineup.running
+        self._fairness = states.lineup.fairness
+        self._running = states.lineup.running
         self._num_seats = num_seats
         self._builder = builder
-        self._moves = moves
-        self._now = now
+        self._now = states.now()
+        self._draft_choice: StepChoice | None = None  # None: the engine verifies no drafts
+        if life.max_draft_nodes:
+            is_forced = any(sequence.always_verifies for sequence in self._running)
+            self._draft_choice = life.draft_choice.for_step(len(self._running), is_forced=is_forced)
         self._prefills: list[Sequence] = []
-        self._is_full = False  # nobody comes in any more
-        self._least_blocked = math.inf  # of those who wait for blocks: how many they hold, by weight
-        self._seat_holder: Account | None = None  # who has most seats by weight, until seats change hands
-        self._blocks_held: dict[Account, float] | None = None  # until blocks do
+        self._is_full = False  # no sequence is admitted any more
+        self._least_blocked = math.inf  # least number of blocks, by weight, of principals that lack blocks
+        self._seat_holder: Account | None = None  # with most seats by weight; None: not known since seats changed
+        self._blocks_by_account: dict[Account, float] | None = None  # None: not known since blocks changed
 
     def plan(self) -> None:
         """Put the rows into the builder."""
@@ -98,27 +82,26 @@ class Planner:
         trees = self._drafts()
         while index < len(running):
             sequence = running[index]
-            num_tokens = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.num_pending
+            device = sequence.device
+            num_tokens = sequence.num_prompt_tokens + len(sequence.output.token_ids) + device.num_pending
             index += 1
-            if sequence.num_planned + 1 < num_tokens:
+            if device.num_planned + 1 < num_tokens:
                 self._prefills.append(sequence)
-            elif num_tokens >= sequence.token_limit and sequence.num_pending:
-                continue  # it ends with a token that is in flight
-            elif num_tokens <= len(sequence.block_table) * block_size:
+            elif num_tokens >= device.token_limit and device.num_pending:
+                continue  # its last token is in flight
+            elif num_tokens <= len(device.block_table) * block_size:
                 self._decode(sequence, [], trees)
             elif (new_blocks := life.grow(sequence)) is not None:
                 self._decode(sequence, new_blocks, trees)
-            elif self._moves.may_preempt():
+            elif self._states.may_preempt():
                 self._preempt(growth_victim(self._fairness, running, sequence))
-                index = bisect_left(running, sequence.id, key=by_arrival)  # it tries again, if it is still there
+                index = bisect_left(running, sequence.id, key=by_arrival)  # again with this one, if it still runs
 
     def _drafts(self) -> Mapping[int, DraftTree]:
-        """Return what is to be verified, by sequence, of what sequences guess will follow their last tokens."""
-        life, running = self._life, self._running
-        if not life.max_draft_nodes:
+        """Let drafters guess, and return the trees to verify in this step, by sequence id."""
+        life, running, choice = self._life, self._running, self._draft_choice
+        if choice is None:
             return _NO_DRAFTS
-        choice = life.draft_choice
-        choice.begin(len(running), is_forced=any(sequence.always_verifies for sequence in running))
         num_spare = (self._builder.num_tokens_left - len(running)) // (2 * max(1, len(running)))  # nodes of each draft
         max_nodes = min(life.max_draft_nodes, num_spare)
         if max_nodes <= 0:
@@ -127,8 +110,9 @@ class Planner:
         least_likelihood = choice.least_likelihood
         num_readable = MAX_READ
         for sequence in running:
-            drafter, num_left = sequence.drafter, sequence.token_limit - sequence.num_tokens - 1
-            if drafter is None or num_left <= 0 or sequence.num_computed + 1 != sequence.num_tokens:
+            drafter, device, num_tokens = sequence.drafter, sequence.device, sequence.num_tokens
+            num_left = device.token_limit - num_tokens - 1
+            if drafter is None or num_left <= 0 or device.num_computed + 1 != num_tokens:
                 continue
             least = 0.0 if sequence.always_verifies else least_likelihood
             if least > 1:
@@ -140,18 +124,18 @@ class Planner:
         return choice.choose(guesses) if guesses else _NO_DRAFTS
 
     def _decode(self, sequence: Sequence, new_blocks: list[int], trees: Mapping[int, DraftTree]) -> None:
-        """Plan the sequence's next token, with a draft of those behind it if there is one and room for it."""
+        """Plan a row for the sequence's next token, with its draft if there is one and room for it."""
         life, tree, num_candidates = self._life, trees.get(sequence.id), 0
         drafter, version = sequence.drafter, sequence.adapter
-        if drafter is not None and version is not None and version.num_heads and life.max_draft_nodes:
-            num_candidates = life.draft_choice.num_candidates(drafter, version.digest)
+        if self._draft_choice is not None and drafter is not None and version is not None and version.num_heads:
+            num_candidates = self._draft_choice.num_candidates(drafter, version.digest)
         if tree is not None:
             new_blocks = new_blocks + life.room_behind(sequence, len(tree.token_ids), len(self._running))
-            num_slots = len(sequence.block_table) * life.blocks.block_size - sequence.num_tokens
+            num_slots = len(sequence.device.block_table) * life.blocks.block_size - sequence.num_tokens
             if num_slots < len(tree.token_ids):
                 tree = tree.beginning(num_slots)
                 if drafter is not None:
-                    drafter.promise(0.0)  # what is left of it promises something else
+                    drafter.expect(0.0)  # the expectation was that of the whole draft
             if tree is not None and sequence.always_verifies:
                 self._fairness.charge_draft(sequence, len(tree.token_ids))
         self._builder.decode(sequence, new_blocks or None, tree, num_candidates)
@@ -170,7 +154,7 @@ class Planner:
     def _next_prefill(
         self, heap: list[tuple[float, int, Account, list[Sequence]]], waiting: Account | None
     ) -> Sequence | None:
-        """Return the running sequence to go on with; None if it is the turn of `waiting`, or there is none."""
+        """Return the next running sequence to prefill; None if it is the turn of `waiting`, or there is none."""
         while heap:
             service, number, account, group = heap[0]
             if not group:
@@ -188,73 +172,77 @@ class Planner:
     def _prefill(self, sequence: Sequence) -> None:
         self._fairness.charge_prompt(sequence, self._builder.prefill(sequence))
 
-    # ---- those who wait -------------------------------------------------------------------------------------------
+    # ---- waiting sequences -------------------------------------------------------------------------------------------
 
     def _serve(self, account: Account) -> bool:
-        """Let one sequence in, or end it; False: none can come in now."""
+        """Admit or finish one waiting sequence of the account. Return False if none can be admitted now."""
         life = self._life
         for sequence in account.waiting():
-            first = self._table.first_of_request(sequence.request_id) if sequence.choice else sequence
+            first = self._states.table.first_of_request(sequence.request_id) if sequence.request.choice else sequence
             if first is not sequence and life.will_share(sequence, first):
                 continue
             if sequence.num_tokens >= life.max_tokens:
-                self._moves.finish(sequence, "length")  # it began on an executor with more room
+                self._states.finish(sequence, "length")  # it began on an executor with more room
                 return True
             if not self._find_seat(account) or not self._find_blocks(account, sequence):
                 return False
-            sequence.token_limit = life.token_limit(sequence)
-            self._lineup.seat(sequence, self._now)
-            for choice in self._table.of_request(sequence.request_id):
+            sequence.device.token_limit = life.token_limit(sequence)
+            self._states.lineup.seat(sequence, self._now)
+            for choice in self._states.table.of_request(sequence.request_id):
                 choice.has_started = True
-            self._seat_holder = self._blocks_held = None
+            self._seat_holder = self._blocks_by_account = None
             self._fairness.charge_prompt(sequence, self._builder.admit(sequence))
             return True
         return False
 
     def _find_seat(self, account: Account) -> bool:
-        if self._lineup.num_seated < self._num_seats:
+        if self._states.lineup.num_seated < self._num_seats:
             return True
         if self._seat_holder is None:
-            self._seat_holder = richest(seats_held(self._fairness))
+            self._seat_holder = richest(seats_by_account(self._fairness))
         holder = self._seat_holder
         if holder is None or holder.num_running == 1 or is_ahead(account, holder):
-            self._is_full = True  # nor has anybody a claim whose turn is later
+            self._is_full = True  # accounts with a later turn have no claim either
             return False
         victim = latest_of(self._running, holder)
         if victim is None or not may_take(holder, holder.num_running - 1, account, account.num_running, 1):
             return False
-        if not self._moves.may_preempt():
+        if not self._states.may_preempt():
             return False
         self._preempt(victim)
         return True
 
     def _find_blocks(self, account: Account, sequence: Sequence) -> bool:
-        """Give the sequence its blocks. While somebody waits for blocks, nobody comes in who then holds more."""
+        """Give the sequence its blocks and return whether it got them.
+
+        While a principal lacks blocks, no sequence is admitted whose principal would then hold more than that one.
+        """
         life, running = self._life, self._running
         num_needed = life.blocks.num_blocks_for(sequence.num_tokens)
         bar = self._least_blocked * account.weight
-        if bar < math.inf and self._num_held(account) + num_needed > bar:
+        if bar < math.inf and self._num_blocks_of(account) + num_needed > bar:
             return False
         if life.allocate(sequence, len(running)):
             return True
         num_missing = num_needed + life.watermark(len(running)) - life.blocks.num_available
         victims = block_victims(self._fairness, running, account, num_needed, num_missing)
-        if victims and self._moves.may_preempt():
+        if victims and self._states.may_preempt():
             for victim in victims:
-                if not victim.is_finished:  # with another choice of its request, which has no place any more
+                if not victim.is_finished:  # with another choice of its request, whose adapter never fits any more
                     self._preempt(victim)
             if life.allocate(sequence, len(running)):
                 return True
-        self._least_blocked = min(self._least_blocked, self._num_held(account) / account.weight)
+        self._least_blocked = min(self._least_blocked, self._num_blocks_of(account) / account.weight)
         self._is_full = self._least_blocked == 0
         return False
 
-    def _num_held(self, account: Account) -> float:
-        if self._blocks_held is None:
-            self._blocks_held = blocks_held(self._fairness, self._running)
-        return self._blocks_held.get(account, 0)
+    def _num_blocks_of(self, account: Account) -> float:
+        if self._blocks_by_account is None:
+            self._blocks_by_account = blocks_by_account(self._fairness, self._running)
+        return self._blocks_by_account.get(account, 0)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._moves.preempt(sequence)
-        self._seat_holder = self._blocks_held = None
+        self._states.preempt(sequence)
+        self._builder.remove_stopped()
+        self._seat_holder = self._blocks_by_account = None
         self._is_full = False

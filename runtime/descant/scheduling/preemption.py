@@ -1,8 +1,8 @@
-"""Whom to preempt: for a principal that is behind and cannot get in, and when blocks run out.
+"""Choice of sequences to preempt: for a principal that is behind and lacks seats or blocks, and when blocks run out.
 
-Only who holds more than another takes from, by weight, gives way to it, and only as much that it still holds no less
-than the other does then. So two principals cannot take from each other in turns, the first to arrive of a principal
-never gives way to another's, and nobody gives way to its own for the sake of fairness.
+A principal loses seats or blocks to another only while it still has no less of them than the other then has, by
+weight. So two principals cannot take from each other in turns, the first sequence of a principal is never preempted for
+another principal's, and no sequence is preempted for one of its own principal for the sake of fairness.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from descant.scheduling.fairness import Account, Fairness
 from descant.scheduling.sequence import Sequence
 
-SLACK = 1.125  # who holds something already takes more only where the difference is worth a preemption
+SLACK = 1.125  # a principal that has something takes more only if the difference is worth a preemption
 
 
 def may_take(holder: Account, num_left: float, taker: Account, num_held: float, num_taken: float) -> bool:
-    """Return whether `holder` may be left with `num_left` of a thing so that `taker`, who has `num_held`, gets more."""
+    """Return whether `holder` may be left with `num_left` of a thing so that `taker`, with `num_held`, gets more."""
     if holder is taker or is_ahead(taker, holder):
         return False
     slack = SLACK if num_held else 1.0
@@ -24,18 +24,20 @@ def may_take(holder: Account, num_left: float, taker: Account, num_held: float, 
 
 
 def is_ahead(taker: Account, holder: Account) -> bool:
-    """Return whether `holder` waits as well and has had less service: then nothing of it is the other's."""
+    """Return whether `holder` waits too and has had less service. Then `taker` has no claim against it."""
     return holder.num_waiting > 0 and holder.service < taker.service
 
 
 def richest(held: Mapping[Account, float]) -> Account | None:
-    """Return who, with one less, still holds most by weight, as `may_take` counts; the first of equals."""
+    """Return the account that, with one less, has most by weight, as `may_take` counts; the first of equals."""
     return max(held, key=lambda account: (held[account] - 1) / account.weight, default=None)
 
 
 def richest_in_blocks(held: Mapping[Account, float], running: Iterable[Sequence]) -> Account | None:
-    """Return who, without its latest sequence, still has most blocks by weight; the first of equals."""
-    latest = {sequence.principal: len(sequence.block_table) for sequence in running}  # the last of each stays
+    """Return the account that, without its latest sequence, has most blocks by weight; the first of equals."""
+    latest: dict[str, int] = {}
+    for sequence in running:  # the last of each principal stays
+        latest[sequence.request.principal] = len(sequence.device.block_table)
     return max(
         (account for account in held if account.name in latest),
         key=lambda account: (held[account] - latest[account.name]) / account.weight,
@@ -43,25 +45,28 @@ def richest_in_blocks(held: Mapping[Account, float], running: Iterable[Sequence]
     )
 
 
-def seats_held(fairness: Fairness) -> dict[Account, float]:
-    """Return how many seats everybody has."""
+def seats_by_account(fairness: Fairness) -> dict[Account, float]:
+    """Return the number of seats of each account that has any."""
     return {account: account.num_running for account in fairness.accounts.values() if account.num_running}
 
 
-def blocks_held(fairness: Fairness, running: Iterable[Sequence]) -> dict[Account, float]:
-    """Return how many blocks everybody uses; blocks that several sequences share count for each."""
+def blocks_by_account(fairness: Fairness, running: Iterable[Sequence]) -> dict[Account, float]:
+    """Return the number of blocks that each account uses. A block that several sequences share counts for each."""
     held: dict[Account, float] = {}
     for sequence in running:
-        account = fairness.accounts[sequence.principal]
-        held[account] = held.get(account, 0) + len(sequence.block_table)
+        account = fairness.accounts[sequence.request.principal]
+        held[account] = held.get(account, 0) + len(sequence.device.block_table)
     return held
 
 
 def block_victims(
     fairness: Fairness, running: list[Sequence], taker: Account, num_needed: int, num_missing: int
 ) -> list[Sequence]:
-    """Return who may give way so that `taker` gets `num_needed` blocks, of which `num_missing` are not free."""
-    held = blocks_held(fairness, running)
+    """Return the sequences to preempt so that `taker` gets `num_needed` blocks, of which `num_missing` are not free.
+
+    Returns none if it would take sequences that may not be preempted for `taker`.
+    """
+    held = blocks_by_account(fairness, running)
     num_held = held.get(taker, 0)
     left, victims = list(running), list[Sequence]()
     while num_missing > 0:
@@ -69,7 +74,7 @@ def block_victims(
         victim = latest_of(left, holder) if holder else None
         if holder is None or victim is None:
             return []
-        num_given = len(victim.block_table)
+        num_given = len(victim.device.block_table)
         if not may_take(holder, held[holder] - num_given, taker, num_held, num_needed):
             return []
         held[holder] -= num_given
@@ -80,23 +85,23 @@ def block_victims(
 
 
 def growth_victim(fairness: Fairness, running: list[Sequence], sequence: Sequence) -> Sequence:
-    """Return who gives way so that a running sequence may grow, perhaps itself: the latest of who holds most.
+    """Return the sequence to preempt so that a running one may grow, perhaps itself: the latest of the richest account.
 
-    If that would leave its principal with less than the other's, it is the latest of all. Either way the first to
-    arrive of all goes on.
+    If that would leave its principal with less than the growing sequence's, it is the latest of all. Either way the
+    sequence that arrived first of all goes on.
     """
-    held = blocks_held(fairness, running)
+    held = blocks_by_account(fairness, running)
     holder, taker = richest_in_blocks(held, running), fairness.account(sequence)
     if holder is None or len(held) == 1:
         return running[-1]
     victim = latest_of(running, holder)
     if victim is not None:
-        num_left = held[holder] - len(victim.block_table)
+        num_left = held[holder] - len(victim.device.block_table)
         if num_left > 0 and (holder is taker or num_left * taker.weight >= (held[taker] + 1) * holder.weight):
             return victim
     return running[-1]
 
 
 def latest_of(running: Iterable[Sequence], account: Account) -> Sequence | None:
-    """Return a principal's sequence that arrived last."""
-    return next((one for one in reversed(list(running)) if one.principal == account.name), None)
+    """Return the latest running sequence of an account; None if it has none."""
+    return next((one for one in reversed(list(running)) if one.request.principal == account.name), None)

@@ -1,6 +1,7 @@
-"""`Sequence`: the state of one choice of one request, and the table of all live ones.
+"""`Sequence`: the state of one choice of one request; `SequenceTable`: all live sequences.
 
-A sequence's tokens are the truth: blocks, adapter slot and the engine's row can all be lost and made again from them.
+A sequence's tokens are authoritative: its blocks, adapter slot and row in the engine can be lost and made again from
+them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class Stopper(Protocol):
 
 
 class Sink(Protocol):
-    """Where a sequence's tokens go. Neither method waits, and neither calls back into the policy."""
+    """The receiver of a sequence's tokens. Neither method waits, and neither calls back into the policy."""
 
     def put(self, sequence: Sequence, num_new: int) -> bool:
-        """Take note of the last `num_new` output tokens; False: over budget, park this sequence."""
+        """Buffer the last `num_new` output tokens. Return False if over budget; the policy then parks the sequence."""
         ...
 
     def end(self, sequence: Sequence) -> None:
-        """The sequence is finished: `finish_reason` is set, and `error` if the reason is `error`. Called once."""
+        """Take the end of the sequence. `finish_reason` is set, and `error` if the reason is `error`. Called once."""
         ...
 
 
@@ -56,153 +57,200 @@ def unpack_logprobs(rows: LogprobRows, token_ids: list[int]) -> list[TokenLogpro
     return [TokenLogprobs(token_id, value, tuple(pairs[i * k : (i + 1) * k])) for token_id, value, i in entries]
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One choice of one request. `id` is also its row in the engine; ids grow with arrival."""
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceRequest:
+    """The request of a sequence: one choice of one client request. Written once, before the sequence is submitted."""
 
-    id: int
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
     seed: int
     sink: Sink
     choice: int = 0
-    max_tokens: int | None = None  # None: as many as the context holds
+    max_tokens: int | None = None  # of the output; None: as many as the context holds
     stop_token_ids: frozenset[int] = frozenset()  # with the model's end-of-text ids, unless they are ignored
-    stop: tuple[str, ...] = ()  # stop strings, for whoever renders the text; `stopper` finds them
-    stopper: Stopper | None = None
+    stop: tuple[str, ...] = ()  # stop strings, for rendering the text; the sequence's `stopper` finds them
     num_logprobs: int = NO_LOGPROBS
     num_prompt_logprobs: int = NO_LOGPROBS
     adapter: AdapterVersion | None = None
-    is_adapter_optional: bool = False  # it has it for speed alone: it goes without, rather than wait for it
+    is_adapter_optional: bool = False  # the adapter is for speed alone: go without it rather than wait for it
     cache_scope: str = ""  # sequences of another scope share no blocks with this one
-    principal: str = ""  # whose it is, for fairness
-    weight: float = 1.0  # of the principal: its share against others'
+    principal: str = ""  # name of the principal that is charged
+    weight: float = 1.0  # of the principal: its share of the device against others'
     max_queued: int | None = None  # of the principal: sequences that may wait; None: the server's limit
-    drafter: Drafter | None = None  # guesses what comes next; None: it decodes plainly
-    guessed: list[int] | None = None  # output tokens that came true in drafts, by index; None: nobody asks
+    marks_guesses: bool = False  # `Output.guessed` is wanted
     received_s: float = 0.0  # on the policy's clock: when the request came to the server
-    queue_deadline_s: float | None = None  # by then it must have run
-    deadline_s: float | None = None  # by then it must have ended
+    queue_deadline_s: float | None = None  # by then some choice of the request must have run
+    deadline_s: float | None = None  # by then the sequence must have ended
 
-    # Output
-    output_ids: list[int] = field(default_factory=list[int])
-    output_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # one per output token, or none
+
+@dataclass(slots=True, eq=False)
+class Output:
+    """The results of a sequence. They survive preemption."""
+
+    token_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # one per token, or none
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # of positions 1, 2, …
-    status: Status = "waiting"
+    guessed: list[int] | None = None  # indices of tokens that were accepted from drafts; None: not asked for
     finish_reason: FinishReason | None = None
-    error: DescantError | None = None
+    error: DescantError | None = None  # set if the finish reason is `error`
 
-    # Device state, lost with every preemption
+
+@dataclass(slots=True, eq=False)
+class DeviceState:
+    """The state of a sequence on one executor. Preemption replaces it by a new one."""
+
     block_table: list[int] = field(default_factory=list[int])
     num_computed: int = 0  # positions whose K/V is in the cache
     num_planned: int = 0  # the same once the steps in flight are done
     num_pending: int = 0  # tokens that are being sampled in the steps in flight
-    last_step: int = 0  # number of the last step it is, or was, in
     num_registered: int = 0  # blocks offered to the prefix cache
-    is_row: bool = False  # the engine has a row for it
-    spans: tuple[AdapterSpan, ...] | None = None  # None: its adapter has no slot
-    heads_slot: int = NO_ADAPTER  # its adapter's, if that has draft heads
-    block_hashes: list[bytes] = field(default_factory=list[bytes])  # of its full blocks; kept, tokens do not change
-    decode_row: Row | None = None  # its part in a step that needs no new block
-    token_limit: int = 0  # prompt and output together, set at admission
+    last_step: int = 0  # number of the last step with the sequence; steps count from 1
+    token_limit: int = 0  # of prompt and output together, set at admission
+    spans: tuple[AdapterSpan, ...] | None = None  # None: the adapter has no place
+    heads_slot: int = NO_ADAPTER  # slot of the adapter, if it has draft heads
+    decode_row: Row | None = None  # the sequence's part in a step that needs no new block, made once
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the engine has a row for the sequence."""
+        return self.last_step > 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of one request. `id` is also its row in the engine. Ids grow in order of arrival."""
+
+    id: int
+    request: SequenceRequest
+    stopper: Stopper | None = None
+    drafter: Drafter | None = None  # guesses the next tokens; None: the sequence decodes plainly
+    status: Status = "waiting"
+    adapter: AdapterVersion | None = field(init=False)  # the request's; None once an optional one is given up
+    num_prompt_tokens: int = field(init=False)  # kept beside the prompt, as it is read for every row of every step
+    output: Output = field(init=False)
+    device: DeviceState = field(default_factory=DeviceState)
+    block_hashes: list[bytes] = field(default_factory=list[bytes])  # of full blocks; kept, as tokens do not change
 
     # Counters and timestamps, seconds on the policy's clock
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first ran
     num_charged: int = 0  # prompt tokens up to here count as service to its principal
     num_preemptions: int = 0
     is_cold: bool = False  # it had to wait for its adapter
+    has_started: bool = False  # some choice of its request has been scheduled
     arrival_s: float = 0.0
     first_scheduled_s: float | None = None
-    has_started: bool = False  # some choice of its request has been scheduled
     first_token_s: float | None = None
     finished_s: float | None = None
 
+    def __post_init__(self) -> None:
+        self.adapter = self.request.adapter
+        self.num_prompt_tokens = len(self.request.prompt_ids)
+        self.output = Output(guessed=[] if self.request.marks_guesses else None)
+
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_ids)
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.request.prompt_ids
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.output.token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.output.finish_reason
+
+    @property
+    def error(self) -> DescantError | None:
+        return self.output.error
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.output_ids)
+        return len(self.output.token_ids)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
+        return self.num_prompt_tokens + len(self.output.token_ids)
 
     @property
     def is_finished(self) -> bool:
-        return self.finish_reason is not None
+        return self.output.finish_reason is not None
 
     @property
     def always_verifies(self) -> bool:
-        """Whether its guesses are verified at any cost."""
+        """Whether its drafts are verified at any cost."""
         return self.drafter is not None and self.drafter.settings.always
 
     @property
     def is_ended_by_token(self) -> bool:
         """Whether the last output token is a stop token, which is no part of the text."""
-        return self.finish_reason == "stop" and bool(self.output_ids) and self.output_ids[-1] in self.stop_token_ids
+        output = self.output
+        is_stopped = output.finish_reason == "stop" and bool(output.token_ids)
+        return is_stopped and output.token_ids[-1] in self.request.stop_token_ids
 
     @property
     def needs_prompt_logprobs(self) -> bool:
         """Whether prompt log-probabilities were asked for and some are still missing."""
-        return self.num_prompt_logprobs >= 0 and len(self.prompt_logprobs) + 1 < len(self.prompt_ids)
+        request = self.request
+        return request.num_prompt_logprobs >= 0 and len(self.output.prompt_logprobs) + 1 < len(request.prompt_ids)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Return the ids of positions `start` to `stop` of prompt and output."""
-        num_prompt = len(self.prompt_ids)
+        prompt_ids, output_ids = self.request.prompt_ids, self.output.token_ids
+        num_prompt = len(prompt_ids)
         if stop <= num_prompt:
-            return self.prompt_ids[start:stop]
+            return prompt_ids[start:stop]
         if start >= num_prompt:
-            return self.output_ids[start - num_prompt : stop - num_prompt]
-        return self.prompt_ids[start:] + self.output_ids[: stop - num_prompt]
+            return output_ids[start - num_prompt : stop - num_prompt]
+        return prompt_ids[start:] + output_ids[: stop - num_prompt]
 
     def append(self, token_ids: Iterable[int], logprobs: Iterable[TokenLogprobs] = ()) -> int:
-        """Take sampled tokens up to the first that ends the sequence; return how many were taken.
+        """Append sampled tokens up to the first that ends the sequence; return the number appended.
 
         A stop token is kept in the output, and so are all tokens of a stop string. Sets `finish_reason`.
         """
-        start = len(self.output_ids)
+        request, output = self.request, self.output
+        output_ids, num_prompt_tokens = output.token_ids, self.num_prompt_tokens
+        start = len(output_ids)
         for token_id in token_ids:
-            self.output_ids.append(token_id)
-            if token_id in self.stop_token_ids:
-                self.finish_reason = "stop"
+            output_ids.append(token_id)
+            if token_id in request.stop_token_ids:
+                output.finish_reason = "stop"
                 break
-            if len(self.prompt_ids) + len(self.output_ids) >= self.token_limit:
-                self.finish_reason = "length"
+            if num_prompt_tokens + len(output_ids) >= self.device.token_limit:
+                output.finish_reason = "length"
                 break
-        if self.stopper is not None and (kept := self.stopper.push(self.output_ids[start:])) is not None:
-            del self.output_ids[kept:]
-            self.finish_reason = "stop"
-        num_new = len(self.output_ids) - start
-        if self.num_logprobs >= 0:
-            self.output_logprobs.extend(list(logprobs)[:num_new])
+        if self.stopper is not None and (kept := self.stopper.push(output_ids[start:])) is not None:
+            del output_ids[kept:]
+            output.finish_reason = "stop"
+        num_new = len(output_ids) - start
+        if request.num_logprobs >= 0:
+            output.logprobs.extend(list(logprobs)[:num_new])
         return num_new
 
     def forget_device_state(self) -> None:
-        """Keep only what a new executor could be given: the tokens."""
-        self.block_table = []
-        self.num_computed = self.num_registered = self.num_planned = self.num_pending = self.last_step = 0
-        self.is_row = False
-        self.spans = self.decode_row = None
-        self.heads_slot = NO_ADAPTER
+        """Give up everything that lives with an executor; the tokens stay."""
+        self.device = DeviceState()
 
 
 def by_arrival(sequence: Sequence) -> int:
-    """Sort by this to put who came first first."""
+    """Sort key: order of arrival."""
     return sequence.id
 
 
 class DraftCounts(NamedTuple):
-    """Guesses that were verified, the tokens on the longest ways through them, and how many of these came true."""
+    """Number of drafts verified, of tokens on the longest paths through them, and of tokens accepted."""
 
     num_drafts: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
 
     def plus(self, drafter: Drafter | None) -> DraftCounts:
-        """Return the counts with those of one sequence."""
+        """Return the counts with those of one drafter added."""
         if drafter is None:
             return self
         return DraftCounts(
@@ -215,7 +263,7 @@ class DraftCounts(NamedTuple):
 class SequenceTable:
     """All live sequences, and the numbers that must never repeat.
 
-    It belongs to the system: it outlives the scheduler actor, whose new policy goes on with what is in it.
+    It belongs to the system and outlives the scheduler actor: the next policy goes on with the sequences in it.
     """
 
     def __init__(self) -> None:
@@ -262,7 +310,7 @@ class SequenceTable:
         return next(iter(self._by_request[request_id].values()))
 
     def draft_counts(self) -> DraftCounts:
-        """Return the counts of all sequences there ever were."""
+        """Return the counts of all sequences, live and finished."""
         counts = self._drafts_before
         for sequence in self:
             counts = counts.plus(sequence.drafter)

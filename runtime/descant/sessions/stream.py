@@ -192,15 +192,15 @@ class _Choice:
         self._tokenizer = tokenizer
         self._request_id = request_id
         self._sent = 0
-        self._detokenizer = Detokenizer(tokenizer, sequence.stop)
+        self._detokenizer = Detokenizer(tokenizer, sequence.request.stop)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.sequence.output_ids)
+        return len(self.sequence.output.token_ids)
 
     @property
     def num_unsent(self) -> int:
-        return len(self.sequence.output_ids) - self._sent
+        return len(self.sequence.output.token_ids) - self._sent
 
     @property
     def is_finished(self) -> bool:
@@ -213,7 +213,7 @@ class _Choice:
         self._sent = end
         return Delta(
             request_id=self._request_id,
-            choice=self.sequence.choice,
+            choice=self.sequence.request.choice,
             index=start,
             text=self._text(start, end),
             token_ids=self.sequence.output_ids[start:end],
@@ -222,21 +222,21 @@ class _Choice:
         )
 
     def _guessed(self, start: int, end: int) -> list[int] | None:
-        guessed = self.sequence.guessed
+        guessed = self.sequence.output.guessed
         if guessed is None:
             return None
         return guessed[bisect_left(guessed, start) : bisect_left(guessed, end)]
 
     def rewind(self, num_tokens: int) -> None:
         self._sent = num_tokens
-        self._detokenizer = Detokenizer(self._tokenizer, self.sequence.stop)
+        self._detokenizer = Detokenizer(self._tokenizer, self.sequence.request.stop)
         self._text(0, num_tokens)
 
     def finish(self) -> ChoiceEnd:
         sequence = self.sequence
         assert sequence.finish_reason is not None, "only a finished choice is reported"
         return ChoiceEnd(
-            choice=sequence.choice,
+            choice=sequence.request.choice,
             finish_reason=sequence.finish_reason,
             num_tokens=self.num_tokens,
             text=self._detokenizer.flush(),
@@ -249,14 +249,14 @@ class _Choice:
         return self._detokenizer.push(token_ids[start:end])
 
     def _logprobs(self, start: int, end: int) -> list[TokenLogprob] | None:
-        if self.sequence.num_logprobs < 0:
+        if self.sequence.request.num_logprobs < 0:
             return None
-        return [self._token_logprob(entry) for entry in self.sequence.output_logprobs[start:end]]
+        return [self._token_logprob(entry) for entry in self.sequence.output.logprobs[start:end]]
 
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
-        if self.sequence.num_prompt_logprobs < 0:
+        if self.sequence.request.num_prompt_logprobs < 0:
             return None
-        return [None, *[self._token_logprob(entry) for entry in self.sequence.prompt_logprobs]]
+        return [None, *[self._token_logprob(entry) for entry in self.sequence.output.prompt_logprobs]]
 
     def _token_logprob(self, entry: TokenLogprobs) -> TokenLogprob:
         text = self._tokenizer.token_text

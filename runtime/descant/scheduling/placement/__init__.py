@@ -1,1 +1,1 @@
-"""Where adapter versions go on the device: slots, bytes, order of loads."""
+"""Places on the device: adapter slots, arena bytes and the order of loads; runs of free blocks."""

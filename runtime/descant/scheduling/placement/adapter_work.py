@@ -1,4 +1,4 @@
-"""What the scheduler has the executor do with adapters, between steps and beside them."""
+"""`AdapterWork`: moves, loads and prefetches that the executor does between steps and beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from descant.contract.version import AdapterVersion
 
 
 class AdapterLoad(NamedTuple):
-    """A version to be put on the device. `epoch` tells a late answer from one about the present executor."""
+    """A version to be put on the device. `epoch` tells an answer of the present executor from a late one."""
 
     epoch: int
     version: AdapterVersion
@@ -18,7 +18,7 @@ class AdapterLoad(NamedTuple):
 
 
 class AdapterWork(NamedTuple):
-    """What the executor is to do, in this order: move, then load. `prefetches` only go as far as host memory."""
+    """Work for the executor, in this order: moves, then loads. `prefetches` are read into host memory only."""
 
     moves: tuple[AdapterMove, ...] = ()
     loads: tuple[AdapterLoad, ...] = ()

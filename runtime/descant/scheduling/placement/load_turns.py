@@ -1,8 +1,8 @@
-"""`LoadTurns`: in which order versions that have their place are read.
+"""`LoadTurns`: the order in which versions that have a place are read.
 
-Only so many reads are begun as the executor carries out at once, and none is begun for a principal that has as many
-under way as are left for all others. So one cold adapter never waits for all that another principal has asked for
-before, and whoever is alone gets half of the reads.
+At most `MAX_READS` reads are under way, which the executor carries out at once. No read is begun for a principal that
+has as many under way as are left for all others. So one cold adapter never waits for all earlier loads of another
+principal, and a principal that is alone gets half of the reads.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Claimants = Callable[[str], Iterable[str]]
 
 
 class LoadTurns:
-    """The next load is one that the principal with the fewest under way waits for; among equals, whose turn is longest
-    ago. The loads of one principal keep their order."""
+    """Chooses the next load: one of the principal with fewest reads under way; among equals, of the one whose turn is
+    longest ago. The loads of one principal keep their order."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, AdapterLoad] = {}  # by digest
@@ -29,15 +29,19 @@ class LoadTurns:
         self._num_turns = 0
 
     def add(self, load: AdapterLoad) -> None:
-        """Let it wait behind what its principals wait for already."""
+        """Add a load behind the others of its principals."""
         self._waiting[load.version.digest] = load
 
     def is_waiting(self, digest: str) -> bool:
-        """Whether the load has not begun."""
+        """Return whether the load has not begun."""
         return digest in self._waiting
 
     def take(self, claimants: Claimants) -> tuple[AdapterLoad, ...]:
-        """Return the loads to begin now, in order."""
+        """Return the loads to begin now, in order.
+
+        Args:
+          claimants: returns the principals that wait for a digest.
+        """
         taken: list[AdapterLoad] = []
         while self._waiting:
             num_reads = Counter(self._readers.values())
@@ -54,7 +58,7 @@ class LoadTurns:
         return tuple(taken)
 
     def end(self, digest: str) -> None:
-        """The version has been read, or never will be; again is as well as once."""
+        """End the read of a version, successful or not. May be called again."""
         self._readers.pop(digest, None)
 
     def _reader(self, principals: Iterable[str], num_reads: Counter[str]) -> str:

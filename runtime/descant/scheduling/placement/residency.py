@@ -1,4 +1,4 @@
-"""`AdapterResidency`: which version is in which adapter slot, and where in the arena its bytes are."""
+"""`AdapterResidency`: the adapter slot and the arena extent of each version on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALIGNMENT_BYTES = 64
 
 
 class Placement(NamedTuple):
-    """Where a version is on the device, or will be once it is loaded there (`is_new`)."""
+    """The place of a version on the device. `is_new`: it has yet to be loaded there."""
 
     adapter_slot: int
     offset: int  # bytes from the beginning of the arena
@@ -31,7 +31,7 @@ class _Resident:
     num_users: int = 0
     is_loading: bool = True
     is_pinned: bool = False
-    is_doomed: bool = False  # it goes as soon as it can
+    is_doomed: bool = False  # to be removed as soon as it is idle
 
     @property
     def is_idle(self) -> bool:
@@ -41,8 +41,8 @@ class _Resident:
 class AdapterResidency:
     """Places versions in slots and bytes.
 
-    Only what nobody uses, what is not pinned and not being loaded is evicted, the least recently used first. What is
-    loaded may move: `take_moves` says where to, and a load that is decided later may lie where something was.
+    Versions that are unused, not pinned and not being loaded may be evicted, the least recently used first. Loaded
+    versions may be moved: `take_moves` returns the new offsets, and a later load may take an extent that a move frees.
     """
 
     def __init__(self, num_slots: int, num_bytes: int) -> None:
@@ -52,14 +52,14 @@ class AdapterResidency:
         self._unused: OrderedDict[str, None] = OrderedDict()  # evictable, least recently used first
         self._free_slots = list(range(num_slots))[::-1]
         self.num_available = num_bytes
-        """Bytes that are free or evictable."""
+        """Number of bytes that are free or evictable."""
         self._moves: list[Placement] = []  # not yet taken
 
     def check_fits(self, version: AdapterVersion, pins: Iterable[AdapterVersion] | None = None) -> None:
-        """Check that the version can ever have a place beside `pins`, or else beside what is pinned now.
+        """Check that the version can ever have a place beside `pins`; None: beside the versions that are pinned now.
 
         Raises:
-            AdapterTooLarge: it cannot; the error says how many bytes there are for it.
+            AdapterTooLarge: it cannot; the error gives the number of bytes there are for it.
             UnsupportedRequest: there are no slots at all.
         """
         if self.num_slots == 0:
@@ -74,34 +74,34 @@ class AdapterResidency:
             raise AdapterTooLarge(version.digest, version.num_bytes, num_bytes)
 
     def has_free_slot(self) -> bool:
-        """Whether some slot is empty or evictable."""
+        """Return whether some slot is empty or evictable."""
         return bool(self._free_slots or self._unused)
 
     def is_loaded(self, digest: str) -> bool:
-        """Whether the version can be used in a step now."""
+        """Return whether the version can be used in a step now."""
         resident = self._residents.get(digest)
         return resident is not None and not resident.is_loading
 
     def is_resident(self, digest: str) -> bool:
-        """Whether the version has a place, loaded or not."""
+        """Return whether the version has a place, loaded or not."""
         return digest in self._residents
 
     def is_pinned(self, digest: str) -> bool:
-        """Whether the version has a place that is never taken from it."""
+        """Return whether the version has a place that it never loses."""
         resident = self._residents.get(digest)
         return resident is not None and resident.is_pinned
 
     def offset_of(self, digest: str) -> int:
-        """Return where the bytes of a resident version are, once the moves are done."""
+        """Return the arena offset of a resident version once all moves are done."""
         return self._residents[digest].offset
 
     def place(self, version: AdapterVersion) -> Placement | None:
         """Return the version's place, giving it one if it has none; None if there is no room for it now.
 
-        A new one has to be loaded, which ends with `loaded` or `forget`.
+        A new one has to be loaded, which ends with `on_placed` or `forget`.
 
         Raises:
-            AdapterTooLarge: there is never room beside what is pinned.
+            AdapterTooLarge: there is never room beside the pinned versions.
         """
         resident = self._residents.get(version.digest)
         if resident is not None:
@@ -124,7 +124,7 @@ class AdapterResidency:
         return Placement(resident.adapter_slot, room.offset, is_new=True)
 
     def acquire(self, version: AdapterVersion) -> Placement | None:
-        """Use a version once more, as `place` places it."""
+        """Add a use of a version, placing it as `place` does."""
         placement = self.place(version)
         if placement is not None:
             self._residents[version.digest].num_users += 1
@@ -132,41 +132,41 @@ class AdapterResidency:
         return placement
 
     def take_moves(self) -> list[Placement]:
-        """Return what has moved since the last call and where to, in the order in which that is safe."""
+        """Return the moves decided since the last call, in an order in which none overwrites another version."""
         moves, self._moves = self._moves, []
         return moves
 
-    def loaded(self, digest: str) -> None:
-        """The version is on the device."""
+    def on_placed(self, digest: str) -> None:
+        """Record that the version is loaded."""
         self._residents[digest].is_loading = False
         self._settle(digest)
 
     def release(self, digest: str) -> None:
-        """End one use; the version stays until its place is needed."""
+        """End one use. The version stays until its place is needed."""
         resident = self._residents[digest]
         assert resident.num_users > 0, f"adapter {digest} was released twice"
         resident.num_users -= 1
         self._settle(digest)
 
     def pin(self, digest: str) -> None:
-        """Keep a version that has a place."""
+        """Keep a version that has a place from being evicted."""
         self._residents[digest].is_pinned = True
         self._settle(digest)
 
     def unpin(self, digest: str) -> None:
-        """Let a version, which may have no place, go like any other."""
+        """Let a version be evicted again. It may have no place."""
         if digest in self._residents:
             self._residents[digest].is_pinned = False
             self._settle(digest)
 
     def doom(self, digest: str) -> None:
-        """Free the place of a version, which may have none, as soon as nothing keeps it there."""
+        """Free the place of a version, if it has one, as soon as it is idle."""
         if digest in self._residents:
             self._residents[digest].is_doomed = True
             self._settle(digest)
 
     def forget(self, digest: str) -> None:
-        """Free the place of a version whose load failed, or which nobody uses. Its uses are void."""
+        """Free the place of an unused version or of one whose load failed. Its uses are void."""
         resident = self._residents.pop(digest)
         if digest in self._unused:
             del self._unused[digest]
@@ -189,7 +189,7 @@ class AdapterResidency:
         assert not any(self._residents[digest].is_doomed for digest in idle), "a version outlived its last use"
 
     def _settle(self, digest: str) -> None:
-        """Note whether the version can be evicted now."""
+        """Update whether the version can be evicted, after a change; remove it if it is idle and doomed."""
         resident = self._residents[digest]
         if resident.is_idle and digest not in self._unused:
             self._unused[digest] = None
@@ -201,7 +201,7 @@ class AdapterResidency:
             self.forget(digest)
 
     def _pieces(self) -> list[Piece]:
-        """The arena from its beginning to its end."""
+        """Return the pieces of the arena, from its beginning to its end."""
         pieces: list[Piece] = []
         end = 0
         by_offset = sorted((resident.offset, digest) for digest, resident in self._residents.items())
@@ -216,5 +216,5 @@ class AdapterResidency:
 
 
 def aligned(num_bytes: int) -> int:
-    """Return what an extent of that many bytes takes of the arena."""
+    """Return the aligned size of an extent in the arena."""
     return max(1, -(-num_bytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES

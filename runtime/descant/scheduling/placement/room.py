@@ -1,6 +1,6 @@
-"""`find_room`: where in the arena a new extent goes, what is evicted for it and what slides out of its way.
+"""`find_room`: chooses the extent of a new version in the arena, the versions evicted for it and those moved.
 
-Pure geometry: the arena is given as pieces from its beginning to its end, none of them left out.
+Pure geometry: the arena is given as pieces from its beginning to its end, without gaps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Piece(NamedTuple):
 
 
 class Room(NamedTuple):
-    """An extent at `offset` is free once the victims are gone and the moves done, in this order."""
+    """An extent at `offset` that is free once the victims are evicted and the moves done, in this order."""
 
     offset: int
     victims: tuple[str, ...] = ()
@@ -31,13 +31,13 @@ class Room(NamedTuple):
 def find_room(pieces: Sequence[Piece], idle: Sequence[str], num_bytes: int, needs_victim: bool) -> Room | None:
     """Return room for an extent, None if there is none.
 
-    What is free is taken as it is if it can be. Otherwise versions go, the least recently used first, until some run
-    of them and free bytes is long enough, and in it no more than must. Only if there never is such a run do extents
-    slide together.
+    A free piece is used if one is large enough. Otherwise versions become candidates for eviction, the least recently
+    used first, until some run of candidates and free bytes is long enough; within it as few bytes as possible are
+    evicted. Only if no such run exists are extents moved together.
 
     Args:
       idle: versions that may be evicted, the least recently used first.
-      needs_victim: at least one has to go in any case: its slot is needed.
+      needs_victim: at least one version must be evicted in any case, because its slot is needed.
     """
     if needs_victim and not idle:
         return None
@@ -51,13 +51,13 @@ def find_room(pieces: Sequence[Piece], idle: Sequence[str], num_bytes: int, need
 
 
 def _free_room(pieces: Sequence[Piece], num_bytes: int) -> Room | None:
-    """The smallest free piece that is large enough."""
+    """Return the smallest free piece that is large enough."""
     fitting = [piece for piece in pieces if piece.digest is None and piece.num_bytes >= num_bytes]
     return Room(min(fitting, key=lambda piece: piece.num_bytes).offset) if fitting else None
 
 
 def _evicted_room(pieces: Sequence[Piece], idle: Sequence[str], num_bytes: int) -> Room | None:
-    """The run whose most recently used member was used longest ago."""
+    """Return room in the run whose most recently used member was used longest ago."""
     place = {piece.digest: index for index, piece in enumerate(pieces)}
     runs = _Runs(pieces)
     for index, piece in enumerate(pieces):
@@ -71,14 +71,14 @@ def _evicted_room(pieces: Sequence[Piece], idle: Sequence[str], num_bytes: int) 
 
 
 class _Runs:
-    """Neighboring pieces that are free or may go, joined as they are added."""
+    """Runs of neighboring pieces that are free or may be evicted, joined as pieces are added."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._last_by_first: dict[int, int] = {}
         self._first_by_last: dict[int, int] = {}
 
     def add(self, index: int) -> tuple[int, int]:
-        """Add a piece; return the first and the last of the run it is part of now."""
+        """Add a piece; return the first and the last piece of its run."""
         first = self._first_by_last.get(index - 1, index)
         last = self._last_by_first.get(index + 1, index)
         self._last_by_first[first], self._first_by_last[last] = last, first
@@ -86,7 +86,7 @@ class _Runs:
 
 
 def _cheapest_run(pieces: Sequence[Piece], first: int, last: int, latest: int, num_bytes: int) -> Room:
-    """The part of a run, with `latest` in it, that evicts the fewest bytes."""
+    """Return the part of a run, with piece `latest` in it, that evicts the fewest bytes."""
     evicted = [0, *accumulate(0 if piece.digest is None else piece.num_bytes for piece in pieces[first : last + 1])]
     best: tuple[int, int, int] | None = None
     for begin, end in _windows([piece.num_bytes for piece in pieces[first : last + 1]], num_bytes):
@@ -100,7 +100,7 @@ def _cheapest_run(pieces: Sequence[Piece], first: int, last: int, latest: int, n
 
 
 def _slid_room(pieces: Sequence[Piece], idle: Sequence[str], num_bytes: int) -> Room | None:
-    """Between two fixed pieces: as many versions go as must, oldest first, and the others slide together."""
+    """Return room between two fixed pieces: as few versions as possible are evicted, oldest first, the others move."""
     zones = list(_zones(pieces))
     zone_of = {piece.digest: zone for zone in zones for piece in zone.pieces}
     gone: set[str] = set()
@@ -112,18 +112,18 @@ def _slid_room(pieces: Sequence[Piece], idle: Sequence[str], num_bytes: int) -> 
         rooms = [_slide(zone.pieces, gone, num_bytes) for zone in grown if zone.num_spare >= num_bytes]
         if rooms:
             _, window, victims = min(rooms, key=lambda room: room[0])
-            # The one that made it possible has to go; of the others, those used last stay if they can.
+            # The version that made it possible is evicted; of the others, those used last stay if possible.
             return _packed(window, _needed(window, [d for d in idle if d in victims], num_bytes))
     return None
 
 
 @dataclass
 class _Zone:
-    """Pieces that can all slide."""
+    """Consecutive pieces of which none is fixed."""
 
     pieces: Sequence[Piece]
     size_of: dict[str | None, int]
-    num_spare: int  # bytes that are free or given up
+    num_spare: int  # bytes that are free or to be evicted
 
 
 def _zones(pieces: Sequence[Piece]) -> Iterator[_Zone]:
@@ -138,7 +138,7 @@ def _zones(pieces: Sequence[Piece]) -> Iterator[_Zone]:
 
 
 def _slide(zone: Sequence[Piece], gone: set[str], num_bytes: int) -> tuple[int, Sequence[Piece], set[str]]:
-    """The window of a zone that has the bytes to spare and the fewest to move: its cost, pieces and victims."""
+    """Return the window of a zone with enough spare bytes and fewest to move: its cost, pieces and victims."""
     spare = [piece.num_bytes if piece.digest is None or piece.digest in gone else 0 for piece in zone]
     moved = [0, *accumulate(piece.num_bytes - free for piece, free in zip(zone, spare, strict=True))]
     cost, begin, end = min((moved[end] - moved[begin], begin, end) for begin, end in _windows(spare, num_bytes))
@@ -147,7 +147,7 @@ def _slide(zone: Sequence[Piece], gone: set[str], num_bytes: int) -> tuple[int, 
 
 
 def _needed(window: Sequence[Piece], victims: Sequence[str], num_bytes: int) -> set[str]:
-    """Of the victims, least recently used first, those that have to go."""
+    """Return the victims that must be evicted. `victims` are given least recently used first."""
     size_of = {piece.digest: piece.num_bytes for piece in window}
     needed, spare = set(victims), sum(piece.num_bytes for piece in window if piece.digest is None)
     spare += sum(size_of[digest] for digest in victims)
@@ -159,7 +159,7 @@ def _needed(window: Sequence[Piece], victims: Sequence[str], num_bytes: int) -> 
 
 
 def _packed(window: Sequence[Piece], victims: set[str]) -> Room:
-    """What stays slides to the beginning of the window, in order; the room is behind it."""
+    """Return the room behind the remaining versions, which move to the beginning of the window in order."""
     offset = window[0].offset
     moves: list[tuple[str, int]] = []
     for piece in window:
@@ -171,7 +171,7 @@ def _packed(window: Sequence[Piece], victims: set[str]) -> Room:
 
 
 def _windows(values: Sequence[int], total: int) -> Iterator[tuple[int, int]]:
-    """For each beginning the shortest range whose values sum up to `total` at least."""
+    """Yield, for each beginning, the shortest range whose values sum up to at least `total`."""
     end = current = 0
     for begin in range(len(values)):
         while current < total and end < len(values):

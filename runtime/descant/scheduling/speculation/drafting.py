@@ -1,7 +1,7 @@
-"""`Drafter`: what a sequence may say next, guessed from its own text and by the draft heads of its adapter.
+"""`Drafter`: guesses the next tokens of a sequence from its own text and from the draft heads of its adapter.
 
-It learns from the text alone how far it is to be believed: whenever a token comes, it looks whether that is the one it
-would have guessed, whether or not the guess was verified. So it soon knows when a text begins to repeat itself.
+It learns the reliability of its guesses from the text alone: each new token is compared with the one it would have
+guessed, whether or not that guess was verified. So it notices soon when a text begins to repeat itself.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from descant.scheduling.speculation.guess import Guess, merged, of_heads, of_tex
 from descant.scheduling.speculation.ngram import NgramIndex
 from descant_client.speculation import Speculation
 
-_KEPT = 0.95  # of the weight of what was seen earlier, with each new token
-_LEAST_RATE = 1e-6  # so that what never comes true can still be weighed
-_MAX_AWAITED = 256  # choices of heads that are yet to be judged
-_NUM_ODDS = 8  # nodes whose likelihoods are remembered
-_NEW_SHARE = 0.2  # of the latest candidates in what heads are good for
-_SILENT_LOOKS = 4  # that make it wait for one token more,
-_MAX_PATIENCE = 3  # up to so many more than one
+_KEPT = 0.95  # share of the weight of earlier observations that is kept with each new token
+_LEAST_RATE = 1e-6  # above 0, so that its logarithm exists
+_MAX_AWAITED = 256  # first choices of heads that cannot be compared with the text yet
+_NUM_LIKELIHOODS = 8  # of the likeliest nodes that are remembered
+_NEW_SHARE = 0.2  # weight of the latest candidates in the average of likelihoods
+_SILENT_LOOKS = 4  # looks at the text without a guess that make it wait for one token more,
+_MAX_PATIENCE = 3  # up to this many more than one
 AUTO = Speculation()
 
 
 class Spoken(Protocol):
-    """A sequence, as far as drafting goes."""
+    """The part of a sequence that drafting reads."""
 
     @property
     def num_prompt_tokens(self) -> int: ...
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and output."""
+        """Number of tokens of prompt and output."""
         ...
 
     def tokens(self, start: int, stop: int) -> list[int]:
@@ -43,7 +43,7 @@ class Spoken(Protocol):
 
 
 class _Record:
-    """How often something came true, of late, against how often it was to be expected."""
+    """Ratio of hits to expected hits, in which older observations weigh less."""
 
     def __init__(self, hits: float, expected: float) -> None:
         self._hits, self._expected = hits, expected
@@ -53,7 +53,7 @@ class _Record:
         self._expected = _KEPT * self._expected + expected
 
     def drift(self) -> None:
-        """Go back a little to where it began, as if so much had come true: nothing is held against anybody for ever."""
+        """Move a rate below 1 a little towards 1, so that bad experience fades."""
         if self._hits < self._expected:
             self.add(2.0 * (1.0 - _KEPT), 2.0 * (1.0 - _KEPT))
 
@@ -63,32 +63,32 @@ class _Record:
 
 
 class Drafter:
-    """Guesses for one sequence. What came of those that were verified is counted here."""
+    """Guesses for one sequence, and counts the results of verified guesses."""
 
     def __init__(self, settings: Speculation = AUTO) -> None:
         self.settings = settings
-        self.num_drafts = 0  # verified
-        self.num_drafted = 0  # tokens on the longest way through each
-        self.num_accepted = 0  # tokens of drafts that came true: each is a step saved
+        self.num_drafts = 0  # drafts that were verified
+        self.num_drafted = 0  # tokens on the longest path through each
+        self.num_accepted = 0  # tokens of drafts that became output: each is a step saved
         self._index = NgramIndex(settings.min_ngram, max(settings.min_ngram, settings.max_ngram))
-        self._num_silent = 0  # looks at the text, one after the other, that found nothing to say
+        self._num_silent = 0  # consecutive looks at the text without a guess
         self._text_record = _Record(1.0, 2.0)
-        self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # from which position on
-        self._awaited = deque[tuple[int, int, int, float]](maxlen=_MAX_AWAITED)  # position, head, its choice, how sure
+        self._candidates: tuple[int, list[list[int]], list[list[float]]] | None = None  # position; tokens by head
+        self._awaited = deque[tuple[int, int, int, float]](maxlen=_MAX_AWAITED)  # position, head, token, likelihood
         self._head_records: list[_Record] = []
-        self.odds: list[float] = []  # of the likeliest nodes that heads propose, of late
-        self._promises = _Record(2.0, 2.0)
-        self._promised = 0.0  # tokens that the draft under way is good for, if guesses keep what they promise
+        self.head_likelihoods: list[float] = []  # of the likeliest nodes that heads propose, of late
+        self._acceptance = _Record(2.0, 2.0)
+        self._num_expected = 0.0  # expected number of accepted tokens of the draft in flight; 0: not to be compared
 
     def read(self, sequence: Spoken, max_tokens: int) -> int:
-        """Take in what the text has become since it was last read, at most so many tokens; return how many.
+        """Read at most `max_tokens` tokens that the text has gained since the last call; return their number.
 
-        Where there was nothing to say for long, it waits for several tokens: read at once, they take less time.
+        If there was no guess for long, it waits for several tokens: reading them at once takes less time.
         """
         num_tokens, index = sequence.num_tokens, self._index
         if self._awaited:
             self._judge_heads(sequence)
-        self._promises.drift()
+        self._acceptance.drift()
         if not self.settings.ngram:
             return 0
         known = index.num_tokens
@@ -105,69 +105,84 @@ class Drafter:
         return len(new)
 
     def guess(self, sequence: Spoken, max_nodes: int, least: float = 0.0) -> Guess | None:
-        """Return a guess of what follows the sequence's last token; None: there is none, or not all of it is read.
+        """Return a guess of the next tokens; None if there is none, or the text is not completely read.
 
         Args:
-          least: likelihood below which nodes need not be named.
+          least: likelihood below which nodes may be left out.
         """
         max_nodes = min(max_nodes, self.settings.max_nodes)
-        said = self._text_guess(sequence, max_nodes, least)
+        repeated = self._text_guess(sequence, max_nodes, least)
         proposed = self._heads_guess(sequence, max_nodes)
-        if said is None or proposed is None:
-            return said or proposed
-        return pruned(merged((said, proposed)), 0.0, max_nodes)  # each alone may have as many as there may be
+        if repeated is None or proposed is None:
+            return repeated or proposed
+        return pruned(merged((repeated, proposed)), 0.0, max_nodes)  # each alone may have `max_nodes`
 
     @property
-    def kept_share(self) -> float:
-        """How much of what verified guesses promised came true, of late, from 0 to 1."""
-        return self._promises.rate
+    def acceptance_share(self) -> float:
+        """Accepted tokens of recent drafts as a share of the expected ones, from 0 to 1."""
+        return self._acceptance.rate
 
-    def promise(self, num_tokens: float) -> None:
-        """A draft will be verified whose nodes' likelihoods add up to so many tokens."""
-        self._promised = num_tokens
+    def expect(self, num_tokens: float) -> None:
+        """Record the sum of the nodes' likelihoods of a draft that will be verified. 0: do not judge it by that."""
+        self._num_expected = num_tokens
 
     def heads_gain(self, least: float) -> float:
-        """Return how many tokens the heads are good for beyond what verifying them costs, `least` each, of late."""
-        share, odds = self.kept_share, self.odds or [1.0]
-        return sum(max(0.0, share * likelihood - least) for likelihood in odds)
+        """Return the expected tokens of the heads' latest nodes, less the cost of verifying them, `least` each."""
+        share, likelihoods = self.acceptance_share, self.head_likelihoods or [1.0]
+        return sum(max(0.0, share * likelihood - least) for likelihood in likelihoods)
+
+    def share_head_likelihoods(self, known: list[float]) -> list[float]:
+        """Return `head_likelihoods`. If no head has proposed anything yet, start from `known`."""
+        self.head_likelihoods = self.head_likelihoods or known
+        return self.head_likelihoods
 
     def take_candidates(self, position: int, candidates: HeadCandidates) -> None:
-        """Keep what the heads propose from `position` on; it is good until another token is there."""
+        """Keep the heads' proposals for the tokens from `position` on. They are void once the next token is known."""
         width = candidates.num_candidates
         try:
-            ids, odds = unpack_ints(candidates.token_ids), unpack_floats(candidates.probabilities)
+            ids, likelihoods = unpack_ints(candidates.token_ids), unpack_floats(candidates.probabilities)
         except ValueError:
             return
-        if width <= 0 or not ids or len(ids) % width or len(ids) != len(odds) or not all(0 <= one <= 1 for one in odds):
-            return  # of no use; what they are for is only speed
+        is_whole = width > 0 and bool(ids) and len(ids) % width == 0 and len(ids) == len(likelihoods)
+        if not is_whole or not all(0 <= likelihood <= 1 for likelihood in likelihoods):
+            return  # of no use; only speed depends on them
         starts = range(0, len(ids), width)
-        self._candidates = position, [ids[at : at + width] for at in starts], [odds[at : at + width] for at in starts]
+        self._candidates = (
+            position,
+            [ids[at : at + width] for at in starts],
+            [likelihoods[at : at + width] for at in starts],
+        )
         self._head_records += [_Record(2.0, 2.0) for _ in range(len(self._head_records), len(starts))]
-        self._awaited.extend((position + head, head, ids[at], odds[at]) for head, at in enumerate(starts))
-        guess = self._heads_tree(_NUM_ODDS)
-        new_odds = [*(guess.probabilities if guess is not None else ()), *[0.0] * _NUM_ODDS][:_NUM_ODDS]
-        before = self.odds or new_odds
-        self.odds = [old + _NEW_SHARE * (new - old) for old, new in zip(before, new_odds, strict=True)]
+        self._awaited.extend((position + head, head, ids[at], likelihoods[at]) for head, at in enumerate(starts))
+        guess = self._heads_tree(_NUM_LIKELIHOODS)
+        nodes = guess.probabilities if guess is not None else ()
+        latest = [*nodes, *[0.0] * _NUM_LIKELIHOODS][:_NUM_LIKELIHOODS]
+        before = self.head_likelihoods or latest
+        self.head_likelihoods = [old + _NEW_SHARE * (new - old) for old, new in zip(before, latest, strict=True)]
 
     def learn(self, depth: int, num_accepted: int) -> None:
-        """A draft of so many tokens, one after the other, was verified, and so many of them came true.
+        """Record a verified draft: the length of its longest path, and the number of accepted tokens.
 
-        How many of those the text has got, before it ended, is for whoever puts them there to count.
+        `on_gained` counts the accepted tokens that became output before the text ended.
         """
         self.num_drafts += 1
         self.num_drafted += depth
-        if self._promised:
-            self._promises.add(num_accepted, self._promised)
-            self._promised = 0.0
+        if self._num_expected:
+            self._acceptance.add(num_accepted, self._num_expected)
+            self._num_expected = 0.0
+
+    def on_gained(self, num_tokens: int) -> None:
+        """Count tokens of a verified draft that became part of the output."""
+        self.num_accepted += num_tokens
 
     def forget_text(self) -> None:
-        """The sequence has ended: only what is counted is still of use."""
+        """Free the text and the proposals of a finished sequence. The counts stay."""
         self._index = NgramIndex(1, 1)
         self._awaited.clear()
         self._candidates = None
 
     def _judge_heads(self, sequence: Spoken) -> None:
-        """Take note of what heads said of tokens that are known by now."""
+        """Compare earlier first choices of heads with the tokens that are known by now."""
         later: list[tuple[int, int, int, float]] = []
         for position, head, token_id, likelihood in self._awaited:
             if position < sequence.num_tokens:
@@ -194,10 +209,10 @@ class Drafter:
         return self._heads_tree(max_nodes) if is_of_now else None
 
     def _heads_tree(self, max_nodes: int) -> Guess | None:
-        """What heads proposed last, as a tree."""
-        assert self._candidates is not None, "they have proposed something"
-        _, ids, odds = self._candidates
-        ids, weighed = ids[: self.settings.max_depth], odds[: self.settings.max_depth]
+        """Return the latest proposals of the heads as a guess."""
+        assert self._candidates is not None, "the heads have proposed something"
+        _, ids, likelihoods = self._candidates
+        ids, weighed = ids[: self.settings.max_depth], likelihoods[: self.settings.max_depth]
         if not self.settings.always:
             rates = [record.rate for record in self._head_records]
             weighed = [[rate * likelihood for likelihood in one] for rate, one in zip(rates, weighed, strict=False)]
@@ -207,7 +222,7 @@ class Drafter:
 
 
 def depth_of(parents: Iterable[int]) -> int:
-    """Return the number of nodes on the longest way through a tree."""
+    """Return the number of nodes on the longest path through a tree."""
     depths: list[int] = []
     for parent in parents:
         depths.append(1 if parent < 0 else depths[parent] + 1)

@@ -1,4 +1,4 @@
-"""`Guess`: a token tree and how likely each of its nodes is to come true. Pure functions on it."""
+"""`Guess`: a token tree with the likelihood of each of its nodes, and pure functions on it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple
 
 from descant.scheduling.speculation.ngram import DraftTree
 
-_SECOND_CHOICE = 0.5  # how much less likely a later continuation is than what the first one leaves
+_SECOND_CHOICE = 0.5  # likelihood of a later continuation, relative to the rest that the first one leaves
 
 
 class Guess(NamedTuple):
-    """`probabilities[i]` is that the text goes through node i: at most that of its parent."""
+    """`probabilities[i]` is the probability that the text goes through node i. It is at most that of its parent."""
 
     tree: DraftTree
     probabilities: tuple[float, ...]
 
 
 def second_chance(hit_rate: float) -> float:
-    """Return how likely another continuation is, where the first comes true as often as `hit_rate`."""
+    """Return the likelihood of another continuation, if the first one is right with probability `hit_rate`."""
     return (1.0 - hit_rate) * _SECOND_CHOICE
 
 
 def of_text(tree: DraftTree, hit_rate: float) -> Guess:
-    """Weigh what an index proposes, if its next token comes true as often as `hit_rate`."""
+    """Return the guess of a tree that an index proposes, if its next token is right with probability `hit_rate`."""
     probabilities: list[float] = []
     has_child: set[int] = set()
     for parent in tree.parents:
@@ -41,10 +41,10 @@ def of_heads(
     max_width: int,
     max_nodes: int,
 ) -> Guess | None:
-    """Make the likeliest tree of what heads propose (Cai et al. 2024, Medusa): node by node, the likeliest first.
+    """Return the likeliest tree of the heads' candidates (Medusa, Cai et al. 2024), grown from the likeliest node on.
 
     Args:
-      token_ids, probabilities: per head, which is the depth in the tree, its candidates, the likeliest first.
+      token_ids, probabilities: the candidates of each head, the likeliest first. The head is the depth in the tree.
     """
     nodes: list[int] = []
     parents: list[int] = []
@@ -77,10 +77,10 @@ def of_ways(
     probabilities: Sequence[Sequence[float]],
     max_nodes: int,
 ) -> Guess | None:
-    """Make a tree of a shape that is given (Medusa's choices) of what heads propose, the shallow nodes first.
+    """Return a tree of a given shape (Medusa's choices) of the heads' candidates, the shallow nodes first.
 
     Args:
-      ways: which candidate of each head leads to a node; those of heads that are not there are left out.
+      ways: for each node, the rank of the candidate of each head on its path. Nodes of missing heads are left out.
       token_ids, probabilities: as for `of_heads`.
     """
     nodes: dict[tuple[int, ...], int] = {}
@@ -101,7 +101,7 @@ def of_ways(
 
 
 def merged(guesses: Iterable[Guess]) -> Guess:
-    """Return one guess with the nodes of all, one at least; what several propose is as likely as the surest says."""
+    """Return one guess with the nodes of all, at least one. A shared node gets its highest likelihood."""
     nodes: dict[tuple[int, int], int] = {}  # parent and token → node
     weights: list[float] = []
     for guess in guesses:
@@ -117,13 +117,13 @@ def merged(guesses: Iterable[Guess]) -> Guess:
     return Guess(DraftTree.of(nodes), tuple(weights))
 
 
-def believed(guess: Guess, share: float) -> Guess:
-    """Return a guess of which only so much is believed, from 0 to 1."""
+def discounted(guess: Guess, share: float) -> Guess:
+    """Return the guess with all likelihoods multiplied by `share`, from 0 to 1."""
     return Guess(guess.tree, tuple(share * likelihood for likelihood in guess.probabilities))
 
 
 def pruned(guess: Guess, least: float, max_nodes: int) -> Guess | None:
-    """Return the nodes that are at least as likely as `least`, at most `max_nodes`, the likeliest; None: none is."""
+    """Return the `max_nodes` likeliest nodes of those at least as likely as `least`; None if there is none."""
     order = sorted(range(len(guess.probabilities)), key=lambda node: (-guess.probabilities[node], node))
     kept = sorted(node for node in order[:max_nodes] if guess.probabilities[node] >= least)
     if not kept:

@@ -1,10 +1,10 @@
-"""`NgramIndex`: what a sequence's own text suggests will come next, as a `DraftTree` for speculative decoding.
+"""`NgramIndex`: guesses the next tokens of a text from the text itself, as a `DraftTree` for speculative decoding.
 
-This is prompt lookup: where the last few tokens have occurred before, what followed then is a cheap guess at what
-follows now. A guess costs no model and may be wrong; whoever verifies it keeps what is right. Where the occurrences
+This is prompt lookup: if the last few tokens have occurred before, the tokens that followed then are a cheap guess at
+the next ones. A guess runs no model and may be wrong; verification keeps the right part of it. If the occurrences
 disagree, the guesses become branches of one tree, most recent first.
 
-An n-gram is entered only once a token follows it. So the end of the text never matches itself.
+An n-gram is entered only once a token follows it, so the end of the text never matches itself.
 """
 
 from __future__ import annotations
@@ -13,58 +13,57 @@ from collections.abc import Iterable
 from itertools import cycle, islice
 from typing import NamedTuple
 
-MAX_OCCURRENCES = 8  # of an n-gram that are looked at, the most recent ones
-MAX_LENGTHS = 4  # of n-grams that are kept: each takes some 100 bytes per token
+MAX_OCCURRENCES = 8  # of an n-gram that are used, the most recent ones
+MAX_LENGTHS = 4  # lengths of n-grams that are kept: each takes some 100 bytes per token
 TOKEN_BITS = 32
 
 
 class DraftTree(NamedTuple):
-    """Nodes in an order in which parents come first; parents[i] is the node before node i, -1 for the sequence's
-    last known token."""
+    """A tree of tokens, parents first. `parents[i]` is the node before node i, -1 for the sequence's last token."""
 
     token_ids: tuple[int, ...]
     parents: tuple[int, ...]
 
     @classmethod
     def of(cls, nodes: Iterable[tuple[int, int]]) -> DraftTree:
-        """Return the tree of a trie that is not empty: the parent and the token of each node, in the nodes' order."""
+        """Return the tree with these nodes, at least one: the parent and the token of each, in order."""
         parents, token_ids = zip(*nodes, strict=True)
         return cls(token_ids, parents)
 
     def beginning(self, num_nodes: int) -> DraftTree | None:
-        """Return the tree of its first nodes; None if that is none."""
+        """Return the tree of the first `num_nodes` nodes; None if there are none."""
         return DraftTree(self.token_ids[:num_nodes], self.parents[:num_nodes]) if num_nodes > 0 else None
 
 
 class NgramIndex:
-    """Where each n-gram of a sequence's tokens has occurred; grows with it, never rescans.
+    """The positions of each n-gram of a text. It grows with the text and never rescans it.
 
-    An n-gram is an integer, and so is what is kept of it: containers, one for each token of each sequence, would have
-    the garbage collector go through all of them again and again.
+    N-grams and positions are integers: containers, one for each token of each sequence, would make every run of the
+    garbage collector slow.
     """
 
     def __init__(self, min_n: int, max_n: int) -> None:
         assert 1 <= min_n <= max_n, f"no n-gram is between {min_n} and {max_n} tokens long"
         self._tokens: list[int] = []
         self._window = 0  # the last max_n tokens as one number, the last one lowest
-        # Per length, the longest first: a mask for the window; where the text went on after the latest occurrence of
-        # each n-gram; and, for each such position, after the one before, 0 if there is none.
+        # Per length, the longest first: a mask for the window; the position after the latest occurrence of each n-gram;
+        # and, for each such position, the position after the occurrence before, 0 if there is none.
         self._kinds: list[tuple[int, int, dict[int, int], list[int]]] = [
             (n, (1 << TOKEN_BITS * n) - 1, {}, []) for n in _lengths(min_n, max_n)
         ]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens taken so far."""
+        """Number of tokens taken so far."""
         return len(self._tokens)
 
     def extend(self, token_ids: Iterable[int]) -> None:
-        """Take the tokens that come next."""
+        """Append the next tokens of the text."""
         for token in token_ids:
             self.take(token)
 
     def take(self, token_id: int) -> bool | None:
-        """Take the token that comes next. Was it the one that `propose` would have begun with? None: with nothing."""
+        """Append the next token. Return whether `propose` would have begun with it; None if it had proposed nothing."""
         tokens, window = self._tokens, self._window
         end, found = len(tokens), 0
         for n, mask, latest, earlier in self._kinds:
@@ -79,9 +78,9 @@ class NgramIndex:
         return tokens[found] == token_id if found else None
 
     def propose(self, max_depth: int, max_width: int, max_nodes: int) -> DraftTree | None:
-        """Return what followed the longest known n-gram that the text ends with; None if there is none or no room.
+        """Return the continuations of the longest known n-gram at the end; None if there is none, or no room.
 
-        The first of at most `max_width` branches gets its nodes first; later ones get what is left of `max_nodes`.
+        The first of at most `max_width` branches gets its nodes first; later ones get the rest of `max_nodes`.
         """
         if min(max_depth, max_width, max_nodes) < 1:
             return None
@@ -94,7 +93,7 @@ class NgramIndex:
         return DraftTree.of(nodes) if nodes else None
 
     def _matches(self) -> list[int]:
-        """Return where the text went on after the longest n-gram that it also ends with, most recent first."""
+        """Return the positions after earlier occurrences of the longest n-gram at the end, most recent first."""
         for n, mask, latest, earlier in self._kinds:
             position = latest.get(self._window & mask, 0) if n <= len(self._tokens) else 0
             starts: list[int] = []
@@ -106,18 +105,18 @@ class NgramIndex:
         return []
 
     def _continuation(self, start: int, depth: int) -> Iterable[int]:
-        """Return `depth` tokens from `start` on. Past the end of the text the copy reads itself, so it repeats."""
+        """Return `depth` tokens from `start` on. Beyond the end of the text they repeat from `start`."""
         return islice(cycle(self._tokens[start : start + depth]), depth)
 
 
 def _lengths(min_n: int, max_n: int) -> list[int]:
-    """The lengths to look for, the longest first: all, or as many as may be, spread over the range."""
+    """Return the lengths to keep, the longest first: all of the range, or `MAX_LENGTHS` spread over it."""
     most = min(MAX_LENGTHS, max_n - min_n + 1)
     return [max_n - round(i * (max_n - min_n) / max(1, most - 1)) for i in range(most)]
 
 
 def _grow(nodes: dict[tuple[int, int], int], branch: Iterable[int], max_nodes: int) -> bool:
-    """Merge a branch into a trie, which maps parent and token to a node, in order. Return whether it added any."""
+    """Merge a branch into a trie, which maps parent and token to a node. Return whether it added any node."""
     num_before = len(nodes)
     parent = -1
     for token in branch:

@@ -1,38 +1,54 @@
-"""`StepCosts`: what a step takes, learned from steps that only decoded.
+"""`StepCosts`: durations of steps, learned from steps that only decoded.
 
-A plain step is measured by how many rows it has. What verifying adds is fitted to the steps that verified, by least
-squares in which older steps count less: so much for having any draft, so much per node of a draft, so much for running
-draft heads, which mostly read their weights. So it holds for any machine, a CPU as well, and follows what else it does.
+Plain steps are averaged by their number of rows. The additional time of verifying is fitted to the steps that verified,
+by least squares in which older steps weigh less. It has three terms: one for having any draft, one per node of a draft,
+and one for running draft heads, which mostly read their weights. So the model fits any machine, a CPU too, and follows
+changes in its other load.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from descant.contract.plan import StepPlan, num_drafted
 
-_NEW_SHARE = 0.2  # of a new measurement in the average of plain steps
-_KEPT = 0.97  # of the weight of earlier steps, with each new one
-_KEPT_OVER_PLAIN = 0.99  # the same, with each plain one: what is not seen again is not believed for ever
-_PRIOR_WEIGHT = 0.05  # of what is assumed before anything is measured, in steps
+_NEW_SHARE = 0.2  # weight of a new measurement in the average of plain steps
+_KEPT = 0.97  # share of the weight of earlier steps that is kept with each new one
+_KEPT_OVER_PLAIN = 0.99  # the same with each plain step, so that old measurements fade
+_PRIOR_WEIGHT = 0.05  # weight of the costs assumed before anything is measured, in steps
 _PRIOR = (0.05, 0.05, 0.2)  # shares of a plain step: any draft, a node, any draft heads
-_ROUNDS = 4  # of the solver, with each step; it begins where it was
-# Heads mostly run where there are drafts as well, so steps hardly tell the two apart; neither is ever for nothing.
+_OTHERS = ((1, 2), (2, 0), (0, 1))  # for each of the three costs, the other two
+_ROUNDS = 4  # of the solver with each step; it begins at its last result
+# Least of the three. Heads mostly run together with drafts, so steps hardly tell the two apart; neither is free.
 _LEAST = (0.02, 0.0, 0.1)
-_NEARLY = 0.125  # of a number of rows
-_SURELY_LESS = 0.8  # of a plain step: what did more and took less
-_MOST = 10.0  # plain steps: what takes longer was held up by something else
+_NEARLY = 0.125  # difference between similar numbers of rows, relative
+_SURELY_LESS = 0.8  # of a plain step: a step that did more in less time proves the average wrong
+_MOST = 10.0  # plain steps: a longer step was delayed by something else
+
+
+class AddedCosts(NamedTuple):
+    """What speculation adds to the duration of a plain step, in plain steps."""
+
+    any_draft: float  # that there is any draft at all
+    node: float  # each node of a draft
+    heads: float  # that draft heads run for any row
+
+    def times(self, factor: float) -> AddedCosts:
+        """Return the costs multiplied by a factor."""
+        return AddedCosts(factor * self.any_draft, factor * self.node, factor * self.heads)
 
 
 class StepCosts:
-    """Seconds of decode steps. It knows nothing until it has seen a plain one."""
+    """Durations of decode steps. Nothing is known until a plain one was measured."""
 
     def __init__(self) -> None:
         self._plain: dict[int, float] = {}  # by number of rows
-        self._products = [[0.0] * 3 for _ in range(3)]  # sums of products of what steps had
-        self._targets = [0.0] * 3  # and with what they took beyond a plain step
-        self.added = _PRIOR  # what any draft, a node, and any draft heads add to a step, in plain steps
+        self._products = [[0.0] * 3 for _ in range(3)]  # sums of products of the terms of steps
+        self._targets = [0.0] * 3  # and of the terms with the time beyond a plain step
+        self.added = AddedCosts(*_PRIOR)
 
     def learn(self, plan: StepPlan, seconds: float) -> bool:
-        """Take a step into account, if it only decoded; return whether it did."""
+        """Take a step into account if it only decoded; return whether it did."""
         if seconds <= 0 or plan.admit or any(row.num_new_tokens > 1 for row in plan.rows):
             return False
         num_rows = len(plan.rows)
@@ -41,7 +57,7 @@ class StepCosts:
         if not num_nodes and not has_heads:
             self._average(num_rows, seconds)
         elif (known := self._nearest(num_rows)) is not None:
-            if seconds < _SURELY_LESS * self._plain[known]:  # it did more, so the plain ones had been held up
+            if seconds < _SURELY_LESS * self._plain[known]:  # it did more, so the plain steps had been delayed
                 self._average(known, seconds)
             else:
                 added = min(seconds / self._plain[known], _MOST) - 1.0
@@ -49,7 +65,7 @@ class StepCosts:
         return True
 
     def plain(self, num_rows: int) -> float | None:
-        """Return the seconds of a plain step of so many rows, or nearly so many; None: none was seen."""
+        """Return the seconds of a plain step of about `num_rows` rows; None if none was measured."""
         known = self._nearest(num_rows)
         return None if known is None else self._plain[known]
 
@@ -71,12 +87,12 @@ class StepCosts:
                 self._products[i][j] = kept * self._products[i][j] + one * other
         self.added = self._solved()
 
-    def _solved(self) -> tuple[float, float, float]:
-        """The least squares of what cannot be less than `_LEAST`, by coordinate descent from where it was."""
+    def _solved(self) -> AddedCosts:
+        """Return the least-squares costs, none below `_LEAST`, by coordinate descent from the last result."""
         found, weight = list(self.added), _PRIOR_WEIGHT
         for _ in range(_ROUNDS):
-            for i, row in enumerate(self._products):  # by hand, for it is done with every step
-                others = row[i - 2] * found[i - 2] + row[i - 1] * found[i - 1]
+            for i, (row, (j, k)) in enumerate(zip(self._products, _OTHERS, strict=True)):
+                others = row[j] * found[j] + row[k] * found[k]  # written out, as it is done with every step
                 one = (self._targets[i] + weight * _PRIOR[i] - others) / (row[i] + weight)
                 found[i] = one if one > _LEAST[i] else _LEAST[i]
-        return found[0], found[1], found[2]
+        return AddedCosts(*found)

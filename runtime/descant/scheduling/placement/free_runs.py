@@ -1,4 +1,4 @@
-"""`FreeRuns`: free block ids as runs of consecutive ones, so that a sequence's blocks tend to lie side by side."""
+"""`FreeRuns`: free block ids as runs of consecutive ids, so that a sequence's blocks tend to be adjacent."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import heapq
 from collections.abc import Iterator
 from itertools import pairwise
 
-MAX_STALE = 4  # the heap is made anew when it holds this many times more entries than there are runs
+MAX_STALE = 4  # the heap is rebuilt when it has this many times more entries than there are runs
 
 
 class FreeRuns:
-    """A set of integers below `count`, all in it at first. Taking and giving back cost O(log runs) each."""
+    """A set of integers below `count`, which contains all of them at first. `take` and `give` cost O(log runs)."""
 
     def __init__(self, count: int) -> None:
         self._count = 0
         self._stop_by_start: dict[int, int] = {}
         self._start_by_stop: dict[int, int] = {}
-        self._by_length: list[tuple[int, int]] = []  # heap of (-length, start), with entries of runs that are no more
+        self._by_length: list[tuple[int, int]] = []  # heap of (-length, start), with stale entries of former runs
         if count:
             self._add(0, count)
 
@@ -27,12 +27,12 @@ class FreeRuns:
         return (i for start, stop in sorted(self._stop_by_start.items()) for i in range(start, stop))
 
     def take(self, count: int, after: int = -1) -> list[int]:
-        """Remove `count` integers: those following `after` if free, else from the longest runs."""
+        """Remove and return `count` integers: those following `after` if they are free, else from the longest runs."""
         assert count <= self._count, f"{count} of {self._count} free blocks are asked for"
         taken = self._take_from(after + 1, after + 1, count) if after + 1 in self._stop_by_start and after >= 0 else []
         while len(taken) < count:
             start, stop = self._longest()
-            # From the middle of the run, so that whoever has what lies before it can grow.
+            # From the middle of the run, so that the owner of the blocks before it can grow.
             spare = max(0, stop - start - (count - len(taken)))
             taken += self._take_from(start, start + spare // 2, count - len(taken))
         return taken
