@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from descant.messages import VersionFailed
+from descant.messages import PinsRefused, VersionFailed
 from descant_client.errors import AdapterTooLarge, InvalidRequest
 from registry_desk import ANNA, BERT, Desk, crash, digest_of, open_desk, wait_until, write_adapter
 
@@ -165,3 +165,26 @@ async def test_the_next_life_of_the_registry_tells_them_again(tmp_path: Path) ->
 
         assert pinned(desk) == [digest]
         assert len(desk.pins) == 3
+
+
+async def test_a_pin_that_the_device_refuses_is_marked_until_it_is_taken(tmp_path: Path) -> None:
+    async with open_desk(tmp_path) as desk:
+        digest = await load(desk, "a", "aaa")
+        await load(desk, "b", "aaa")
+        await desk.change("pin", "a")
+
+        await desk.registry.tell(PinsRefused((digest,)))
+        assert {info.name: info.is_unplaceable for info in await desk.listed()} == {"a": True, "b": False}
+
+        await desk.registry.tell(PinsRefused(()))
+        assert not any(info.is_unplaceable for info in await desk.listed())
+
+
+async def test_a_pin_beyond_a_budget_that_was_lowered_is_marked(tmp_path: Path) -> None:
+    async with open_desk(tmp_path, num_slots=4, max_pinned_share=1.0) as desk:
+        for name in "ab":
+            await load(desk, name, name)
+            await desk.change("pin", name)
+
+    async with open_desk(tmp_path, num_slots=1, max_pinned_share=1.0) as desk:
+        assert {info.name: info.is_unplaceable for info in await desk.listed()} == {"a": False, "b": True}

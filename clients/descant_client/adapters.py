@@ -87,6 +87,11 @@ class Adapter:
         return self.info.is_pinned
 
     @property
+    def is_unplaceable(self) -> bool:
+        """Whether it is pinned and the server has no room for it beside the pins before it."""
+        return self.info.is_unplaceable
+
+    @property
     def is_enabled(self) -> bool:
         """Whether it is applied; if not, the base model answers requests for it."""
         return self.info.is_enabled

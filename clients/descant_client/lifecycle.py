@@ -180,6 +180,7 @@ class AdapterInfo(Wire, frozen=True):
     is_shared: bool = False
     is_pinned: bool = False
     is_enabled: bool = True
+    is_unplaceable: bool = False  # pinned, and there is no room for it beside the pins before it
 
 
 class Adapters(ServerMessageBase, frozen=True):

@@ -92,13 +92,19 @@ class VersionFailed(Message, frozen=True):
     digest: str
 
 
+class PinsRefused(Message, frozen=True):
+    """The pinned versions, by digest, for which the device has no room beside the pins before them."""
+
+    digests: tuple[str, ...]
+
+
 class VersionUnused(Message, frozen=True):
     """The last lease on this version was released."""
 
     digest: str
 
 
-RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFailed | VersionUnused
+RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFailed | VersionUnused | PinsRefused
 
 # ---- scheduler -----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The registry of the dummy engine: every adapter exists, every operation succeeds and changes only names.
 
-Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused. Asks: no actor. Owns: the names
-that were made, for this life only.
+Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused, PinsRefused. Asks: no actor.
+Owns: the names that were made, for this life only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from descant.messages import (
     AdapterList,
     ChangeAdapter,
     ListRegistered,
+    PinsRefused,
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
@@ -67,7 +68,7 @@ class DummyRegistry(Actor[RegistryMessage]):
             case ChangeAdapter(principal, change):
                 entry = self._change(principal, change)
                 return AdapterList(() if entry is None else (entry.info(),))
-            case VersionFailed() | VersionUnused():
+            case VersionFailed() | VersionUnused() | PinsRefused():
                 return None
 
     def _list(self, principal: Principal, name: str | None) -> AdapterList:

@@ -1,7 +1,7 @@
 """The registry actor: names of adapters, and the versions that they stand for.
 
-Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused. Asks: fetch, worker. Owns: the
-catalog, the store's index, the versions that were prepared in this life.
+Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused, PinsRefused. Asks: fetch,
+worker. Owns: the catalog, the store's index, the versions that were prepared in this life.
 
 The journal belongs to the system, as its lock must outlast a crash of this actor. Each life reads the names from it and
 indexes the store. Content is read once: later changes of its files have no effect until a client loads it again.
@@ -19,6 +19,7 @@ from descant.actor.ref import Ref
 from descant.catalog.catalog import Catalog
 from descant.catalog.changes import Changes
 from descant.catalog.contents import Contents
+from descant.catalog.entry import Entry
 from descant.catalog.journal import Journal
 from descant.catalog.pins import PinBudget
 from descant.catalog.quota import OwnerQuota
@@ -34,6 +35,7 @@ from descant.messages import (
     ChangeAdapter,
     FetchMessage,
     ListRegistered,
+    PinsRefused,
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
@@ -41,6 +43,7 @@ from descant.messages import (
 )
 from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import AdapterInvalid, DescantError
+from descant_client.lifecycle import AdapterInfo
 from descant_client.wire import WeightedAdapter
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,8 @@ class Registry(Actor[RegistryMessage]):
         self._budget = PinBudget.of(config)
         self._quota = OwnerQuota.of(config)
         self._pins: tuple[AdapterVersion, ...] | None = None
+        self._omitted_pins: tuple[str, ...] = ()  # digests that do not fit the budget
+        self._refused_pins: tuple[str, ...] = ()  # digests that do not fit the device
 
     async def on_start(self) -> None:
         """Read the journal and index the store."""
@@ -111,15 +116,20 @@ class Registry(Actor[RegistryMessage]):
             case VersionFailed(digest):
                 self._versions.on_damaged(digest)
                 self._update_pins()
+            case PinsRefused(digests):
+                self._refused_pins = digests
             case VersionUnused(digest):
                 return self.later(self._versions.on_unused(digest))
         return None
 
     def _list(self, principal: Principal, name: str | None) -> AdapterList:
         if name is None:
-            return AdapterList(tuple(entry.info() for entry in self._catalog.visible(principal)))
+            return AdapterList(tuple(map(self._info, self._catalog.visible(principal))))
         entry = self._catalog.find(principal, name)
-        return AdapterList(() if entry is None else (entry.info(),))
+        return AdapterList(() if entry is None else (self._info(entry),))
+
+    def _info(self, entry: Entry) -> AdapterInfo:
+        return entry.info(self._omitted_pins + self._refused_pins)
 
     async def _resolve(self, message: ResolveAdapters) -> AdapterVersion | None:
         with self._versions.temporary_lease() as lease:
@@ -154,7 +164,7 @@ class Registry(Actor[RegistryMessage]):
 
     async def _change(self, message: ChangeAdapter) -> AdapterList:
         entry = await self._changes.carry_out(message.principal, message.change)
-        return AdapterList(() if entry is None else (entry.info(),))
+        return AdapterList(() if entry is None else (self._info(entry),))
 
     # ---- pins -----------------------------------------------------------------------------------------------------
 
@@ -162,6 +172,8 @@ class Registry(Actor[RegistryMessage]):
         """Report the pinned versions if they have changed. Damaged ones are left out until they are made again."""
         pinned = [e for e in self._catalog.pinned() if e.version and self._versions.is_sound(e.version.digest)]
         pins = self._budget.fitting(pinned)
+        fitting = {version.digest for version in pins}
+        self._omitted_pins = tuple(e.version.digest for e in pinned if e.version and e.version.digest not in fitting)
         if pins != self._pins:
             self._pins = pins
             self._on_pins(pins)

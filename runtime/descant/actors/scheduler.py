@@ -35,6 +35,7 @@ from descant.messages import (
     ExecutorDown,
     ExecutorUp,
     ForgetVersion,
+    PinsRefused,
     PinVersions,
     RegistryMessage,
     SchedulerMessage,
@@ -76,6 +77,7 @@ class Scheduler(Actor[SchedulerMessage]):
         self._num_prefetching = 0
         self._outcomes: deque[tuple[PlannedStep, StepResult | DescantError]] = deque()  # of steps, not yet applied
         self._probe = probe  # makes a request that shows that the first executor can step
+        self._refused_pins: tuple[str, ...] = ()  # as last told to the registry
         self._work = anyio.Event()
         self._work_turn = anyio.Lock()  # adapter work is told in the order in which it was decided
 
@@ -85,6 +87,7 @@ class Scheduler(Actor[SchedulerMessage]):
         self._policy.adapters.set_pins(self._model.pinned)
         if self._model.is_up:
             self._policy.on_executor_up(self._model.engine.limits, self._model.engine.info.num_adapter_bytes)
+            await self._report_pins()
 
     async def on_receive(self, message: SchedulerMessage) -> None:
         """Handle one message."""
@@ -98,11 +101,13 @@ class Scheduler(Actor[SchedulerMessage]):
                     self._policy.unpark(sequence_id)
             case ExecutorUp(engine):
                 self._up(engine)
+                await self._report_pins()
             case ExecutorDown(reason):
                 self._down(reason)
             case PinVersions(versions):
                 self._model.pinned = versions
                 self._policy.adapters.set_pins(versions)
+                await self._report_pins()
             case ForgetVersion(digest):
                 self._policy.adapters.forget_version(digest)
                 self._drop(digest)
@@ -113,6 +118,14 @@ class Scheduler(Actor[SchedulerMessage]):
         self._policy.on_executor_up(engine.limits, engine.info.num_adapter_bytes)
         if self._model.num_steps == 0:
             self._policy.submit([self._probe()])
+
+    async def _report_pins(self) -> None:
+        """Tell the registry which pins have no room on the device, if that has changed. It shows them to clients."""
+        refused = tuple(version.digest for version in self._policy.adapters.unplaceable_pins)
+        if self._model.is_up and refused != self._refused_pins:
+            self._refused_pins = refused
+            with contextlib.suppress(ActorError):  # a registry that is gone has no clients to show them to
+                await self._registry.tell(PinsRefused(refused))
 
     def _down(self, reason: str) -> None:
         if not self._model.is_up:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from descant.contract.version import AdapterVersion
@@ -35,8 +37,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         """Owner and name."""
         return self.owner, self.name
 
-    def info(self) -> AdapterInfo:
-        """Return the entry as clients see it."""
+    def info(self, unplaceable: Collection[str] = ()) -> AdapterInfo:
+        """Return the entry as clients see it. `unplaceable` are the digests of pins for which there is no room."""
         version = self.version
         return AdapterInfo(
             name=self.name,
@@ -47,4 +49,5 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
             is_shared=self.owner == SHARED,
             is_pinned=self.is_pinned,
             is_enabled=self.is_enabled,
+            is_unplaceable=self.is_pinned and version is not None and version.digest in unplaceable,
         )

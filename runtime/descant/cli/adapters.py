@@ -173,5 +173,6 @@ def _version(entry: Adapter) -> str | None:
 
 
 def _marks(entry: Adapter) -> str:
-    marks = {"shared": entry.is_shared, "pinned": entry.is_pinned, "disabled": not entry.is_enabled}
+    pinned = "pinned (no room)" if entry.is_unplaceable else "pinned"
+    marks = {"shared": entry.is_shared, pinned: entry.is_pinned, "disabled": not entry.is_enabled}
     return ", ".join(mark for mark, is_set in marks.items() if is_set)
