@@ -1,6 +1,9 @@
 # What developers and users run. `just` lists it.
 python := ".venv/bin/python"
 
+# The tests start many processes: modules are compiled once, also where this variable says otherwise
+export PYTHONDONTWRITEBYTECODE := ""
+
 _list:
     @just --list --unsorted
 
@@ -13,7 +16,7 @@ venv:
 
 # Install everything the tests need as well
 setup: venv
-    @{{python}} -c "import importlib.metadata as m; [m.version(p) for p in ('peft', 'pykka', 'ruff', 'pyright')]" 2>/dev/null \
+    @{{python}} -c "import importlib.metadata as m; [m.version(p) for p in ('peft', 'pykka', 'pytest-xdist', 'ruff', 'pyright')]" 2>/dev/null \
         || {{python}} -m pip install --quiet --editable '.[server,test]'
 
 # Every demo voice at once, the executor killed in the middle, then a chat
@@ -26,11 +29,11 @@ serve *ARGS: venv
 
 # The tests, without the slow ones
 test *ARGS: setup
-    {{python}} -m pytest -m "not slow and not gpu" {{ARGS}}
+    {{python}} -m pytest -n 2 -m "not slow and not gpu" {{ARGS}}
 
 # All tests a machine without a GPU can run
 test-all *ARGS: setup
-    {{python}} -m pytest -m "not gpu" {{ARGS}}
+    {{python}} -m pytest -n 2 -m "not gpu" {{ARGS}}
     @echo "not run here: tests marked gpu (just test-gpu)"
 
 # The tests that need a CUDA device

@@ -1,9 +1,9 @@
-"""What a message costs: our tell and ask against an anyio memory stream and pykka, and a remote round trip.
+"""The cost of a message: tell and ask against an anyio memory stream and pykka, and a remote round trip.
 
     python benchmarks/actors.py [--repeats 9] [--uvloop]
 
-All contestants run in turn within each repeat; printed are medians over the repeats, so that a noisy machine
-disturbs all alike.
+All contestants run in turn within each repeat, so that noise of the machine affects all alike. The table shows medians
+over the repeats.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class RemoteEcho:
         return message
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: the actor holds no resources."""
 
 
 def make(config: bytes, notify: Notify) -> RemoteEcho:
@@ -90,7 +90,7 @@ async def memory_stream() -> None:
 
 
 def tell(ref: Ref[Ping]) -> Callable[[], Awaitable[None]]:
-    """Tells, and one ask at the end that says they are handled."""
+    """Tells, and one ask at the end, which is answered once they are handled."""
 
     async def run() -> None:
         for number in range(NUM_LOCAL):
@@ -136,9 +136,9 @@ async def measure(contestants: dict[str, tuple[int, Callable[[], Awaitable[None]
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, (count, run) in contestants.items():
-            started = time.perf_counter()
+            started_s = time.perf_counter()
             await run()
-            times[name].append((time.perf_counter() - started) / count * 1e6)
+            times[name].append((time.perf_counter() - started_s) / count * 1e6)
     base = statistics.median(times["anyio memory stream"])
     for name, values in times.items():
         median = statistics.median(values)

@@ -1,9 +1,10 @@
-"""A thousand adapters on a device with room for sixty-four, through the whole server on the demo model.
+"""A thousand adapters on a device with room for sixty-four: the whole server, with the demo model.
 
     python benchmarks/adapters.py
 
-Every answer is compared with the one the same request had alone. Ratios of one run, medians of several. What a cold
-adapter costs at least is one read of its file, one SHA-256 over it and one copy to the device.
+Every answer is compared with the answer of the same request alone. Ratios are taken within one run; the table shows
+medians of several. The least cost of a cold adapter is one read of its file, one SHA-256 over it and one copy to the
+device.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PROMPT = "All voices sing the same line."
 
 @dataclass
 class Series:
-    """What was measured of some requests."""
+    """The measurements of a series of requests."""
 
     seconds: float = 0.0
     num_loads: int = 0
@@ -58,12 +59,12 @@ class Series:
 
     @property
     def num_requests(self) -> int:
-        """Requests that were answered."""
+        """Number of answered requests."""
         return len(self.cold_ttft_s) + len(self.warm_ttft_s)
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens of all requests together."""
+        """Output tokens per second of all requests together."""
         return self.num_requests * NEW_TOKENS / self.seconds
 
 
@@ -88,7 +89,7 @@ async def show_popularities(bench: Bench) -> None:
     print(f"{'TTFT warm p50, p99':>22}{'cold p50, p99':>18}")
     for alpha in (0.3, 1.0):
         names = [_name(index) for index in range(NUM_ADAPTERS)]
-        random.Random(1).shuffle(names)  # popularity has nothing to do with rank
+        random.Random(1).shuffle(names)  # so that popularity does not depend on rank
         drawn = PowerLaw(alpha).choices(NUM_ADAPTERS, random.Random(2))
         series = await bench.run([names[index] for index in itertools.islice(drawn, NUM_REQUESTS)])
         hit_rate = len(series.warm_ttft_s) / series.num_requests
@@ -120,7 +121,7 @@ async def show_fitting_set(bench: Bench) -> None:
 
 
 async def show_base_latency(bench: Bench) -> None:
-    """Compare the gaps between base tokens while others' adapters are cold, and while the same requests are warm."""
+    """Compare the gaps between base tokens beside requests for cold adapters and beside the same requests once warm."""
     gaps: dict[str, list[float]] = {"alone": [], "warm": [], "cold": []}
     loads = 0
     cold = itertools.cycle(_name(index) for index in range(NUM_ADAPTERS))
@@ -139,7 +140,7 @@ async def show_base_latency(bench: Bench) -> None:
 
 
 class Bench:
-    """A running server, its thousand names, and what each of them says when it is alone."""
+    """A running server, its thousand names, and the answer of each when its request runs alone."""
 
     def __init__(self, system: System, client: Client) -> None:
         self._system = system
@@ -148,19 +149,19 @@ class Bench:
 
     @property
     def num_loads(self) -> int:
-        """Adapters put onto the device so far."""
+        """Number of loads onto the device so far."""
         return self._system.services.model.num_adapter_loads
 
     async def register(self) -> None:
         """Make the adapters and load each under its name."""
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         modules = projections(DEMO_MODEL)
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory)
             for index in range(NUM_ADAPTERS):
                 write_adapter(path, modules, RANKS[index % len(RANKS)], index, torch.float32)
                 await self._client.adapters.load(_name(index), path)
-        print(f"made and loaded one after the other in {time.perf_counter() - started:.0f} s")
+        print(f"made and loaded one after the other in {time.perf_counter() - started_s:.0f} s")
 
     async def ask_alone(self) -> None:
         """Run every request by itself."""
@@ -179,14 +180,14 @@ class Bench:
                 timings = result.timings
                 (series.cold_ttft_s if timings.is_cold else series.warm_ttft_s).append(timings.ttft_s)
 
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         await _together([work] * CONCURRENCY)
-        series.seconds = time.perf_counter() - started
+        series.seconds = time.perf_counter() - started_s
         series.num_loads = self.num_loads - loads
         return series
 
     async def base_gap_p99(self, others: Iterable[str] | None) -> float:
-        """Run base streams, beside them one request after the other; return p99 of the base streams' token gaps."""
+        """Run base streams beside a sequence of single requests; return the p99 of the base streams' token gaps."""
         gaps: list[float] = []
         is_over = anyio.Event()
 

@@ -1,4 +1,4 @@
-"""A server, and requests to it, all at once through its WebSocket: what they answered and how long it took."""
+"""Runs a server and a batch of requests through its WebSocket: the answers, and the time that they took."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What came back, in the order of the requests. Rates are tokens per second of all together."""
+    """The answers, in the order of the requests. Rates are tokens per second of all requests together."""
 
     token_ids: list[list[int]]
     seconds: float  # from the first request to the last answer
@@ -39,12 +39,12 @@ class Answers:
 
     @property
     def tokens_per_s(self) -> float:
-        """Output tokens over the whole time, prompts included."""
+        """Output tokens per second over the whole time, prefill included."""
         return sum(map(len, self.token_ids)) / self.seconds
 
 
 class _Clock:
-    """Hears when the tokens of one stream come."""
+    """Records the arrival times of the tokens of one stream."""
 
     def __init__(self) -> None:
         self.arrivals: list[tuple[float, int]] = []
@@ -66,7 +66,7 @@ async def served(
     num_threads: int | None = None,
     adapters: AdapterConfig | None = None,
 ) -> AsyncIterator[tuple[System, Client]]:
-    """Run a server that is ready, and a client of it; None: the demo model, its dtype, as many threads as it takes."""
+    """Run a ready server and a client of it. None: the demo model, its dtype, the default number of threads."""
     with tempfile.TemporaryDirectory() as data_dir:
         config = Config(
             data_dir=data_dir,
@@ -82,9 +82,9 @@ async def served(
 
 
 async def answer(client: Client, requests: Sequence[Request], new_tokens: int) -> Answers:
-    """Send all requests at once and wait for all answers: greedy, of `new_tokens` each, whatever they say."""
+    """Send all requests at once and wait for all answers: greedy, of exactly `new_tokens` each."""
     clocks = [_Clock() for _ in requests]
-    started = time.perf_counter()
+    started_s = time.perf_counter()
     streams = [
         client.generate(
             request.prompt, adapter=request.adapter, max_tokens=new_tokens, ignore_eos=True, temperature=0.0
@@ -94,23 +94,23 @@ async def answer(client: Client, requests: Sequence[Request], new_tokens: int) -
     for stream, clock in zip(streams, clocks, strict=True):
         stream.listen(clock)
     results = [await stream.result() for stream in streams]
-    ended = time.perf_counter()
+    ended_s = time.perf_counter()
     assert {result.usage.num_output_tokens for result in results} == {new_tokens}, "an answer is short"
-    rate = decode_rate([clock.arrivals for clock in clocks], ended)
-    return Answers([result.token_ids for result in results], ended - started, rate)
+    rate = decode_rate([clock.arrivals for clock in clocks], ended_s)
+    return Answers([result.token_ids for result in results], ended_s - started_s, rate)
 
 
-def decode_rate(arrivals: Sequence[Sequence[tuple[float, int]]], ended: float) -> float:
-    """Return tokens per second from the moment on when the last stream has its first token.
+def decode_rate(arrivals: Sequence[Sequence[tuple[float, int]]], ended_s: float) -> float:
+    """Return tokens per second from the time at which the last stream has its first token.
 
     Args:
-      arrivals: per stream, when how many tokens came. ended: the end of the measurement; all in seconds.
+      arrivals: per stream, pairs of a time and a number of tokens. ended_s: the end of the measurement. In seconds.
     """
-    begin = max(stream[0][0] for stream in arrivals)
-    num_tokens = sum(num for stream in arrivals for at, num in stream if at > begin)
-    return num_tokens / (ended - begin) if num_tokens else float("nan")
+    begin_s = max(stream[0][0] for stream in arrivals)
+    num_tokens = sum(num for stream in arrivals for at, num in stream if at > begin_s)
+    return num_tokens / (ended_s - begin_s) if num_tokens else float("nan")
 
 
 def deal(prompts: Sequence[str | list[int]], names: Sequence[str | None]) -> list[Request]:
-    """Return a request for each prompt, the adapters dealt in turn; no names: the base model."""
+    """Return a request for each prompt, with the adapters in turn. Without names, all are for the base model."""
     return [Request(prompt, names[i % len(names)] if names else None) for i, prompt in enumerate(prompts)]

@@ -1,12 +1,13 @@
-"""The kernels and the steps of an 8B model on a GPU, against the bytes and FLOPs each must move, in under 8 minutes.
+"""The kernels and steps of an 8B model on a GPU against their floors in bytes and FLOPs, in under 8 minutes.
 
     python benchmarks/gpu.py
 
-Ops are measured alone, with nothing left in the second-level cache, beside plain torch alternatives. Steps are those of
-a Llama-3.1-8B shape with random bfloat16 weights, as the engine carries them out: decode by CUDA graph, queued without
-waiting, and prefill. Floors are the larger of bytes over the bandwidth of a large copy and FLOPs over the rate of a
-large matrix product, both measured first. A section that fails is reported with its error. Without a CUDA device it
-measures nothing and says so. The results go to `benchmarks/results/` as JSON and Markdown.
+Each op is measured alone, with a cold second-level cache, beside plain torch alternatives. Steps are those of a
+Llama-3.1-8B shape with random bfloat16 weights, run as by the engine: decode by CUDA graph, queued without waiting, and
+prefill. A floor is the larger of two times: bytes over the bandwidth of a large copy, and FLOPs over the rate of a
+large matrix product. Both rates are measured first. A section that fails is reported with its error. Without a CUDA
+device, the benchmark prints that there is none and measures nothing. The results go to `benchmarks/results/` as JSON
+and Markdown.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ LLAMA_8B = DecoderConfig(
 
 
 def main() -> None:
-    """Measure everything, print it, and write both files."""
+    """Measure all sections, print the results, and write both files."""
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was measured")
         return
@@ -84,12 +85,12 @@ def main() -> None:
 
 
 def measure_all(bench: Bench) -> tuple[list[Line], dict[str, str]]:
-    """Run every section there is time for; return what was measured, and what went wrong by section."""
+    """Run every section that the time limit allows. Return the measurements, and the errors by section."""
     lines: list[Line] = []
     errors: dict[str, str] = {}
-    started = time.perf_counter()
+    started_s = time.perf_counter()
     for section in (lora_ops, norm_ops, cache_ops, attention_ops, other_ops, steps):
-        if time.perf_counter() - started > TIME_LIMIT_S:
+        if time.perf_counter() - started_s > TIME_LIMIT_S:
             errors[section.__name__] = "not begun: the time limit was reached"
             continue
         found: list[Line] = []
@@ -106,7 +107,7 @@ def measure_all(bench: Bench) -> tuple[list[Line], dict[str, str]]:
 
 
 def markdown(head: str, lines: list[Line], errors: dict[str, str]) -> str:
-    """The table as a page."""
+    """Return the table as a Markdown page."""
     rows = [HEADS, ("---",) * len(HEADS), *(line.cells() for line in lines)]
     failed = [f"- `{name}` failed: `{error.strip().splitlines()[-1]}`" for name, error in errors.items()]
     return "\n".join([f"# {head}", "", *("| " + " | ".join(row) + " |" for row in rows), "", *failed]) + "\n"
@@ -116,7 +117,7 @@ def markdown(head: str, lines: list[Line], errors: dict[str, str]) -> str:
 
 
 def lora_ops(bench: Bench) -> Iterator[Line]:
-    """`add_lora` of one projection of the hidden size, rows dealt to adapters in runs."""
+    """Measure `add_lora` of one projection of the hidden size, with the rows of each adapter in one run."""
     size = bench.config.hidden_size
     for num_rows in (1, 32, 256, 2048):
         for num_adapters in sorted({1, min(num_rows, 32)}):
@@ -141,7 +142,7 @@ def lora_ops(bench: Bench) -> Iterator[Line]:
                 y.add_(torch.bmm(torch.bmm(x.unsqueeze(1), all_a[owner]), all_b[owner]).squeeze(1))
 
             plain: dict[str, Op] = {"loop": loop}
-            if num_rows <= 256:  # beyond, the gathered matrices alone take gigabytes
+            if num_rows <= 256:  # for more rows, the gathered matrices alone take gigabytes
                 plain["gathered bmm"] = gathered
             seconds = bench.time_op(lambda: add_lora(y, x, tables, segments, 0, (size,)))  # noqa: B023 — called at once
             num_bytes = DTYPE.itemsize * (num_adapters * RANK * 2 * size + x.numel() + 2 * y.numel())
@@ -157,7 +158,7 @@ def lora_ops(bench: Bench) -> Iterator[Line]:
 
 
 def norm_ops(bench: Bench) -> Iterator[Line]:
-    """`rms_norm` with the residual."""
+    """Measure `rms_norm` with the residual."""
     size = bench.config.hidden_size
     weight = bench.randn(size)
     for num_rows in (1, 32, 4096):
@@ -168,7 +169,7 @@ def norm_ops(bench: Bench) -> Iterator[Line]:
 
 
 def cache_ops(bench: Bench) -> Iterator[Line]:
-    """`rope_write_kv`, rows scattered over the cache."""
+    """Measure `rope_write_kv` of rows scattered over the cache."""
     config = bench.config
     half = config.head_dim // 2
     for num_rows in (1, 32, 4096):
@@ -194,7 +195,7 @@ def cache_ops(bench: Bench) -> Iterator[Line]:
 
 
 def attention_ops(bench: Bench) -> Iterator[Line]:
-    """`paged_attention`: decode and prefill; the alternative has its keys side by side already."""
+    """Measure `paged_attention` in decode and prefill. The alternative reads keys that are contiguous already."""
     config = bench.config
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     for num_sequences, num_new, context in (
@@ -214,7 +215,7 @@ def attention_ops(bench: Bench) -> Iterator[Line]:
         dense_k, dense_v = (bench.randn(num_sequences, kv_heads, context, head_dim) for _ in "kv")
         is_causal = num_new == context
         plain = {}
-        if is_causal or num_new == 1:  # torch aligns its causal mask otherwise where some context comes before
+        if is_causal or num_new == 1:  # with earlier context, torch aligns its causal mask differently
             plain["SDPA"] = bench.time_op(
                 lambda: F.scaled_dot_product_attention(dense_q, dense_k, dense_v, is_causal=is_causal, enable_gqa=True)  # noqa: B023
             )
@@ -224,7 +225,7 @@ def attention_ops(bench: Bench) -> Iterator[Line]:
 
 
 def other_ops(bench: Bench) -> Iterator[Line]:
-    """`sample_nodes` and `silu_mul`."""
+    """Measure `sample_nodes` and `silu_mul`."""
     vocab_size, inner = bench.config.vocab_size, bench.config.intermediate_size
     for num_rows in (1, 32):
         logits = torch.randn(num_rows, vocab_size, device=bench.device)

@@ -1,4 +1,4 @@
-"""Whole steps of a model with random weights, as the engine carries them out on a GPU."""
+"""Whole steps of a model with random weights, run on a GPU as by the engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BLOCK_SIZE, RANK = 16, 16
 
 
 class Model:
-    """The model with random weights, its cache, and adapters of which every module has rank `RANK`."""
+    """A model with random weights, its cache, and adapters of rank `RANK` in every module."""
 
     def __init__(self, bench: Bench, num_blocks: int, num_adapters: int, max_rows: int) -> None:
         config = self.config = bench.config
@@ -35,7 +35,7 @@ class Model:
         max_context = config.max_context
         self._decoder = Decoder(config, self._weights, cache, rope_tables(config, max_context, device))
         modules = lora_modules(config)
-        ranks = [RANK] * (len(modules) - 1) + [0]  # the head has none
+        ranks = [RANK] * (len(modules) - 1) + [0]  # no adapter for the head
         starts = extent_offsets(ranks, modules)
         self.adapter_bytes = starts[-1] * DTYPE.itemsize
         arena = bench.randn(num_adapters * starts[-1], std=0.01)
@@ -48,7 +48,7 @@ class Model:
         self._graphs = DecodeGraphs(forward, static, self._pending, hidden, lora, max_context, bench.capture)
 
     def batch(self, num_new: int, context: int, slots: list[int]) -> ForwardBatch:
-        """A step of one row per adapter slot, `context` tokens each, of which the last `num_new` are computed."""
+        """Return a step of one row per adapter slot, of `context` tokens each, the last `num_new` of them new."""
         num_blocks = -(-context // BLOCK_SIZE)
         rows: list[tuple[EngineRow, Row]] = []
         for row, slot in enumerate(slots):
@@ -59,19 +59,19 @@ class Model:
         return ForwardBatch.of(rows, BLOCK_SIZE, torch.device("cpu"))
 
     def replayed(self, batch: ForwardBatch) -> None:
-        """A decode step by graph, with sampling."""
+        """Run a decode step by graph, with sampling."""
         self._sample(batch, *self._graphs.forward(batch, self._lora))
 
     def launched(self, batch: ForwardBatch) -> None:
-        """Any step, kernel by kernel, with sampling."""
+        """Run any step kernel by kernel, with sampling."""
         on_device = batch.to(self.device)
         hidden = self._decoder.forward(on_device, self._lora)
         self._sample(batch, hidden[on_device.sampled_tokens], on_device.sampled_segments)
 
     def floor(self, bench: Bench, batch: ForwardBatch) -> float:
-        """Least seconds of a step: every weight, the keys and values seen, and the adapters in use are read once."""
+        """Return the least seconds of a step: weights, visible keys and values, and used adapters are read once."""
         config, num_tokens = self.config, len(batch.input_ids)
-        num_weights = self._weights.num_parameters - config.vocab_size * config.hidden_size  # of which rows are read
+        num_weights = self._weights.num_parameters - config.vocab_size * config.hidden_size  # read by rows
         seen = sum(batch.attention.host_context_lens)
         num_bytes = DTYPE.itemsize * (num_weights + 2 * seen * config.num_layers * config.kv_size)
         num_adapter_bytes = len(batch.segments.host_slots) * self.adapter_bytes
@@ -86,12 +86,12 @@ class Model:
 
 
 def pairs_seen(start: int, end: int) -> float:
-    """Pairs of a query and a key it sees, for queries at positions `start` to `end`."""
+    """Return the number of pairs of a query and a visible key, for queries at positions `start` to `end`."""
     return (end - start) * (start + end + 1) / 2
 
 
 def random_weights(bench: Bench) -> DecoderWeights:
-    """Weights made on the device."""
+    """Return random weights, made on the device."""
     config, hidden, inner = bench.config, bench.config.hidden_size, bench.config.intermediate_size
     shapes = (
         (config.q_size + 2 * config.kv_size, hidden),
@@ -110,7 +110,7 @@ def random_weights(bench: Bench) -> DecoderWeights:
 
 
 def steps(bench: Bench, max_rows: int = 32, context: int = 512, num_prompt: int = 2048) -> Iterator[Line]:
-    """Decode steps at batch 1 and `max_rows`, and a prefill, with and without adapters."""
+    """Measure decode steps at batch 1 and `max_rows`, and a prefill, with and without adapters."""
     num_blocks = max(max_rows * -(-context // BLOCK_SIZE), -(-num_prompt // BLOCK_SIZE))
     model = Model(bench, num_blocks, max_rows, max_rows)
     base_s = 0.0

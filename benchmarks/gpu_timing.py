@@ -1,4 +1,4 @@
-"""Timing on a GPU: ops with a cold cache, steps queued one behind the other, and the floors they are held to."""
+"""Timing on a GPU: ops with a cold cache, steps queued one behind the other, and the floors of both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Op = Callable[[], object]
 
 @dataclass
 class Line:
-    """One measurement. `aim` is what the project wants of it, in words; `reached` is the same in figures."""
+    """One measurement. `aim` is the project's target in words; `reached` is the measured value of that target."""
 
     name: str
     seconds: float
@@ -31,7 +31,7 @@ class Line:
     reached: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """As the table shows it: microseconds, and how many times as long the alternatives take."""
+        """Return the row of the table: microseconds, and the times of the alternatives as multiples of the op's."""
         plain = ", ".join(f"{name} {seconds / self.seconds:.2f}×" for name, seconds in self.plain_s.items())
         times = (f"{self.seconds * 1e6:.1f}", f"{self.floor_s * 1e6:.1f}", f"{self.floor_s / self.seconds:.0%}")
         return (self.name, *times, plain or "–", self.aim or "–", self.reached or "–")
@@ -42,7 +42,7 @@ HEADS = ("what", "µs", "floor µs", "of floor", "alternatives", "aim", "reached
 
 @dataclass
 class Bench:
-    """What to measure on, and with what."""
+    """The device, the timers and the measured rates of a benchmark."""
 
     device: torch.device
     config: DecoderConfig
@@ -53,22 +53,22 @@ class Bench:
     flops: float  # per second
 
     def floor(self, num_bytes: float, num_flops: float = 0.0) -> float:
-        """Least seconds."""
+        """Return the least time in seconds."""
         return max(num_bytes / self.bandwidth, num_flops / self.flops)
 
     def randn(self, *shape: int, std: float = 1.0) -> Tensor:
-        """Random values in the model's dtype."""
+        """Return random values in the model's dtype."""
         return torch.empty(shape, device=self.device, dtype=DTYPE).normal_(std=std)
 
 
 def time_op(op: Op) -> float:
-    """Median seconds of an op; the flush before it also gives the host time to launch it."""
+    """Return the median seconds of an op. The flush before it also gives the host time to launch it."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     return statistics.median([_elapsed(op, flush) for _ in range(REPEATS + 3)][3:])
 
 
 def time_steps(step: Op) -> float:
-    """Median seconds of a step of `STEPS` that are queued without waiting."""
+    """Return the median seconds per step, of `STEPS` steps queued without waiting."""
 
     def queue() -> None:
         for _ in range(STEPS):
@@ -89,13 +89,13 @@ def _elapsed(op: Op, flush: Tensor | None = None) -> float:
 
 
 def measure_bandwidth(bench: Bench) -> float:
-    """Bytes per second of a large copy, reads and writes together."""
+    """Return the bytes per second of a large copy, reads and writes together."""
     source = torch.empty(1 << 30, dtype=torch.int8, device=bench.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / bench.time_op(lambda: target.copy_(source))
 
 
 def measure_flops(bench: Bench, size: int = 8192) -> float:
-    """FLOPs per second of a large product."""
+    """Return the FLOPs per second of a large matrix product."""
     a, b = bench.randn(size, size), bench.randn(size, size)
     return 2.0 * size**3 / bench.time_op(lambda: a @ b)

@@ -1,7 +1,7 @@
-"""What bitwise row invariance costs on this CPU: each op's serving path against the plain torch path.
+"""The cost of bitwise row invariance on this CPU: each op's serving path against the plain torch path.
 
-A ratio of 1.20 means that the invariant path takes 20 % longer; below 1 it is faster. Both are measured in turns and
-the fastest turn counts, so that a busy machine disturbs little.
+A ratio of 1.20 means that the invariant path takes 20 % longer; below 1 it is faster. The two take turns and the
+fastest turn of each counts, so that other load on the machine has little effect.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def fastest(functions: tuple[Callable[[], object], ...], turns: int) -> list[float]:
-    """Seconds of the fastest call of each."""
+    """Return the seconds of the fastest call of each."""
     best = [float("inf")] * len(functions)
     for _ in range(turns):
         for index, function in enumerate(functions):
@@ -59,7 +59,7 @@ def fastest(functions: tuple[Callable[[], object], ...], turns: int) -> list[flo
 
 
 def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Weights of a toy and of a 0.5 B model, at decode and prefill sizes."""
+    """Return cases with weights of a toy model and of a 0.5 B model, at decode and prefill sizes."""
     for out_size, in_size in ((384, 128), (4864, 896), (896, 4864)):
         weight = torch.randn(out_size, in_size).to(dtype)
         packed = pack_linear(weight)
@@ -73,7 +73,7 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Adapters on the query, key and value projections; plain is two matmuls per segment and slice."""
+    """Return cases of adapters on the query, key and value projections. Plain is two matmuls per segment and slice."""
     for in_size in (128, 896):
         out_sizes = (in_size, in_size // 4, in_size // 4)
         sizes = [RANK * (in_size + out_size) for out_size in out_sizes]
@@ -95,7 +95,7 @@ def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def plain_lora(y: Tensor, x: Tensor, tables: LoraTables, segments: Segments, out_sizes: tuple[int, ...]) -> None:
-    """The loop that is right but neither batched nor invariant."""
+    """Add LoRA in a loop that is correct but neither batched nor invariant."""
     in_size = x.shape[1]
     for g, slot in enumerate(segments.host_slots):
         rows = slice(segments.host_indptr[g], segments.host_indptr[g + 1])
@@ -110,7 +110,7 @@ def plain_lora(y: Tensor, x: Tensor, tables: LoraTables, segments: Segments, out
 
 
 def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
-    """Plain is torch's own attention per sequence, over keys gathered from the same blocks."""
+    """Return cases of attention. Plain is torch's own attention per sequence, over keys gathered from the blocks."""
     for name, num_sequences, num_new, context in (
         ("decode of 16 at 100", 16, 1, 100),
         ("decode of 16 at 1000", 16, 1, 1000),
@@ -133,7 +133,7 @@ def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def plain_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> Tensor:
-    """`scaled_dot_product_attention`, a sequence at a time."""
+    """Compute `scaled_dot_product_attention` for one sequence at a time."""
     outs = []
     for s, context in enumerate(batch.host_context_lens):
         rows = q[batch.host_cu_seqlens_q[s] : batch.host_cu_seqlens_q[s + 1]].transpose(0, 1)

@@ -2,11 +2,11 @@
 
     python benchmarks/kernels.py [--only add_lora linear --dtypes bfloat16 --rows 8]
 
-The floor of an op is the longer of two times: that of the bytes it must move, weights and rows once, at the bandwidth
-that a matrix-vector product reads with here, and that of the multiplications it must do, at the rate of a square
-float32 product here. What a step of the model would stream from memory is streamed here too: each call takes the next
-of several copies, which together do not fit into the last cache. Op and alternatives take turns, and are checked to
-compute the same first. Alternatives are given as multiples of the op's time: above 1, the op is the faster one.
+The floor of an op is the longer of two times, at rates measured on this machine: the bytes it must move (weights and
+rows once) at the read bandwidth of a matrix-vector product, and the multiplications it must do at the rate of a square
+float32 product. Data that a step of the model reads from memory is read from memory here too: each call takes the next
+of several copies, which together do not fit into the last cache. Op and alternatives are first checked to compute the
+same, and are then measured in turns. The times of alternatives are multiples of the op's: above 1, the op is faster.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ADAPTERS = (1, 8, 32)
 BLOCK_SIZE = 16
 CONTEXT = 512
 TURNS = 7
-TURN_S = 0.008  # an op that takes less is called so often that its turn takes as long
-LIMIT_S = 0.6  # for one line, once each op has had three turns
+TURN_S = 0.008  # a faster op is called repeatedly, until its turn takes as long
+LIMIT_S = 0.6  # of one line, once each op has had three turns
 HIDDEN, INNER, KV_SIZE = QWEN_05B.hidden_size, QWEN_05B.intermediate_size, QWEN_05B.kv_size
 HEADS, KV_HEADS, HEAD_DIM = QWEN_05B.num_attention_heads, QWEN_05B.num_key_value_heads, QWEN_05B.head_dim
 GROUPS = {
@@ -51,7 +51,7 @@ Op = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Machine:
-    """What floors are made of: bytes per second, multiplications with addition per second, the last cache's bytes."""
+    """The rates of this machine, in bytes per second and multiply-adds per second, and the bytes of its last cache."""
 
     bandwidth: float
     products: float
@@ -62,7 +62,7 @@ class Machine:
         return max(num_bytes / self.bandwidth, num_products / self.products)
 
     def num_copies(self, num_bytes: int) -> int:
-        """Return how many copies of so many bytes the cache cannot hold by half."""
+        """Return the number of copies of this size that together take at least twice the cache."""
         return max(1, min(-(-2 * self.cache_bytes // num_bytes), 512))
 
 
@@ -87,27 +87,27 @@ Section = Callable[[Machine, torch.dtype, Sequence[int]], Iterator[Line]]
 
 
 def measured(name: str, floor_s: float, op: Op, others: Mapping[str, Op]) -> Line:
-    """Let op and alternatives take turns, and return what each took."""
+    """Measure op and alternatives in turns, and return the time of each."""
     line = Line(name, floor_s, [], {other: [] for other in others})
     contestants = [op, *others.values()]
     for one in contestants:
         one(0)
     calls = [max(1, int(TURN_S / max(seconds_of(one, 1, 1), 1e-7))) for one in contestants]
-    started = time.perf_counter()
+    started_s = time.perf_counter()
     for turn in range(TURNS):
         for one, times, found in zip(contestants, calls, [line.seconds, *line.others_s.values()], strict=True):
             found.append(seconds_of(one, turn * times, times))
-        if turn >= 2 and time.perf_counter() - started > LIMIT_S:
+        if turn >= 2 and time.perf_counter() - started_s > LIMIT_S:
             break
     return line
 
 
 def seconds_of(op: Op, first: int, times: int) -> float:
-    """Return the seconds of one call, each with the next copy."""
-    started = time.perf_counter()
+    """Return the seconds per call. Each call takes the next copy."""
+    started_s = time.perf_counter()
     for number in range(first, first + times):
         op(number)
-    return (time.perf_counter() - started) / times
+    return (time.perf_counter() - started_s) / times
 
 
 def main(options: argparse.Namespace) -> None:
@@ -134,7 +134,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def measure_machine(turns: int = 7) -> Machine:
-    """Measure what floors are made of."""
+    """Measure the rates that floors are computed from."""
     matrix, vector = torch.ones(1 << 15, 1 << 12), torch.ones(1 << 12)
     square = torch.ones(1024, 1024)
     read_s = min(seconds_of(lambda _: torch.mv(matrix, vector), 0, 1) for _ in range(turns))
@@ -143,17 +143,17 @@ def measure_machine(turns: int = 7) -> Machine:
 
 
 def cache_bytes() -> int:
-    """Return the size of the last cache as the system gives it, else 64 MiB."""
+    """Return the size of the last cache as reported by the system, else 64 MiB."""
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=64 << 20)
 
 
 def check(ours: Tensor, others: dict[str, Tensor]) -> None:
-    """Raise SystemExit where an alternative computes something else."""
+    """Raise SystemExit if an alternative computes a different result."""
     for name, other in others.items():
         distance = float((ours.float() - other.float()).norm() / ours.float().norm())
-        if not distance < 0.02:  # bfloat16 rounds inner results elsewhere
+        if not distance < 0.02:  # bfloat16 results are rounded at different places
             raise SystemExit(f"refused: {name!r} computes something else, relative distance {distance:.3f}")
 
 
@@ -161,7 +161,7 @@ def check(ours: Tensor, others: dict[str, Tensor]) -> None:
 
 
 def linear_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
-    """`linear` against the plain product."""
+    """Measure `linear` against the plain product."""
     sizes = {name: (in_size, sum(outs)) for name, (in_size, outs) in GROUPS.items()}
     for name, (in_size, out_size) in (sizes | {"head": (HIDDEN, QWEN_05B.vocab_size)}).items():
         copies = machine.num_copies(in_size * out_size * dtype.itemsize)
@@ -174,7 +174,7 @@ def linear_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> I
 def linear_line(
     machine: Machine, name: str, num_rows: int, weights: list[Tensor], packed: list[ops.PackedLinear]
 ) -> Line:
-    """One of these weights' products after the other."""
+    """Measure the products of these weights, one after the other."""
     first, copies = weights[0], len(weights)
     x = torch.randn(num_rows, first.shape[1]).to(first.dtype)
     floor_s = machine.floor(first.nbytes + sum(first.shape) * num_rows * first.itemsize, first.numel() * num_rows)
@@ -184,7 +184,7 @@ def linear_line(
 
 
 class Adapters:
-    """Adapters for copies of one group of projections, as the arena and as the alternatives want them."""
+    """Adapters for copies of one group of projections, in the layout of the arena and in those of the alternatives."""
 
     def __init__(self, machine: Machine, dtype: torch.dtype, num: int, in_size: int, out_sizes: tuple[int, ...]):
         self.dtype, self.num, self.in_size, self.out_sizes = dtype, num, in_size, out_sizes
@@ -206,7 +206,7 @@ class Adapters:
         self.dense_b = [[one.flatten(0, 1) for one in copy] for copy in b]  # [num * R, out]
 
     def contestants(self, y: Tensor, x: Tensor) -> dict[str, Op]:
-        """Return the op and its alternatives on rows dealt to the adapters in runs, all in place on `y`."""
+        """Return the op and its alternatives, all in place on `y`. The rows of each adapter form one run."""
         length, num_slices = x.shape[0] // self.num, len(self.out_sizes)
         segments = Segments.of([length] * self.num, range(self.num))
         columns = list(pairwise(accumulate(self.out_sizes, initial=0)))
@@ -236,10 +236,10 @@ class Adapters:
 
 
 def lora_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
-    """`add_lora` against a loop over adapters, matrices gathered for each row, and all adapters for all rows."""
+    """Measure `add_lora` against a loop over adapters, matrices gathered per row, and all adapters for all rows."""
     for name, (in_size, out_sizes) in GROUPS.items():
         for num_adapters in ADAPTERS:
-            fitting = [num for num in rows if num % num_adapters == 0]  # as many rows for each
+            fitting = [num for num in rows if num % num_adapters == 0]  # equal numbers of rows for all adapters
             if not fitting:
                 continue
             adapters = Adapters(machine, dtype, num_adapters, in_size, out_sizes)
@@ -248,7 +248,7 @@ def lora_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Ite
 
 
 def lora_line(machine: Machine, name: str, num_rows: int, adapters: Adapters) -> Line:
-    """Rows dealt to these adapters."""
+    """Measure rows that are divided among these adapters."""
     x = torch.randn(num_rows, adapters.in_size).to(adapters.dtype)
     zeros = torch.zeros(num_rows, sum(adapters.out_sizes), dtype=adapters.dtype)
     results = {each: zeros.clone() for each in adapters.contestants(zeros, x)}
@@ -262,13 +262,13 @@ def lora_line(machine: Machine, name: str, num_rows: int, adapters: Adapters) ->
 
 
 def attention_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
-    """`paged_attention` against SDPA on keys and values gathered from the blocks, expanded to all heads or not."""
+    """Measure `paged_attention` against SDPA on gathered keys and values, expanded to all heads or not."""
     for num_sequences, num_new in [*((num, 1) for num in rows), (1, CONTEXT)]:
         yield attention_line(machine, dtype, num_sequences, num_new)
 
 
 def attention_line(machine: Machine, dtype: torch.dtype, num_sequences: int, num_new: int) -> Line:
-    """So many sequences with so many new tokens each, or all of a prompt."""
+    """Measure a number of sequences with a number of new tokens each, or with a whole prompt."""
     num_blocks = CONTEXT // BLOCK_SIZE
     shape = (num_sequences * num_blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     copies = machine.num_copies(2 * num_sequences * CONTEXT * KV_SIZE * dtype.itemsize)
@@ -304,7 +304,7 @@ def attention_line(machine: Machine, dtype: torch.dtype, num_sequences: int, num
 
 
 def norm_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
-    """`rms_norm` with the residual."""
+    """Measure `rms_norm` with the residual."""
     weight, x = torch.randn(HIDDEN).to(dtype), torch.randn(num_rows, HIDDEN).to(dtype)
     residual = torch.zeros_like(x)
     check(ops.rms_norm(x, weight, 1e-6, residual), {"F.rms_norm": F.rms_norm(x, (HIDDEN,), weight, 1e-6)})
@@ -317,7 +317,7 @@ def norm_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
 
 
 def rope_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
-    """`rope_write_kv` of decoded rows, scattered over the cache."""
+    """Measure `rope_write_kv` of decode rows scattered over the cache."""
     half = HEAD_DIM // 2
     q, k, v = (torch.randn(num_rows, num, HEAD_DIM).to(dtype) for num in (HEADS, KV_HEADS, KV_HEADS))
     keys, values = torch.zeros(2, 4 * num_rows, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=dtype)
@@ -347,7 +347,7 @@ def rope_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
 
 
 def silu_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
-    """`silu_mul`."""
+    """Measure `silu_mul`."""
     gate_up = torch.randn(num_rows, 2 * INNER).to(dtype)
 
     def plain(_: int) -> Tensor:
@@ -359,7 +359,7 @@ def silu_line(machine: Machine, dtype: torch.dtype, num_rows: int) -> Line:
 
 
 def sample_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> Iterator[Line]:
-    """`sample_nodes` on float32 logits: flat ones, where most tokens may win, and such as a trained model has."""
+    """Measure `sample_nodes` on float32 logits: flat ones, where most tokens can win, and a trained model's kind."""
     for num_rows in rows:
         flat = torch.randn(num_rows, QWEN_05B.vocab_size, dtype=dtype) * 2.5
         yield sample_line(machine, f"{num_rows} rows, flat", flat)
@@ -369,7 +369,7 @@ def sample_lines(machine: Machine, dtype: torch.dtype, rows: Sequence[int]) -> I
 
 
 def sample_line(machine: Machine, name: str, logits: Tensor) -> Line:
-    """Each row with noise of its own."""
+    """Measure rows that each have noise of their own."""
     num_rows = logits.shape[0]
     noise = NodeNoise.of(range(num_rows), [0] * num_rows, range(num_rows), [True] * num_rows)
     others: dict[str, Op] = {

@@ -1,12 +1,12 @@
-"""What adapters cost: tokens per second of a batch by how many adapters, of what rank, are in it.
+"""The cost of adapters: tokens per second of a batch by the number and rank of its adapters.
 
     python benchmarks/lora_tax.py [--shape qwen] [--counts 8 --ranks 16 --registered 10 --repeats 1]
 
-Two servers run, one at a time: one that has never seen an adapter, and one with adapters registered and on its device.
-Every line is held against the first server's rate for as many requests in the same turn; ratios are medians over
-the turns. "idle" is the
-second server, its adapters on the device, with requests for the base model only. "bytes alone" is the ratio to expect
-if a decode step took as long as reading weights and adapters takes. Prompts are short, so that decoding is what counts.
+Two servers run, one at a time: one without any adapter, and one with adapters registered and on its device. Every line
+is compared with the first server's rate for the same number of requests in the same turn; ratios are medians over the
+turns. "idle" is the second server, its adapters on the device, with requests for the base model only. "bytes alone" is
+the ratio to expect if the time of a decode step were that of reading weights and adapters. Prompts are short, so that
+decoding takes most of the time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NEW_TOKENS = {"demo": 64, "qwen": 16}
 
 
 class Base(NamedTuple):
-    """The model that is measured."""
+    """The measured model."""
 
     path: Path | None  # None: the demo model
     dtype: Any
@@ -48,7 +48,7 @@ class Base(NamedTuple):
     modules: tuple[LoraModule, ...]
 
     def adapter_bytes(self, ranks: str, count: int) -> int:
-        """Return what the first `count` adapters take."""
+        """Return the bytes of the first `count` adapters."""
         used = itertools.islice(rank_of(ranks), count)
         itemsize = getattr(torch, self.dtype).itemsize
         return sum(num_adapter_parameters(self.modules, rank) * itemsize for rank in used)
@@ -56,7 +56,7 @@ class Base(NamedTuple):
 
 @dataclass
 class Case:
-    """A batch: so many requests, so many adapters; `idle` ones ask the second server for its base model."""
+    """A batch: a number of requests and of adapters. `idle` batches ask the second server for its base model."""
 
     num_requests: int
     num_adapters: int
@@ -70,12 +70,12 @@ def rank_of(ranks: str) -> Iterator[int]:
 
 
 def adapter_name(ranks: str, index: int) -> str:
-    """Return what an adapter is called."""
+    """Return the name of an adapter."""
     return f"rank-{ranks}-{index:04}"
 
 
 def cases_of(counts: list[int], num_requests: int) -> list[Case]:
-    """Return what a series measures: batches of `num_requests`, or of as many as there are adapters."""
+    """Return the cases of a series: batches of `num_requests`, or of as many requests as there are adapters."""
     cases: list[Case] = []
     for size, group in itertools.groupby(sorted(counts), key=lambda count: max(num_requests, count)):
         cases.append(Case(size, 0, "no LoRA"))
@@ -108,7 +108,7 @@ def series_of(options: argparse.Namespace) -> list[tuple[str, int]]:
 
 
 def base_of(options: argparse.Namespace) -> Base:
-    """Return the model of the shape asked for."""
+    """Return the model of the shape that was chosen."""
     if options.shape == "qwen":
         path = checkpoint(options.cache, QWEN_05B)
         num_bytes = QWEN_05B.num_parameters * getattr(torch, options.dtype).itemsize
@@ -120,7 +120,7 @@ def base_of(options: argparse.Namespace) -> Base:
 
 
 def arena_for(base: Base, options: argparse.Namespace) -> AdapterConfig:
-    """Return room for the largest series, all of it at once."""
+    """Return an arena size with room for all adapters of the largest series at once."""
     itemsize = getattr(torch, options.dtype).itemsize
     count = max(options.counts)
     sizes = [
@@ -135,7 +135,7 @@ def arena_for(base: Base, options: argparse.Namespace) -> AdapterConfig:
 
 
 class Bench:
-    """The two servers, and what is registered at the second."""
+    """The two servers, and the adapters registered at the second."""
 
     def __init__(
         self, base: Base, without: Client, with_lora: Client, system: System, options: argparse.Namespace
@@ -154,7 +154,7 @@ class Bench:
         with stage(f"\nregistered for rank {ranks}"):
             await self._register(ranks, max(counts, default=0), num_registered)
         cases = cases_of(counts, self._options.requests)
-        for case in cases:  # warms up, and brings every adapter to the device before "idle" is measured
+        for case in cases:  # warm-up, which also puts every adapter on the device before "idle" is measured
             await self._run(case, ranks)
         num_loads = self._model.num_adapter_loads
         for _ in range(self._options.repeats):
@@ -177,7 +177,7 @@ class Bench:
         }
 
     async def _register(self, ranks: str, num_used: int, num_registered: int) -> None:
-        """Load random adapters for use, and put small ones that nobody uses beside them."""
+        """Load random adapters for use, and register small unused ones beside them."""
         with tempfile.TemporaryDirectory() as directory:
             for index, rank in enumerate(itertools.islice(rank_of(ranks), num_used)):
                 name = adapter_name(ranks, index)
@@ -213,7 +213,7 @@ class Bench:
 
 
 def rank_argument(text: str) -> str:
-    """Return a rank as it is written, or "mixed". Raises ArgumentTypeError."""
+    """Return the rank that a text names: the number itself, or "mixed". Raises ArgumentTypeError."""
     if text != "mixed" and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a rank nor 'mixed'")
     return text

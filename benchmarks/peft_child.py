@@ -1,6 +1,6 @@
-"""Answers with Transformers and PEFT as their users would: a batch, padded on the left, an adapter name per row.
+"""Answers requests with Transformers and PEFT, as their users do: left-padded batches, an adapter name per row.
 
-Started by `peft_process`; reads questions from standard input and answers on standard output, a line each.
+Started by `peft_process`. Reads requests from standard input and writes answers to standard output, one per line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BASE = "__base__"  # PEFT's name for a row without an adapter
 
 
 class Clock(StoppingCriteria):
-    """Notes when each step ends, and never stops anything."""
+    """A stopping criterion that records the time of each step and never stops."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -35,7 +35,7 @@ class Clock(StoppingCriteria):
 
 
 class Contestant:
-    """A plain model for requests without adapters, and a second one that PEFT has changed."""
+    """A plain model for requests without adapters, and a second one with PEFT's layers."""
 
     def __init__(self, load: Load) -> None:
         self._plain = _load_model(load)
@@ -43,12 +43,12 @@ class Contestant:
 
     @torch.inference_mode()
     def answer(self, ask: Ask) -> Answered:
-        """Answer everything, one batch after the other."""
+        """Answer all requests, one batch after the other."""
         # Rows of one adapter beside each other: the fewer names a batch has, the faster PEFT is.
         order = sorted(range(len(ask.prompts)), key=lambda i: ask.adapters[i] or "")
         token_ids: list[list[int]] = [[] for _ in order]
         decode_s, num_decoded = 0.0, 0
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         for start in range(0, len(order), ask.batch_size):
             rows = order[start : start + ask.batch_size]
             clock = Clock()
@@ -56,7 +56,7 @@ class Contestant:
                 token_ids[row] = output
             decode_s += clock.times[-1] - clock.times[0]
             num_decoded += len(rows) * (ask.new_tokens - 1)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started_s
         return Answered(token_ids, seconds, num_decoded / decode_s if num_decoded else None)
 
     def _generate(self, ask: Ask, rows: list[int], clock: Clock) -> list[list[int]]:
@@ -66,14 +66,14 @@ class Contestant:
             "input_ids": torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts]),
             "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
             "do_sample": False,
-            "max_new_tokens": ask.new_tokens,  # nothing ends before: the model has no end token
+            "max_new_tokens": ask.new_tokens,  # no answer ends before: the model has no end token
             "pad_token_id": PAD,
             "stopping_criteria": StoppingCriteriaList([clock]),
         }
         names = [ask.adapters[row] or BASE for row in rows]
         if set(names) == {BASE}:
             output = self._plain.generate(**options)
-        elif len(set(names)) == 1:  # nothing to mix: PEFT's ordinary path is the faster one
+        elif len(set(names)) == 1:  # no mix of adapters: PEFT's ordinary path is faster
             assert self._adapted is not None
             self._adapted.set_adapter(names[0])
             output = self._adapted.generate(**options)
@@ -101,10 +101,10 @@ def _load_adapted(load: Load) -> PeftModel:
 
 
 def main() -> None:
-    """Answer until there are no more questions."""
+    """Answer until the end of the input."""
     torch.set_num_threads(int(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Transformers and PEFT in a process of their own, asked by JSON lines: `peft_child` is the other end."""
+"""Transformers and PEFT in a child process that gets requests as JSON lines. `peft_child` is its program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINE_BYTES = 1 << 24  # longest answer
 
 
 class Load(msgspec.Struct, tag=True):
-    """Take a model and adapters, by name, instead of those before. Answered by an empty line."""
+    """Replace the model and the adapters, which are given by name. Answered by an empty line."""
 
     model: str
     dtype: str
@@ -41,13 +41,13 @@ class Answered(msgspec.Struct):
 
 
 class Peft:
-    """The parent's end; one question at a time."""
+    """The parent's end. Takes one request at a time."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
     async def load(self, model: Path, dtype: str, adapters: Mapping[str, Path]) -> None:
-        """Load a model and its adapters in `dtype`, which the adapters get as well."""
+        """Load a model and its adapters, all in `dtype`."""
         await self._ask(Load(str(model), dtype, {name: str(path) for name, path in adapters.items()}))
 
     async def answer(self, requests: Sequence[Request], new_tokens: int, batch_size: int) -> Answers:
@@ -73,7 +73,7 @@ class Peft:
 
 @asynccontextmanager
 async def peft_process(num_threads: int) -> AsyncIterator[Peft]:
-    """Run the child for the length of an `async with`, with so many torch threads."""
+    """Run the child, with this number of torch threads, for the length of an `async with`."""
     child = Path(__file__).with_name("peft_child.py")
     process = await asyncio.create_subprocess_exec(
         sys.executable,

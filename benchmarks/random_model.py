@@ -1,6 +1,6 @@
-"""Models and adapters with random weights, as ordinary files: what a step costs does not depend on the values.
+"""Models and adapters with random weights, as ordinary files. The cost of a step does not depend on the values.
 
-Prompts are token ids; the tokenizer has a word for each, so that the server has text to send.
+Prompts are token ids. The tokenizer has a word for each id, so that the server has text to send.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def modules(self) -> tuple[LoraModule, ...]:
-        """What adapters change: every linear but the head."""
+        """The modules that adapters change: every linear but the head."""
         return tuple(
             LoraModule(name.removesuffix(".weight"), size[1], size[0])
             for name, size in tensor_shapes(self).items()
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, the tied embedding once: what a decode step has to read."""
+        """Number of parameters that a decode step reads, the tied embedding counted once."""
         return sum(_numel(shape) for shape in tensor_shapes(self).values())
 
 
@@ -94,7 +94,7 @@ def num_adapter_parameters(modules: Sequence[LoraModule], rank: int) -> int:
 
 
 def floor_tokens_per_s(num_rows: int, num_bytes: int, bandwidth: float) -> float:
-    """Return what a decode step that only reads `num_bytes` allows, with a token for each row. Bytes per second."""
+    """Return the tokens per second of a decode step that only reads `num_bytes`, with a token for each row."""
     return num_rows * bandwidth / num_bytes
 
 
@@ -104,7 +104,7 @@ def checkpoint(cache: Path, shape: Shape) -> Path:
 
 
 def markov_checkpoint(cache: Path, shape: Shape) -> Path:
-    """Return a checkpoint of the same cost in which every token alone determines the next: attention adds nothing."""
+    """Return a checkpoint of the same cost in which each token determines the next: attention adds zero."""
     content = asdict(shape) | {"attends": False}
     return _once(cache, f"{shape.name}-markov", content, lambda path: write_checkpoint(path, shape, attends=False))
 
@@ -124,7 +124,7 @@ def adapters(cache: Path, model_dir: Path, rank: int, num: int) -> list[Path]:
 
 
 def projections(model_dir: Path) -> tuple[LoraModule, ...]:
-    """Return what adapters change of a model: every linear but the head."""
+    """Return the modules of a model that adapters change: every linear but the head."""
     return lora_modules(from_hf(model_dir))[:-1]
 
 
@@ -162,7 +162,7 @@ def write_checkpoint(directory: Path, shape: Shape, *, attends: bool = True) -> 
 
 
 def write_adapter(directory: Path, modules: Sequence[LoraModule], rank: int, seed: int, dtype: torch.dtype) -> None:
-    """Write a PEFT adapter that changes what a model says. What is in `directory`, which exists, is replaced."""
+    """Write a PEFT adapter that changes a model's answers. Replaces files in `directory`, which exists."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for module in modules:
@@ -183,13 +183,13 @@ def write_adapter(directory: Path, modules: Sequence[LoraModule], rank: int, see
 
 
 def random_prompts(num: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Return prompts of token ids that have no beginning in common, so that no cache can spare their work."""
+    """Return prompts of token ids without common prefixes, so that no cache can save work."""
     rng = random.Random(seed)
     return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(num)]
 
 
 def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Large values keep the logits of different tokens apart, so that greedy answers can be compared."""
+    """Return a random tensor. Its values are large, to keep logits apart, so that greedy answers can be compared."""
     values = torch.randn(size, generator=generator)
     if "embed_tokens" in name:
         values *= 0.03
@@ -201,7 +201,7 @@ def _random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator)
 
 
 def _once(cache: Path, name: str, content: dict[str, object], write: Callable[[Path], None]) -> Path:
-    """Return a directory of the cache; `content` is what its files depend on. It is complete or not there at all."""
+    """Return a directory of the cache, complete or not yet there. `content` is the data that its files depend on."""
     digest = hashlib.sha256(json.dumps([FILES_VERSION, content], sort_keys=True).encode()).hexdigest()[:8]
     path = cache / f"{name}-{digest}"
     if not path.exists():

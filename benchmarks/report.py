@@ -1,6 +1,6 @@
-"""What every benchmark tells: the machine, the versions, a table, and one JSON file per run.
+"""The output of every benchmark: the machine, the versions, a table, and one JSON file per run.
 
-Numbers of different machines are not to be compared, so a file says where it is from. It names no paths.
+Numbers of different machines must not be compared, so each file describes its machine. It contains no paths.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ INSTRUCTION_SETS = (
 
 
 class Report:
-    """One run of one benchmark: prints where it runs, and stores what it found."""
+    """One run of one benchmark: prints the machine it runs on, and stores the results."""
 
     def __init__(self, name: str, options: Namespace) -> None:
         self._name = name
@@ -50,7 +50,7 @@ class Report:
         self._machine = machine()
 
     def header(self) -> str:
-        """Return two lines: what computes, and what is computed with."""
+        """Return two lines: the machine, and the versions."""
         machine, used = self._machine, versions()
         packages = ", ".join(f"{name} {used[name]}" for name in ("torch", "transformers", "peft") if name in used)
         return (
@@ -60,7 +60,7 @@ class Report:
         )
 
     def save(self, results: Any, directory: Path = RESULTS) -> Path:
-        """Write everything as `NAME-TIME.json` and return the path. `results` is whatever JSON can hold."""
+        """Write everything as `NAME-TIME.json` and return the path. `results` is a JSON value."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self._name}-{self._started:%Y%m%d-%H%M%S}.json"
         settings = {key: value for key, value in vars(self._options).items() if not isinstance(value, Path)}
@@ -145,21 +145,21 @@ def ratio(value: float, base: float) -> str:
 
 
 def paired_ratio(values: Sequence[float], bases: Sequence[float]) -> str:
-    """Return the median of the ratios turn by turn: what disturbs a whole turn cancels out. A dash without any."""
+    """Return the median of the ratios turn by turn, so that the noise of a turn cancels out. A dash for no turns."""
     ratios = [value / base for value, base in zip(values, bases, strict=True)] if values and bases else []
     return ratio(median(ratios), 1.0)
 
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Say at its end how long a part of the run took."""
-    started = time.perf_counter()
+    """Print at the end of the block the time that it took."""
+    started_s = time.perf_counter()
     yield
-    print(f"{what}: {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{what}: {time.perf_counter() - started_s:.0f} s", flush=True)
 
 
 def _cpu_info() -> dict[str, str]:
-    """Return what the system says of its first core; nothing where there is no /proc/cpuinfo."""
+    """Return the fields of the first core in /proc/cpuinfo; an empty mapping where there is no such file."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}
@@ -173,7 +173,7 @@ def _load_average() -> list[float]:
 
 
 def _command(options: Namespace) -> str:
-    """Return the command line with paths left out: they mean nothing elsewhere."""
+    """Return the command line with its paths left out: they have no meaning on another machine."""
     paths = {str(value) for value in vars(options).values() if isinstance(value, Path)}
     arguments = ["PATH" if argument in paths else argument for argument in sys.argv[1:]]
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])

@@ -1,9 +1,9 @@
-"""Time of one scheduler step, plan and apply, on an engine that costs nothing.
+"""Time of one scheduler step, plan and apply, with an engine that takes no time.
 
     python benchmarks/scheduler.py [--num-steps 300]
 
-Every sequence decodes one token per step; prompts have 512 tokens and blocks 16. Printed are microseconds per step.
-Those who wait are spread over principals, who hold all seats in equal shares.
+Every sequence decodes one token per step. Prompts have 512 tokens, blocks 16. The table shows microseconds per step.
+Waiting sequences are spread over principals, which share the running set equally.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_ADAPTERS = 32
 
 
 class NullSink:
-    """Always has room."""
+    """A sink that always has room."""
 
     def put(self, sequence: Sequence, num_new: int) -> bool:
         """Take no notice."""
@@ -38,7 +38,7 @@ class NullSink:
 
 
 def answer(plan: StepPlan, policy: Policy, table: SequenceTable) -> StepResult:
-    """Return what an engine would, sampling the same token everywhere."""
+    """Return the result of an engine that samples the same token everywhere."""
     token, rows = pack_ints([7]), []
     for row in plan.rows:
         sequence = table.get(row.row)

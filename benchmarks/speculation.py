@@ -1,14 +1,14 @@
-"""What guessing ahead is worth: tokens per second and steps per token, with against without, on three kinds of text.
+"""The gain of speculation: tokens per second and steps per token with and without it, on three kinds of text.
 
     python benchmarks/speculation.py [--shape demo qwen] [--batches 1 4 16] [--repeats 5]
 
-*Copying* text says again what the prompt says, *repeating* text says the same few words over and over, *free* text does
-neither. The demo model copies with its base voice and writes freely with `rot13`, both with their draft heads. The Qwen
-shape has random weights of which attention's outputs are zero: every token then determines the next, so that its texts
-can be planned, at the cost of the real one.
+*Copying* text repeats its prompt, *repeating* text repeats a few words, *free* text does neither. The demo model copies
+with its base and writes freely with `rot13`, both with their draft heads. The Qwen shape has random weights and zero
+outputs of attention: each token then determines the next, so that its texts can be planned, at the cost of the real
+model.
 
-A step gives every stream a token, and those of a draft that came true besides; so a stream without drafts takes one
-step per token. Every answer is checked to be the same in all modes, which take turns in an order drawn anew each time.
+A step gives every stream one token, and the accepted tokens of its draft. A stream without drafts so takes one step per
+token. Every answer is checked to be the same in all modes. Modes take turns, in an order drawn anew for each turn.
 Ratios are medians over the turns.
 """
 
@@ -65,7 +65,7 @@ FEW = {"logit_bias": dict.fromkeys((11, 222, 3333), 1000.0)}  # a text of three 
 
 @dataclass
 class Text:
-    """A kind of text: what is asked, with what adapter and sampling options."""
+    """A kind of text: its prompts, adapter and sampling options."""
 
     name: str
     prompts: Sequence[str | list[int]]
@@ -75,7 +75,7 @@ class Text:
 
 @dataclass
 class Cell:
-    """What one mode did with a batch of a text."""
+    """The measurements of one mode for a batch of one text."""
 
     text: str
     batch: int
@@ -86,18 +86,18 @@ class Cell:
 
     @property
     def steps_per_token(self) -> float:
-        """Decode steps of a stream by the tokens they gave it."""
+        """Decode steps of a stream, divided by its output tokens."""
         return 1.0 - self.num_accepted / self.num_tokens
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Return texts of words in an order that never comes twice."""
+    """Return texts of words, each in an order of its own."""
     dice = random.Random(seed)
     return [" ".join(dice.sample(WORDS, 12))[:72] for _ in range(count)]
 
 
 def demo_texts(count: int) -> list[Text]:
-    """Texts of the embedded model."""
+    """Return the texts of the embedded model."""
     return [
         Text("copying", sentences(count, 1), DEMO_HEADS),
         Text("repeating", [f"{word} " * (72 // (len(word) + 1)) for word in (WORDS * count)[:count]], DEMO_HEADS),
@@ -106,7 +106,7 @@ def demo_texts(count: int) -> list[Text]:
 
 
 async def qwen_texts(client: Client, count: int, new_tokens: int) -> list[Text]:
-    """Texts of the random model, whose words are asked of it."""
+    """Return texts for the random model, made of its own greedy answers."""
     dice = random.Random(3)
     starts = [[dice.randrange(QWEN_05B.vocab_size)] for _ in range(count)]
     options = {"max_tokens": new_tokens, "ignore_eos": True}
@@ -121,17 +121,17 @@ async def qwen_texts(client: Client, count: int, new_tokens: int) -> list[Text]:
 
 async def measure(client: Client, text: Text, batch: int, mode: str) -> tuple[list[Result], float]:
     """Return the answers to a batch, and the tokens per second of all together."""
-    started = perf_counter()
+    started_s = perf_counter()
     streams = [
         client.generate(prompt, adapter=text.adapter, temperature=0.0, speculation=MODES[mode], **text.options)
         for prompt in text.prompts[:batch]
     ]
     results = [await stream.result() for stream in streams]
-    return results, sum(len(result.token_ids) for result in results) / (perf_counter() - started)
+    return results, sum(len(result.token_ids) for result in results) / (perf_counter() - started_s)
 
 
 async def compare(client: Client, text: Text, batch: int, modes: Sequence[str], repeats: int) -> list[Cell]:
-    """Measure all modes in turns; the first turn warms up."""
+    """Measure all modes in turns. The first turn is a warm-up."""
     cells = {mode: Cell(text.name, batch, mode) for mode in modes}
     dice, expected = random.Random(batch), None
     for turn in range(repeats + 1):

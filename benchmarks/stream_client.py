@@ -1,6 +1,6 @@
-"""The reading end of `streaming.py`: raw sockets, frames counted and not decoded, so that it is never what is measured.
+"""The reading end of `streaming.py`: raw sockets. Frames are counted, not decoded, so that it never limits the rate.
 
-Servers do not mask what they send, so a frame is a header of 2 to 10 bytes and its payload (RFC 6455, section 5.2).
+Servers do not mask frames, so a frame is a header of 2 to 10 bytes and its payload (RFC 6455, section 5.2).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
 @dataclass
 class Tally:
-    """What has come in so far. `num_bytes` are those of payloads."""
+    """Counts of the data received so far. `num_bytes` is the total size of payloads."""
 
     num_frames: int = 0
     num_bytes: int = 0
@@ -37,7 +37,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time, and what happened in it."""
+    """A period of time, and the counts of its events."""
 
     seconds: float
     server_cpu_s: float
@@ -96,7 +96,7 @@ def _count_event(head: bytes, tally: Tally) -> None:
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
-    """Return a client's frame. Clients mask what they send: with zeros, which change nothing."""
+    """Return a client's frame. Clients mask their payloads; this mask is all zeros, which changes nothing."""
     size = len(payload)
     length = bytes([0x80 | size]) if size < 126 else bytes([0x80 | 126]) + struct.pack(">H", size)
     return bytes([0x80 | opcode]) + length + bytes(4) + payload
@@ -113,7 +113,7 @@ class Reader:
         self._rest: dict[socket.socket, bytes] = {}  # the beginnings of frames
 
     def connect(self, count: int, path: str, subprotocol: str) -> None:
-        """Open connections, one after the other; returns when the server has agreed to each."""
+        """Open connections, one after the other. Return when the server has accepted each."""
         request = (
             f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
@@ -137,7 +137,7 @@ class Reader:
             self._selector.register(one, selectors.EVENT_READ)
 
     def send(self, opcode: int, payloads: Sequence[bytes]) -> None:
-        """Send messages, dealt to the connections in turn."""
+        """Send messages, through the connections in turn."""
         sockets = list(self._rest)
         for index, one in enumerate(sockets):
             one.setblocking(True)
@@ -145,7 +145,7 @@ class Reader:
             one.setblocking(False)
 
     def read_for(self, seconds: float) -> None:
-        """Read what comes for so long."""
+        """Read frames for this number of seconds."""
         until = time.perf_counter() + seconds
         while (left := until - time.perf_counter()) > 0:
             self._read(left)
@@ -163,7 +163,7 @@ class Reader:
                 raise TimeoutError(f"{self.tally.num_accepted} of {num_streams} streams are running: {self.tally}")
 
     def measure(self, seconds: float) -> Span:
-        """Read for so long, and return what came. Raises ConnectionError if a stream ended meanwhile."""
+        """Read for this number of seconds and return the counts. Raises ConnectionError if a stream ended meanwhile."""
         before = replace(self.tally)
         begin = self._clocks()
         self.read_for(seconds)
@@ -207,7 +207,7 @@ class Reader:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Say goodbye, as a client that will not come back, and wait until the server has hung up."""
+        """Close each connection as a client that will not reconnect, and wait until the server has closed it too."""
         goodbye = frame(CLOSE, (1000).to_bytes(2, "big"))
         for one in self._rest:
             with contextlib.suppress(OSError):
@@ -221,11 +221,11 @@ class Reader:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of all threads of a process, in user and system mode (proc(5)); its children's not."""
+    """Return the CPU time of all threads of a process, in user and system mode (proc(5)), without its children's."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
 def resident_bytes(pid: int) -> int:
-    """Return how much memory of a process is in RAM."""
+    """Return the resident memory of a process in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES

@@ -1,8 +1,8 @@
-"""The servers that `streaming.py` measures, each in a process of its own.
+"""The servers measured by `streaming.py`, each in a process of its own.
 
     python benchmarks/stream_server.py descant|bare PACE
 
-PACE is in tokens per second of each stream, 0 = as fast as it goes; the bare server keeps none. Each prints its port,
+PACE is in tokens per second of each stream; 0 means unlimited. The bare server ignores it. Each server prints its port,
 serves until SIGTERM, and collects garbage on SIGUSR1.
 """
 
@@ -36,11 +36,11 @@ from descant_client.protocol import SUBPROTOCOLS
 
 MAX_STREAMS = 1024
 MAX_CONTEXT = 1 << 21
-NUM_BLOCKS = 1 << 18  # 4 million tokens: nothing is ever preempted
+NUM_BLOCKS = 1 << 18  # 4 million tokens: no preemption
 
 
 async def descant(pace: float) -> None:
-    """Descant with the dummy engine."""
+    """Serve Descant with the dummy engine."""
     with tempfile.TemporaryDirectory() as data_dir:
         config = Config(
             data_dir=data_dir,
@@ -55,7 +55,7 @@ async def descant(pace: float) -> None:
 
 
 def start_executor(config: bytes, notify: Notify) -> Executor:
-    """Factory of the executor's process: the dummy engine with room for all streams."""
+    """Start the executor in its process: the dummy engine, with room for all streams."""
     settings = msgspec.msgpack.decode(config, type=ExecutorConfig)
     engine = DummyEngine(
         DummyOptions(
@@ -71,10 +71,10 @@ def start_executor(config: bytes, notify: Notify) -> Executor:
 
 
 async def bare(pace: float) -> None:
-    """Frames of one size from `websockets` itself. Path: `/NAME?streams=…&bytes=…&text=…`, a room of its own.
+    """Serve frames of one size with `websockets` itself. Each path `/NAME?streams=…&bytes=…&text=…` is a room.
 
-    Every message is answered by `accepted` and asks for one more stream of frames to its connection. When all streams
-    of a room are asked for, rounds begin: a frame for each stream, then the event loop has its turn, as after a step.
+    Every message is answered by `accepted` and starts one more stream of frames to its connection. Once all streams of
+    a room are started, rounds begin: a frame for each stream, then a turn of the event loop, as after a step.
     """
     rooms: dict[str, Room] = {}
 

@@ -1,16 +1,16 @@
-"""What sending a token costs the server, against a bare `websockets` server that sends the same bytes.
+"""The server's cost of sending a token, against a bare `websockets` server that sends the same bytes.
 
     python benchmarks/streaming.py [--only 1000x1000 --repeats 1]
 
-The engine is the dummy, as fast as it goes unless a pace is set. A case "1000x100" is 1,000 streams over 100
-connections. CPU time is that of the server's process alone, with all it does for a token: planning steps, talking to
-the executor's process, text, encoding, writing. It is taken from /proc while all streams run, their requests accepted
-and none finished. The bare server sends frames as large as ours were on average, one per stream in turn, on the same
-event loop, and does nothing else. The two run in turns; ratios are medians over the turns:
-- *per frame*: our frames per CPU second, of the bare server's;
-- *per token*: our tokens per CPU second, of what the bare server does with one token in each frame.
-*ms apart* is how long a stream waits from one of its frames to the next: what comes meanwhile shares a frame.
-Memory is what 1,000 idle connections add to the resident set of a fresh server, garbage collected.
+The engine is the dummy, unlimited unless a pace is set. A case "1000x100" is 1,000 streams over 100 connections. CPU
+time is that of the server's process alone, with all its work for a token: planning steps, messages to the executor's
+process, text, encoding, writing. It is read from /proc while all streams run: all requests are accepted, none has
+finished. The bare server sends frames of Descant's mean size, one per stream in turn, on the same event loop, and does
+no other work. The two run in turns; ratios are medians over the turns:
+- *per frame*: Descant's frames per CPU second, divided by the bare server's;
+- *per token*: Descant's tokens per CPU second, divided by the bare server's with one token in each frame.
+*ms apart* is the time between two frames of a stream: tokens that arrive in it share a frame.
+Memory is the growth of a fresh server's resident set by 1,000 idle connections, after a garbage collection.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ CASES = ["1x1", "100x1", "100x100", "1000x1", "1000x100", "1000x1000"]
 ENCODINGS = {"json": JSON_SUBPROTOCOL, "msgpack": MSGPACK_SUBPROTOCOL}
 NUM_IDLE = 1000
 NUM_FILES = 4096
-MAX_TOKENS = 10**6  # more than a measurement takes
+MAX_TOKENS = 10**6  # more than a measurement needs
 AIM_RATIO, AIM_IDLE_BYTES = 0.7, 40 * 1024
 
 
 @dataclass
 class Case:
-    """So many streams over so many connections in one encoding, and what was measured."""
+    """A number of streams over a number of connections in one encoding, and its measurements."""
 
     num_streams: int
     num_connections: int
@@ -55,7 +55,7 @@ class Case:
 
     @property
     def opcode(self) -> int:
-        """Of a frame in this encoding."""
+        """WebSocket opcode of a frame in this encoding."""
         return TEXT if self.encoding == "json" else BINARY
 
     def cells(self) -> list[str]:
@@ -105,7 +105,7 @@ class Server:
     port: int
 
     def collect_garbage(self) -> None:
-        """Make it collect garbage, and give it time to."""
+        """Make the server collect garbage, and wait until it has had the time."""
         self.process.send_signal(signal.SIGUSR1)
         time.sleep(0.5)
 
@@ -140,7 +140,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def raise_file_limit() -> None:
-    """Allow this process, and those it starts, a file for every connection. Raises SystemExit."""
+    """Raise the limit of open files to one per connection, for this process and its children. Raises SystemExit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < NUM_FILES:
         raise SystemExit(f"refused: only {hard} open files are allowed here, {NUM_FILES} are needed")
@@ -164,8 +164,8 @@ def started(kind: str, pace: float = 0.0) -> Iterator[Server]:
 
 
 def bytes_per_connection(server: Server, path: str) -> float:
-    """Return what an idle connection adds to the memory of a fresh server."""
-    with Reader(server.port, server.process.pid) as first:  # what is made once is no connection's fault
+    """Return the bytes that an idle connection adds to the memory of a fresh server."""
+    with Reader(server.port, server.process.pid) as first:  # allocations of the first connection that are not repeated
         first.connect(1, path, MSGPACK_SUBPROTOCOL)
         first.read_for(0.2)
         server.collect_garbage()
@@ -178,7 +178,7 @@ def bytes_per_connection(server: Server, path: str) -> float:
 
 
 def measure(case: Case, ours: Server, bare: Server, seconds: float) -> None:
-    """Run a case on both, ours first: it says how large the bare server's frames are."""
+    """Run a case on both servers, Descant first: its mean frame size is that of the bare server's frames."""
     encode = encoder_for(ENCODINGS[case.encoding])
     requests: list[bytes] = []
     for index in range(case.num_streams):
@@ -196,7 +196,7 @@ def measure(case: Case, ours: Server, bare: Server, seconds: float) -> None:
 
 
 def run(case: Case, server: Server, path: str, requests: list[bytes], seconds: float) -> Span:
-    """Start all streams and return what happens for some seconds while all of them run."""
+    """Start all streams and measure for some seconds while all of them run."""
     with Reader(server.port, server.process.pid) as reader:
         reader.connect(case.num_connections, path, ENCODINGS[case.encoding])
         reader.send(case.opcode, requests)
@@ -205,7 +205,7 @@ def run(case: Case, server: Server, path: str, requests: list[bytes], seconds: f
 
 
 def wait_until_idle(server: Server) -> None:
-    """Wait until nothing is left of the streams before. Raises TimeoutError."""
+    """Wait until the server has no streams left. Raises TimeoutError."""
     until = time.perf_counter() + 30.0
     while time.perf_counter() < until:
         with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health") as answer:

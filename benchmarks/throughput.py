@@ -2,7 +2,8 @@
 
     python benchmarks/throughput.py
 
-Ratios of one run, medians of several. The floor of a decode step is one read of the weights and adapters it uses.
+Ratios are taken within one run; the table shows medians of several. The floor of a decode step is one read of the
+weights and adapters that it uses.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/vs_peft.py [--only 8x8 --repeats 1 --skip-peft]
 
 A case "8x2" is 8 requests that share 2 adapters (rank 16, all seven projections), all sent at once; "8x0" has none.
-Both get the same prompts, threads and dtype. PEFT runs in its own process with the best of several batch sizes, and
-the two compute in turns, never at once; ratios are medians over the turns. First a smaller model is answered by both
-in float32: if the tokens differ, nothing is timed. "read allows" is what reading the weights once per step allows at
-the measured read bandwidth.
+Both sides get the same prompts, threads and dtype. PEFT runs in its own process, with the best of several batch sizes.
+The two compute in turns, never at once; ratios are medians over the turns. Before any timing, both answer requests of a
+smaller model in float32; if their tokens differ, the benchmark ends. "read allows" is the rate at which each step only
+reads the weights once, at the measured read bandwidth.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CHECK_TOKENS = 24
 
 @dataclass
 class Case:
-    """So many requests with so many adapters, and what was measured."""
+    """A number of requests with a number of adapters, and the measurements."""
 
     num_requests: int
     num_adapters: int
@@ -62,12 +62,12 @@ class Case:
 
     @property
     def names(self) -> list[str | None]:
-        """The adapters, to be dealt to the requests."""
+        """Names of the adapters."""
         return [adapter_name(i) for i in range(self.num_adapters)]
 
     @property
     def batch_size(self) -> int:
-        """The best of PEFT."""
+        """Best batch size of PEFT."""
         return max(self.peft_trials, key=self.peft_trials.__getitem__)
 
 
@@ -80,7 +80,7 @@ def parse_case(text: str) -> Case:
 
 
 def adapter_name(index: int) -> str:
-    """Return what an adapter is called on both sides."""
+    """Return the name of an adapter on both sides."""
     return f"voice-{index}"
 
 
@@ -146,7 +146,7 @@ def first_difference(ours: Sequence[list[int]], theirs: Sequence[list[int]]) -> 
 
 
 def complain(difference: tuple[int, int] | None, batch_size: int) -> None:
-    """Raise SystemExit where two answers differ."""
+    """Raise SystemExit with the place where two answers differ."""
     if difference is not None:
         row, at = difference
         raise SystemExit(f"refused: token {at} of request {row} differs from PEFT's (its batch size: {batch_size})")
@@ -161,8 +161,8 @@ def arena_for(model: Path, num_adapters: int, dtype: str) -> AdapterConfig:
 
 
 async def warm_up(client: Client, peft: Peft | None, cases: list[Case], options: argparse.Namespace) -> None:
-    """Answer each case once; with PEFT one batch of each size, which says what size is best."""
-    if peft is not None:  # what is slow the first time is no trial's fault
+    """Answer each case once. With PEFT, answer one batch of each size, to find the best size."""
+    if peft is not None:  # warm-up, so that no trial includes first-time costs
         with stage("PEFT warm"):
             for case in cases:
                 requests = draw(case, options, repeat=0)
@@ -179,7 +179,7 @@ async def warm_up(client: Client, peft: Peft | None, cases: list[Case], options:
 
 
 async def measure(client: Client, peft: Peft | None, cases: list[Case], options: argparse.Namespace) -> None:
-    """Answer every case with both in turn, as often as asked for, every time with new prompts."""
+    """Answer every case with both sides in turn, for each repeat with new prompts."""
     for repeat in range(1, options.repeats + 1):
         with stage(f"turn {repeat} of {options.repeats}"):
             for case in cases:
@@ -206,14 +206,14 @@ def measure_bandwidth() -> tuple[float, float]:
 def _fastest(function: Callable[[], object], turns: int = 7) -> float:
     seconds: list[float] = []
     for _ in range(turns):
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         function()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started_s)
     return min(seconds)
 
 
 def show(cases: list[Case], bandwidth: float, dtype: str) -> None:
-    """Print the tables: of the whole time with prompts, and of the time in which all decode."""
+    """Print the tables: of the whole time with prefill, and of the time in which all requests decode."""
     base = {case.num_requests: [one.tokens_per_s for one in case.ours] for case in cases if not case.names}
     rows = []
     for case in cases:
@@ -244,14 +244,14 @@ def decode_row(case: Case, bandwidth: float, dtype: str) -> list[str]:
 
 
 def step_bytes(num_adapters: int, dtype: str) -> tuple[int, int]:
-    """Return the bytes of the weights, and of weights and adapters, that a decode step has to read."""
+    """Return the bytes that a decode step reads: of the weights, and of weights and adapters."""
     itemsize = getattr(torch, dtype).itemsize
     weights = QWEN_05B.num_parameters * itemsize
     return weights, weights + num_adapters * num_adapter_parameters(QWEN_05B.modules, RANK) * itemsize
 
 
 def record(case: Case) -> dict[str, Any]:
-    """Return what is stored of a case."""
+    """Return the stored record of a case."""
     sides = {"descant": case.ours, "peft": case.peft}
     return {
         "case": str(case),

@@ -1,4 +1,4 @@
-"""Fixtures every test may use."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 import pytest
 
 from descant.scheduling.policy import Policy
+from zygote import Zygote
 
-# The models are tiny: more threads only wait for each other. Inherited by the processes that tests start.
+# The models are tiny, so more threads would be slower. Processes started by tests inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Async tests run on asyncio, which is what Descant runs on."""
+    """Run async tests on asyncio, as Descant does."""
     return "asyncio"
 
 
@@ -48,17 +49,27 @@ def every_idle_moment_shows_what_was_not_given_back() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _zygote() -> Iterator[None]:
+    """Fork the launchers of servers in this process from one that has imported torch."""
+    zygote = Zygote()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("descant.actor.launcher.execute_module", zygote.execute_module)
+        yield
+    zygote.close()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A tiny base model with four adapters, built once."""
-    from servers import tiny_checkpoint  # what builds it takes seconds to import
+    from servers import tiny_checkpoint  # the import takes seconds
 
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 async def neighbor(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
-    """A healthy stream beside every test of a module, on the module's own `server`."""
+    """A valid request to run beside each test of a module, on the `server` of the module."""
     from descant_client import connect
     from servers import Neighbor
 

@@ -137,5 +137,11 @@ class Driver:
 
 def engine_for(model_dir: Path, **options: object) -> Engine:
     """An engine with room for tests, on one thread."""
-    defaults = {"num_blocks": 256, "num_adapter_slots": 8, "num_adapter_bytes": 2**20, "num_threads": 1, "probe": False}
+    defaults = {
+        "num_blocks": 256,
+        "num_adapter_slots": 8,
+        "num_adapter_bytes": 2**20,
+        "num_threads": 1,
+        "is_invariant": False,
+    }
     return Engine(model_dir, EngineOptions(**defaults | options))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The adapters of the fake server: names without content, changed as the protocol says."""
+"""The adapters of the fake server: names without content, changed according to the protocol."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from descant_client.lifecycle import (
 
 
 def digest_of(number: int) -> str:
-    """Return the digest of what change number `number`, from 1, makes."""
+    """Return the digest made by change number `number`, counted from 1."""
     return hashlib.sha256(str(number).encode()).hexdigest()
 
 
 class FakeCatalog:
-    """Adapters by name; every change of content makes a new digest."""
+    """Adapters by name. Every change of content makes a new digest."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._adapters = {name: AdapterInfo(name, "local") for name in names}
@@ -42,7 +42,7 @@ class FakeCatalog:
         return [adapter for adapter in self._adapters.values() if name in (None, adapter.name)]
 
     def change(self, change: AdapterChange) -> list[AdapterInfo]:
-        """Make a change; return what it is answered with."""
+        """Make a change and return the adapters of its answer."""
         self.num_changes[change.name] += 1
         match change:
             case CreateAdapter(_, name, rank=rank, is_shared=is_shared):

@@ -1,7 +1,8 @@
-"""A server in miniature for tests of the client: it speaks the protocol from a script and fails on request.
+"""A small server for tests of the client: it implements the protocol without a model, and fails on request.
 
-A request's output is a function of its prompt: `token_ids` are echoed, each token `t` has the text `"t "`, and the
-text lags one token behind, as where characters and stop strings are open. So a resumed stream can be checked in full.
+The output of a request is a function of its prompt: `token_ids` are echoed, each token `t` has the text `"t "`, and the
+text lags one token behind, as it does for incomplete characters and stop strings. So a resumed stream can be checked in
+full.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ from descant_client.timings import Timings
 from fake_catalog import FakeCatalog
 
 SEED = 1234
-DEADLINE_S = 30.0  # for the body of an `async with FakeServer()`: what would hang fails instead
+DEADLINE_S = 30.0  # limit of an `async with FakeServer()`, so that a test fails in place of hanging
 ADAPTER_NAMES = ("reverse", "upper")
-Kept = Generate | Adapters | Error  # what a session holds for a request id: what can be resumed
+Kept = Generate | Adapters | Error  # the resumable part of a request, which a session keeps by request id
 MODEL = ModelInfo("demo", 512, 256, "float32", "cpu")
 
 
@@ -63,12 +64,13 @@ def text_of(token_ids: list[int]) -> str:
 
 
 class FakeServer:
-    """Listens on a port of its own between `async with` and its end.
+    """A server that listens on a free port for the length of an `async with`.
 
-    `drops`: connection number i is aborted once it has sent `drops[i]` frames after its hello (0: when it receives
-    its first message, unread); later connections live. `hold`: outputs stop after that many tokens until cancelled.
-    `holds_answers`: adapters are changed, and the client gets the answer only when it resumes the request.
-    `tamper` may replace each outgoing message by any messages and raw frames. `refusal` is sent in place of a hello.
+    `drops`: connection number i is aborted once it has sent `drops[i]` frames after its hello (0: when it receives its
+    first message, which it does not read). Connections beyond the list are not aborted. `hold`: outputs stop after this
+    number of tokens until cancelled. `holds_answers`: adapters are changed, but the client gets the answer only when it
+    resumes the request. `tamper` may replace each outgoing message by any messages and raw frames. `refusal` is sent in
+    place of a hello.
     """
 
     def __init__(
@@ -115,24 +117,24 @@ class FakeServer:
         await self._stack.aclose()
 
     async def stop(self) -> None:
-        """Stop listening, and abort every connection."""
+        """Stop listening and abort every connection."""
         assert self._server is not None
         self._server.close(close_connections=False)
         self.abort()
         await self._server.wait_closed()
 
     def abort(self) -> None:
-        """Break every connection as a pulled cable would."""
+        """Abort every connection without a closing handshake."""
         assert self._server is not None
         for websocket in self._server.connections:
             websocket.transport.abort()
 
     def forget(self) -> None:
-        """Lose every session, as a restart does."""
+        """Discard every session, as a restart does."""
         self._sessions.clear()
 
     async def wait_for(self, is_wanted: Callable[[ClientMessage], bool]) -> ClientMessage:
-        """Return the first received message that is wanted, once there is one."""
+        """Wait for a received message for which `is_wanted` is true, and return the first."""
         while True:
             for message in self.received:
                 if is_wanted(message):
@@ -263,7 +265,7 @@ class _Peer:
             ends = [min(end, self._server.hold) for end in ends]
         await self._send(Accepted(request.request_id, seed, len(outputs[0])))
         await self._send(Progress(request.request_id, "preparing_adapter"))
-        while sent != ends and self._cancelled[request.request_id] is cancelled:  # else another `resume` took over
+        while sent != ends and self._cancelled[request.request_id] is cancelled:  # else replaced by a later `resume`
             choice = self._server.rng.choice([choice for choice in range(request.n) if sent[choice] < ends[choice]])
             start = sent[choice]
             sent[choice] = min(ends[choice], start + self._server.rng.randint(1, 3))
@@ -317,5 +319,5 @@ def done_of(request: Generate, seed: int, outputs: list[list[int]]) -> Done:
 
 
 def error_frame(error: DescantError, request_id: str | None = None) -> Error:
-    """Return an error as it goes over the wire."""
+    """Return the message of an error."""
     return Error(error.code, str(error), request_id, error.data())

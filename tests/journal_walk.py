@@ -59,16 +59,16 @@ def _step(rng: random.Random, catalog: Catalog, directory: Path) -> tuple[list[E
             entry = catalog.get(key) or Entry(owner=key[0], name=name, position=catalog.next_position, source="local")
             return [msgspec.structs.replace(entry, version=_write_version(rng, directory))], []
         case "fork":
-            entry = catalog.used(principal, name)
+            entry = catalog.require(principal, name)
             owner, name = catalog.new_key(principal, rng.choice(NAMES), is_shared=False)
             position = catalog.next_position
             return [msgspec.structs.replace(entry, owner=owner, name=name, position=position, is_pinned=False)], []
         case "mark":
-            entry = catalog.changed(principal, name)
+            entry = catalog.require_owned(principal, name)
             flags = {"is_pinned": rng.random() < 0.5, "is_enabled": rng.random() < 0.5}
             return [msgspec.structs.replace(entry, **flags)], []
         case _:
-            return [], [catalog.changed(principal, name).key]
+            return [], [catalog.require_owned(principal, name).key]
 
 
 def _write_version(rng: random.Random, directory: Path) -> AdapterVersion:

@@ -21,7 +21,7 @@ PARENTS = [-1, 0, 0, 1, 1, 3, 2]
 
 @pytest.fixture(autouse=True)
 def _short_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits of two chunks of 16 positions, for short contexts to have many."""
+    """Set splits of two chunks of 16 positions, so that short contexts have many."""
     if "long_contexts" not in request.node.name:
         monkeypatch.setattr(attention, "SPLIT", 32)
         monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
@@ -29,7 +29,7 @@ def _short_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def _even_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `tl.dot` compute every row alike: NumPy's product does not, nor a GPU if tiles have different sizes."""
+    """Make `tl.dot` compute every row alike, unlike NumPy's product, and unlike a GPU with tiles of different sizes."""
     if DEVICE == "cuda":
         monkeypatch.setattr(attention, "MAX_ROWS", attention.MIN_ROWS)
     else:
@@ -37,7 +37,7 @@ def _even_dot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pages:
-    """Caches of several sequences in shuffled blocks; whatever holds no position of theirs is NaN."""
+    """Caches of several sequences in shuffled blocks. All other positions hold NaN."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Pages:
             self.put(sequence, torch.arange(length), heads[:, 0], heads[:, 1])
 
     def slots(self, sequence: int, positions: Tensor) -> Tensor:
-        """Where the positions of a sequence are."""
+        """Return the cache slots of positions of a sequence."""
         blocks = torch.tensor(self.tables[sequence])[positions // self.block_size]
         return (blocks * self.block_size + positions % self.block_size).to(DEVICE)
 
@@ -70,17 +70,17 @@ class Pages:
         self.v[slots // self.block_size, :, slots % self.block_size] = values
 
     def batch(self, query_lens: list[int], context_lens: list[int], sequences: list[int]) -> AttentionBatch:
-        """A batch of plain sequences."""
+        """Return a batch of plain sequences."""
         return AttentionBatch.of(query_lens, context_lens, [self.tables[s] for s in sequences], DEVICE)
 
     def attend(self, q: Tensor, batch: AttentionBatch, window: int | None = None, soft_cap: float | None = None):
-        """The kernel's result."""
+        """Return the kernel's result."""
         return attention.paged_attention(q, self.k, self.v, batch, SCALE, window, soft_cap)
 
     def assert_right(
         self, q: Tensor, batch: AttentionBatch, window: int | None = None, soft_cap: float | None = None
     ) -> None:
-        """The kernel's result is the reference's."""
+        """Assert that the kernel's result is the reference's."""
         expected = reference.paged_attention(q, self.k, self.v, batch, SCALE, window, soft_cap)
         assert_near(self.attend(q, batch, window, soft_cap), expected)
 
@@ -88,7 +88,7 @@ class Pages:
 def mixed(
     dtype: torch.dtype = torch.float32, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, block_size: int = 4
 ):
-    """Queries, cache and batch of prefill, chunked prefill, decode and a sequence without new tokens."""
+    """Return queries, cache and batch of prefill, chunked prefill, decode and a sequence without new tokens."""
     pages = Pages(CONTEXT_LENS, kv_heads, head_dim, block_size, dtype)
     q = normal(sum(QUERY_LENS), heads, head_dim, dtype=dtype, seed=9)
     return q, pages, pages.batch(QUERY_LENS, CONTEXT_LENS, list(range(len(CONTEXT_LENS))))
@@ -221,7 +221,7 @@ def test_empty_batches_are_fine():
 
 
 def paths(prefix: int) -> list[list[int]]:
-    """Each node's own path of cache positions."""
+    """Return each node's path of cache positions."""
     found: list[list[int]] = []
     for node, parent in enumerate(PARENTS):
         found.append([*(found[parent] if parent >= 0 else []), prefix + node])
@@ -229,7 +229,7 @@ def paths(prefix: int) -> list[list[int]]:
 
 
 def tree_batch(pages: Pages, prefix: int, num_plain: int = 0) -> AttentionBatch:
-    """The tree over sequence 0, before it `num_plain` new tokens of sequence 1."""
+    """Return the tree over sequence 0, after `num_plain` new tokens of sequence 1."""
     n = len(PARENTS)
     rows = [[-1] * 5] * num_plain + [path + [-1] * (5 - len(path)) for path in paths(prefix)]
     plain = [(num_plain, 30, 1, -1)] if num_plain else []
@@ -281,13 +281,13 @@ def test_a_node_off_the_path_never_matters():
 
 
 def packed_heads(num_tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k and v as columns of one packed projection."""
+    """Return q, k and v as columns of one packed projection."""
     qkv = normal(num_tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     parts = qkv.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=1)
     return [part.unflatten(1, (-1, head_dim)) for part in parts]
 
 
-@pytest.mark.parametrize("num_normed", [0, 2, 3])  # of q, k and v: contiguous, as a norm leaves them
+@pytest.mark.parametrize("num_normed", [0, 2, 3])  # of q, k and v: contiguous, like the result of a norm
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "half", "block_size"),
     [(4, 2, 8, 4, 4), (3, 3, 10, 5, 16), (7, 1, 64, 9, 1), (5, 5, 256, 128, 2), (2, 1, 6, 1, 4)],
@@ -325,7 +325,7 @@ def test_move_kv_reads_all_before_it_writes_any(dtype, sources, targets):
     actual, expected = ([normal(7, 3, 4, 10, dtype=dtype, seed=seed) for seed in (1, 2)] for _ in "ae")
 
     moves = [torch.tensor(slots, dtype=torch.int64, device=DEVICE) for slots in (sources, targets)]
-    kv.move_kv(*(cache[1:] for cache in actual), *moves)  # so that a write before the cache would be seen
+    kv.move_kv(*(cache[1:] for cache in actual), *moves)  # a view, so that a write before the cache would be seen
 
     reference.move_kv(*(cache[1:] for cache in expected), *(slots[moves[1] >= 0] for slots in moves))
     assert all(same_bits(a, e) for a, e in zip(actual, expected, strict=True))

@@ -6,7 +6,7 @@ import torch
 from descant_kernels import fused, reference
 from kernel_workloads import DEVICE, assert_near, normal, same_bits
 
-# The interpreter computes with numpy, which warns where exp(-gate) or gate³ is infinite, as they may be.
+# The interpreter computes with numpy, which warns where exp(-gate) or gate³ is infinite, as is expected here.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]  # not in the interpreter

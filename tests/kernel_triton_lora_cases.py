@@ -20,12 +20,12 @@ from kernel_workloads import (
 
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]  # not in the interpreter
 RANKS = [[1, 3], [16, 16], [8, 0], [17, 5], [70, 33], [0, 64], [0, 0]]
-UNTOUCHED = 6  # a slot that is resident and has no rank anywhere
+UNTOUCHED = 6  # a resident slot without a rank in any module
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way to launch, by the sizes up to which the launcher takes it. Wide tiles and parts are smaller than served."""
+    """A form of the launch, given by the launcher's limits. Wide tiles and parts are smaller than in the server."""
 
     fused_size: int
     split_rows: int
@@ -44,13 +44,13 @@ FORMS = {
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Every form in turn."""
+    """Yield every form in turn."""
     take(FORMS[request.param], monkeypatch)
     return request.param
 
 
 def take(form, monkeypatch):
-    """Make the launcher take a form whatever the sizes."""
+    """Make the launcher use a form for all sizes."""
     monkeypatch.setattr(lora, "FUSED_WORK", form.fused_size)
     monkeypatch.setattr(lora, "FUSED_IN_SIZE", form.fused_size)
     monkeypatch.setattr(lora, "MAX_SPLIT_ROWS", form.split_rows)
@@ -62,7 +62,7 @@ def take(form, monkeypatch):
 
 @pytest.fixture
 def ordered_dots(monkeypatch):
-    """Products in the interpreter that add in order, whatever the shape; those of NumPy do not promise to."""
+    """Compute the interpreter's products with sums in order for any shape, which NumPy does not guarantee."""
 
     def dot(a, b, d, *_):
         total = d.data.copy()
@@ -74,7 +74,7 @@ def ordered_dots(monkeypatch):
 
 
 def workload(ranks, in_size, out_sizes, dtype=torch.float32, scaled=()):
-    """Adapters between which the arena is all NaN, padding included; modules of the slots `scaled` have row scales."""
+    """Return adapters in an arena of NaN, padding included. Modules of slots in `scaled` have row scales."""
     case = lora_case(ranks, in_size, out_sizes, dtype)
     plain = case.tables
     size = plain.arena.numel()
@@ -94,20 +94,20 @@ def workload(ranks, in_size, out_sizes, dtype=torch.float32, scaled=()):
 
 
 def inputs(case, num_rows, dtype=torch.float32):
-    """x, y and a bias."""
+    """Return x, y and a bias."""
     x, y = normal(num_rows, case.in_size, dtype=dtype), normal(num_rows, case.out_size, dtype=dtype, seed=3)
     return x, y, normal(case.out_size, dtype=dtype, seed=4)
 
 
 def added(case, segments, x, y, bias=None):
-    """What Triton makes of a copy of y."""
+    """Return Triton's result on a copy of y."""
     result = y.clone()
     lora.add_lora(result, x, case.tables, segments, case.first_module, case.out_sizes, bias)
     return result
 
 
 def expected_of(case, segments, x, y, bias=None):
-    """What the reference makes of a copy of y."""
+    """Return the reference's result on a copy of y."""
     result = y.clone()
     reference.add_lora(result, x, case.tables, segments, case.first_module, case.out_sizes, bias)
     return result
@@ -223,7 +223,7 @@ def test_x_and_y_may_be_parts_of_wider_tensors(form):
 
 def test_a_program_without_rows_reads_no_adapter(form):
     case = workload([[8, 8], [8, 8]], 32, (24, 16))
-    case.tables.offsets[1] = 2**40  # so far outside that reading there ends the process
+    case.tables.offsets[1] = 2**40  # so far outside that reading there would crash the process
     segments = Segments.of([2, 1], [0, -1], device=DEVICE)
     padding = torch.tensor([[0, 0, 1]] * 3, dtype=torch.int32, device=DEVICE)
     x, y, _ = inputs(case, 3)
@@ -236,11 +236,11 @@ def test_a_program_without_rows_reads_no_adapter(form):
 @pytest.mark.usefixtures("ordered_dots")
 def test_host_integers_may_be_bounds_as_in_a_cuda_graph(form):
     case = workload(RANKS, 200, (40, 16))
-    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS), memo={})
+    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS))
     segments = Segments.of([2, 1, 1], [3, -1, 4], device=DEVICE)
     padding = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
     as_captured = replace(
-        segments, tiles=torch.cat((segments.tiles, padding)), host_indptr=(0, 1, 2, 3, 4), host_slots=(0,) * 4, memo={}
+        segments, tiles=torch.cat((segments.tiles, padding)), host_indptr=(0, 1, 2, 3, 4), host_slots=(0,) * 4
     )
     x, y, _ = inputs(case, 4)
 
@@ -254,7 +254,7 @@ def test_a_cuda_graph_follows_its_tables_and_tiles(form):
     case = workload(RANKS, 600, (40, 16), scaled=(3,))
     x, y, bias = inputs(case, 4)
     segments = Segments.of([1, 1, 1, 1], [0, 0, 0, 0], device=DEVICE)
-    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS), memo={})
+    bounds = replace(case.tables, host_ranks=[[100] * 3] * len(RANKS))
     captured = replace(case, tables=bounds)
     out = added(captured, segments, x, y, bias)  # compiles
     graph = torch.cuda.CUDAGraph()

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false
-# Triton turns launch arguments into constexpr; its annotations do not say so.
+# Triton turns launch arguments into constexpr; its annotations do not allow that.
 """Triton's `sample_nodes` and `walk_tree`, in the interpreter or on a GPU: run by `test_kernel_triton`."""
 
 import random
@@ -14,13 +14,13 @@ from descant_kernels.sample import SPLIT_SIZE, _gumbel, _uniform
 from kernel_workloads import DEVICE, normal, same_bits
 
 NEARLY_EQUAL = 1e-5
-"""Two logarithms may differ in the last place, so of two scores as near as this either may win."""
+"""Difference of scores up to which either may win: two logarithms may differ in the last place."""
 
 SEEDS = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 def noise_for(num_rows, sampled=None):
-    """Other seeds, choices and indices in every row; two rows of three are sampled unless told."""
+    """Return different seeds, choices and indices in every row; by default two rows of three are sampled."""
     sampled = [row % 3 != 2 for row in range(num_rows)] if sampled is None else sampled
     seeds = [SEEDS[row % len(SEEDS)] for row in range(num_rows)]
     return NodeNoise.of(seeds, range(num_rows), range(100, 100 + 7 * num_rows, 7), sampled, DEVICE)
@@ -31,7 +31,7 @@ def gumbel_of(noise, vocab_size):
 
 
 def assert_drawn(tokens, logits, noise):
-    """Each token is the reference's, or has practically the same score."""
+    """Assert that each token is the reference's, or has practically the same score."""
     scores = torch.where(noise.sampled[:, None], logits + gumbel_of(noise, logits.shape[1]), logits)
     chosen, best = scores.gather(1, tokens[:, None])[:, 0], scores.amax(dim=1)
     is_as_good = noise.sampled & (chosen >= best - NEARLY_EQUAL)
@@ -40,7 +40,7 @@ def assert_drawn(tokens, logits, noise):
 
 @triton.jit
 def _noise_kernel(a_ptr, b_ptr, uniform_ptr, gumbel_ptr, vocab_size, block: tl.constexpr):
-    """The noise of all tokens of one row, before and after the logarithms."""
+    """Return the noise of all tokens of one row, before and after the logarithms."""
     row = tl.program_id(0)
     a, b = tl.load(a_ptr + row).to(tl.uint32), tl.load(b_ptr + row).to(tl.uint32)
     token_ids = tl.arange(0, block)
@@ -178,7 +178,7 @@ def test_no_rows_give_no_tokens():
 
 
 def random_trees(sizes, seed, num_tokens):
-    """Trees with random parents; few different tokens make many nodes agree and siblings alike."""
+    """Return trees with random parents. Few distinct tokens make many nodes match and siblings equal."""
     chance = random.Random(seed)
     parents = [parent for size in sizes for parent in (-1, *(chance.randrange(node) for node in range(1, size)))]
     drafts, sampled = ([chance.randrange(num_tokens) for _ in parents] for _ in range(2))

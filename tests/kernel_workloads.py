@@ -1,4 +1,4 @@
-"""Inputs for kernel tests: named adapter workloads, caches, and what counts as close."""
+"""Inputs of kernel tests: named adapter workloads, caches, and tolerances."""
 
 import os
 import random
@@ -18,23 +18,23 @@ RANKS = [1, 3, 8, 16, 33, 64]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Standard normal numbers."""
+    """Return standard normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bytes."""
+    """Return whether two tensors hold the same bytes."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def assert_near(actual: Tensor, expected: Tensor) -> None:
-    """Equal within the tolerance of the dtype, relative to the largest value."""
+    """Assert equality within the tolerance of the dtype, relative to the largest value."""
     tolerance = TOLERANCE[actual.dtype] * max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0.0)
 
 
 def popular_slots(popularity: str, num_requests: int, num_slots: int) -> list[int]:
-    """The adapter slot of each request; -1 = none. Slots repeat in runs where requests of one adapter meet."""
+    """Return the adapter slot of each request; -1 = none. Adjacent requests may share a slot."""
     chance = random.Random(num_requests)
     match popularity:
         case "distinct":
@@ -53,7 +53,7 @@ def popular_slots(popularity: str, num_requests: int, num_slots: int) -> list[in
 
 
 def runs(slots: list[int]) -> tuple[list[int], list[int]]:
-    """Lengths and slots of the segments that one-row requests make."""
+    """Return lengths and slots of the segments of one-row requests."""
     lengths: list[int] = []
     kept: list[int] = []
     for slot in slots:
@@ -81,7 +81,7 @@ class LoraCase:
 
 
 def lora_case(ranks: list[list[int]], in_size: int, out_sizes: tuple[int, ...], dtype: torch.dtype) -> LoraCase:
-    """Adapters with random matrices; `ranks[slot][slice]`. Module 0 belongs to some other projection."""
+    """Return adapters with random matrices; `ranks[slot][slice]`. Module 0 belongs to another projection."""
     offsets, position = [], 64
     for slot_ranks in ranks:
         row = [0]
@@ -94,7 +94,7 @@ def lora_case(ranks: list[list[int]], in_size: int, out_sizes: tuple[int, ...], 
 
 
 def segments_of(slots: list[int]) -> Segments:
-    """Segments of one-row requests."""
+    """Return the segments of one-row requests."""
     return Segments.of(*runs(slots), device=DEVICE)
 
 
@@ -110,7 +110,7 @@ class Cache:
 def filled_cache(
     num_positions: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, seed: int = 0
 ) -> Cache:
-    """One sequence's cache in shuffled blocks; all other blocks hold NaN, which nothing may read into a result."""
+    """Return one sequence's cache in shuffled blocks. All other blocks hold NaN, which must not reach a result."""
     num_used = -(-num_positions // block_size)
     order = random.Random(seed).sample(range(num_used + 3), num_used)
     k = torch.full((num_used + 3, kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
@@ -125,5 +125,5 @@ def filled_cache(
 
 
 def one_sequence(cache: Cache, num_new: int, context_len: int) -> AttentionBatch:
-    """A batch of one sequence over the cache."""
+    """Return a batch of one sequence over the cache."""
     return AttentionBatch.of([num_new], [context_len], [cache.blocks])

@@ -1,4 +1,4 @@
-"""A small remote actor that answers later; run in a child process by test_remote_later."""
+"""A small remote actor with delayed replies, run in a child process by test_remote_later."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from descant_client.errors import AdapterTooLarge
 
 
 class Echo(msgspec.Struct, frozen=True, tag=True):
-    """The reply says how many waits have begun."""
+    """Answered with the number of waits begun so far."""
 
 
 class Slow(msgspec.Struct, frozen=True, tag=True):
-    """Answered once the file is there. `then` is where an error comes from: "refuse" or "fault" in it."""
+    """Answered once the file exists. `then` may name an error to raise in place of a reply: "refuse" or "fault"."""
 
     path: str
     then: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
-    """Reply to both."""
+    """Reply to both messages."""
 
     text: str
 
 
 class Handler:
-    """Waits for files."""
+    """Handler that waits for files."""
 
     messages = Echo | Slow
 

@@ -1,4 +1,4 @@
-"""Medusa heads with random weights, and the directories they come in, written without any code under test."""
+"""Medusa heads with random weights, and their directories, written without any code under test."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ HIDDEN, VOCAB = 32, 96  # of `peft_fixture.tiny_base`
 def random_heads(
     num_heads: int, num_layers: int, *, v1: bool, seed: int = 0, hidden: int = HIDDEN, vocab: int = VOCAB
 ) -> DraftHeads:
-    """Draw heads whose numbers are all different."""
+    """Return random heads with all values different."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(num_heads, num_layers, hidden, hidden, generator=generator)
     bias = torch.randn(num_heads, num_layers, hidden, generator=generator)
@@ -26,7 +26,7 @@ def random_heads(
 
 
 def named(heads: DraftHeads, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors as Medusa's checkpoints name them."""
+    """Return the tensors with the names of Medusa's checkpoints."""
     num_heads, num_layers, _ = heads.bias.shape
     tensors: dict[str, Tensor] = {}
     for head in range(num_heads):
@@ -47,7 +47,7 @@ def save_config(directory: Path, heads: DraftHeads, **changes: Any) -> None:
 
 
 def save_heads(directory: Path, heads: DraftHeads, prefix: str = "", file: str = TENSORS, **changes: Any) -> Path:
-    """Write heads into a directory of their own or beside what is there."""
+    """Write heads into a directory, which is created or already has other files."""
     directory.mkdir(exist_ok=True)
     save_config(directory, heads, **changes)
     save_file(named(heads, prefix), directory / file)
@@ -70,7 +70,7 @@ def edit_tensors(directory: Path, changes: dict[str, Tensor | None], file: str =
 
 
 def some(heads: DraftHeads | None) -> DraftHeads:
-    """The heads, of which there must be some."""
+    """Return the heads, and check that there are some."""
     assert heads is not None
     return heads
 
@@ -78,7 +78,7 @@ def some(heads: DraftHeads | None) -> DraftHeads:
 def assert_same(
     found: DraftHeads | None, expected: DraftHeads | None, dtype: torch.dtype = torch.float32
 ) -> DraftHeads:
-    """Return `found`, of which every value is the expected one, rounded to `dtype`."""
+    """Check that every value of `found` is the expected one, rounded to `dtype`. Return `found`."""
     found, heads = some(found), some(expected)
     assert (found.lm_heads is None) == (heads.lm_heads is None)
     for ours, theirs in zip(found.tensors(), heads.tensors(), strict=True):

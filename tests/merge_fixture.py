@@ -1,4 +1,4 @@
-"""Members of combinations, as PEFT makes them; PEFT's own combinations of them; and slow, obvious ones in float64."""
+"""Members of combinations made by PEFT, PEFT's own combinations of them, and simple, slow ones in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Members = list[tuple[LowRankAdapter, float]]
 
 @dataclass(frozen=True)
 class MemberSpec:
-    """One member: LoRA of `rank` on the modules, with another rank in `v` if the pattern says so."""
+    """One member: a LoRA of `rank` on the modules, with another rank in `v` if there is a pattern."""
 
     weight: float
     rank: int = 3
@@ -43,7 +43,7 @@ densities = st.sampled_from([0.05, 0.3, 0.5, 0.77, 0.95])
 
 @st.composite
 def specs(draw: st.DrawFn, is_mixed: bool, min_size: int = 2) -> list[MemberSpec]:
-    """A few members, all of one rank unless `is_mixed`. The first is no rsLoRA, which PEFT gets wrong there."""
+    """Return a few members, all of one rank unless `is_mixed`. The first is no rsLoRA: PEFT's result would be wrong."""
     rank, pattern = draw(st.integers(1, 4)), draw(st.sampled_from([{}, {"v": 1}]))
     return [
         MemberSpec(
@@ -60,7 +60,7 @@ def specs(draw: st.DrawFn, is_mixed: bool, min_size: int = 2) -> list[MemberSpec
 
 
 def peft_model(members: list[MemberSpec]) -> Any:
-    """A model of three linear layers, with the members as PEFT adapters "0", "1", ..."""
+    """Return a model of three linear layers, with the members as PEFT adapters "0", "1", ..."""
     base = nn.ModuleDict({name: nn.Linear(*sizes, bias=False) for name, sizes in MODULES.items()})
     configs = [
         LoraConfig(
@@ -85,7 +85,7 @@ def peft_model(members: list[MemberSpec]) -> Any:
 
 
 def adapter_of(model: Any, name: str) -> LowRankAdapter:
-    """One of the model's PEFT adapters, as Descant holds it."""
+    """Return one of the model's PEFT adapters in Descant's form."""
     layers: list[tuple[str, Any]] = [
         (path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)
     ]
@@ -103,12 +103,12 @@ def adapter_of(model: Any, name: str) -> LowRankAdapter:
 
 
 def members_of(model: Any, members: list[MemberSpec]) -> Members:
-    """The model's adapters as Descant holds them, with their weights."""
+    """Return the model's adapters in Descant's form, with their weights."""
     return [(adapter_of(model, str(index)), member.weight) for index, member in enumerate(members)]
 
 
 def peft_combination(model: Any, members: list[MemberSpec], how: Combination) -> LowRankAdapter:
-    """What PEFT's `add_weighted_adapter` makes of the model's adapters."""
+    """Return the result of PEFT's `add_weighted_adapter` for the model's adapters."""
     options: dict[str, Any] = {"svd_rank": how.rank, "svd_clamp": how.clamp, "density": how.density}
     names = [str(index) for index in range(len(members))]
     model.add_weighted_adapter(
@@ -123,12 +123,12 @@ def peft_combination(model: Any, members: list[MemberSpec], how: Combination) ->
 
 
 def updates(adapter: LowRankAdapter) -> dict[str, Tensor]:
-    """The dense update of every module, [out, in] float64."""
+    """Return the dense update of every module, [out, in] float64."""
     return {name: pair.scaling * (pair.b.double() @ pair.a.double()) for name, pair in adapter.factors.items()}
 
 
 def distance(adapter: LowRankAdapter, judge: dict[str, Tensor]) -> float:
-    """The largest error of any module's update, relative to the norm of what the judge says. Modules must agree."""
+    """Return the largest error of a module's update, relative to the norm of the judge's. Modules must be the same."""
     mine = updates(adapter)
     assert mine.keys() == judge.keys()
     return max(float((mine[name] - judge[name]).norm() / max(judge[name].norm().item(), 1e-9)) for name in judge)
@@ -140,12 +140,12 @@ Thin = Callable[[Array, str], Array]
 
 
 def keep_all(values: Array, key: str) -> Array:
-    """Keep every value."""
+    """Return all values unchanged."""
     return values
 
 
 def slow_prune(density: float) -> Thin:
-    """Keep the largest, the earlier of equals."""
+    """Keep the largest values, the earlier one of equals."""
 
     def thin(values: Array, key: str) -> Array:
         flat = values.flatten()
@@ -157,12 +157,12 @@ def slow_prune(density: float) -> Thin:
 
 
 def slow_add(tensors: list[Array], factors: list[float], method: str) -> Array:
-    """The weighted sum."""
+    """Return the weighted sum."""
     return np.sum([factor * tensor for factor, tensor in zip(factors, tensors, strict=True)], axis=0)
 
 
 def slow_elect(tensors: list[Array], factors: list[float], method: str) -> Array:
-    """The weighted mean of those that have the sign most have."""
+    """Return the weighted mean of the values with the majority's sign."""
     result = np.zeros_like(tensors[0])
     for index in np.ndindex(result.shape):
         values = [float(tensor[index]) for tensor in tensors]
@@ -174,7 +174,7 @@ def slow_elect(tensors: list[Array], factors: list[float], method: str) -> Array
 
 
 def slow_combination(members: Members, how: Combination, thin: Thin) -> dict[str, Tensor]:
-    """What any type but `cat` and `svd` makes of the members: the dense update of every module, before a rank."""
+    """Return the dense update of every module for any type but `cat` and `svd`, before the rank is reduced."""
     join = slow_elect if "ties" in how.type else slow_add
     result: dict[str, Tensor] = {}
     for module in sorted({name for member, _ in members for name in member.factors}):
@@ -198,7 +198,7 @@ def slow_combination(members: Members, how: Combination, thin: Thin) -> dict[str
 
 
 def best_of_rank(judge: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The nearest update of that rank, by a dense decomposition in float64."""
+    """Return the nearest update of a rank, by a dense decomposition in float64."""
     best: dict[str, Tensor] = {}
     for name, update in judge.items():
         u, s, vh = np.linalg.svd(update.numpy(), full_matrices=False)

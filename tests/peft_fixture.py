@@ -28,7 +28,7 @@ CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 
 
 def tiny_base(family: str = "llama", **changes: Any) -> PreTrainedModel:
-    """A float32 base with large random weights, so that every adapter shows."""
+    """Write a float32 base with large random weights, so that every adapter changes its output."""
     torch.manual_seed(0)
     shape = _SHAPE | changes
     model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
@@ -36,7 +36,7 @@ def tiny_base(family: str = "llama", **changes: Any) -> PreTrainedModel:
 
 
 def save_peft(base: PreTrainedModel, directory: Path, seed: int = 1, **config: Any) -> Path:
-    """Train nothing, randomize B, save: a fresh PEFT adapter in `directory`."""
+    """Save a new PEFT adapter with random B in `directory`, without training."""
     torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **config))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def save_peft(base: PreTrainedModel, directory: Path, seed: int = 1, **config: A
 
 
 def peft_deltas(base: PreTrainedModel, directory: Path) -> dict[str, Tensor]:
-    """What PEFT itself adds to each module's weight, float64, by module name."""
+    """Return PEFT's own change of each module's weight, float64, by module name."""
     model = PeftModel.from_pretrained(copy.deepcopy(base), directory).double()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {name.removeprefix(PREFIX): layer.get_delta_weight("default").detach() for name, layer in layers.items()}

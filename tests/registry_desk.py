@@ -19,7 +19,7 @@ from descant.actor.supervision import Supervisor
 from descant.actors.fetch import Fetch
 from descant.actors.registry import Registry
 from descant.catalog.configured import reconcile
-from descant.catalog.journal import Journal, opened
+from descant.catalog.journal import Journal, open_journal
 from descant.config import AdapterConfig, AdapterEntry
 from descant.contract.principal import Principal
 from descant.contract.version import AdapterVersion
@@ -32,7 +32,7 @@ from descant.contract.worker import (
     PrepareAdapter,
     Prepared,
 )
-from descant.messages import AdapterList, ChangeAdapter, ListRegistered, ResolveAdapters, VersionFree
+from descant.messages import AdapterList, ChangeAdapter, ListRegistered, ResolveAdapters, VersionUnused
 from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import AdapterInvalid
 from descant_client.lifecycle import (
@@ -71,14 +71,14 @@ CHANGES: dict[str, Any] = {
 
 
 class Bench:
-    """What the fake worker is told and has been asked; it outlives the worker's lives."""
+    """Instructions for the fake worker, and the asks it received. Outlives the worker's lives."""
 
     def __init__(self, store_dir: Path) -> None:
         self.store_dir = store_dir
         self.asked: list[Any] = []
         self.failures: list[Exception] = []  # the next asks get these
-        self.killers: set[str] = set()  # adapters whose preparation takes all others under way with it
-        self.vanishing: set[str] = set()  # adapters whose version is deleted once, in the moment it is made
+        self.killers: set[str] = set()  # adapters whose preparation crashes the worker
+        self.vanishing: set[str] = set()  # adapters whose version is deleted once, just after it is made
         self.refused: set[str] = set()  # adapters that are not valid
         self.gates: dict[str, anyio.Event] = {}  # adapters that wait
         self.slow_gates: dict[str, anyio.Event] = {}  # likewise, after they were read
@@ -150,7 +150,7 @@ class FakeWorker(Actor[Any]):
 
 
 def check(adapter: str, version: AdapterVersion) -> None:
-    """Check that a version is there, as whoever uses it holds it, and whole."""
+    """Check that the file of a version exists, as it is held, and is whole."""
     path = Path(version.path)
     assert path.exists(), "what is read is held"
     if digest_of(path.read_bytes()) != version.digest:
@@ -158,7 +158,7 @@ def check(adapter: str, version: AdapterVersion) -> None:
 
 
 class Desk:
-    """Asks the registry what a test wants to know."""
+    """A client of the registry for tests."""
 
     def __init__(self, root: Path, registry: Ref[Any], journal: Journal, bench: Bench, leases: LeaseTable) -> None:
         self.root = root
@@ -184,7 +184,7 @@ class Desk:
         lease: Lease | None = None,
         combination: Combination = Combination(),  # noqa: B008 - frozen
     ) -> AdapterVersion | None:
-        """Ask for a version, letting go of it at once unless a lease is given."""
+        """Return the version of a request, released at once unless a lease is given."""
         weighted = tuple(WeightedAdapter(*(m if isinstance(m, tuple) else (m, 1.0))) for m in members)
         held = lease or self.leases.lease()
         try:
@@ -194,7 +194,7 @@ class Desk:
                 held.release()
 
     async def content(self, *members: str | tuple[str, float], principal: Principal = ADMIN) -> bytes | None:
-        """Return what a request for these gets."""
+        """Return the content of the version that a request for these gets."""
         with_lease = self.leases.lease()
         version = await self.resolve(*members, principal=principal, lease=with_lease)
         try:
@@ -203,7 +203,7 @@ class Desk:
             with_lease.release()
 
     async def change(self, kind: str, name: str, *, principal: Principal = ADMIN, **fields: Any) -> AdapterInfo | None:
-        """Change an adapter; return it as it is then."""
+        """Change an adapter and return its description afterwards."""
         if "adapters" in fields:
             fields["adapters"] = [WeightedAdapter(*member) for member in fields["adapters"]]
         change = CHANGES[kind](request_id="r", name=name, **fields)
@@ -215,7 +215,7 @@ class Desk:
         return list(answer.adapters)
 
     async def holding(self, *members: str, principal: Principal = ADMIN) -> Lease:
-        """Return a lease on what a request for these gets."""
+        """Return a lease on the version that a request for these gets."""
         lease = self.leases.lease()
         await self.resolve(*members, principal=principal, lease=lease)
         return lease
@@ -226,9 +226,9 @@ class Desk:
 
 
 async def wait_until(condition: Callable[[], Any]) -> None:
-    """Let others run until something becomes true; fail if it does not."""
+    """Let other tasks run until a condition holds. Fail after 30 seconds."""
     with anyio.fail_after(30):
-        while not condition():  # noqa: ASYNC110 - not everything that a test waits for tells
+        while not condition():  # noqa: ASYNC110 - not every condition has an event
             await asyncio.sleep(0.001)
 
 
@@ -245,7 +245,7 @@ def digest_of(content: bytes | str) -> str:
 
 
 def crash(actor: Ref[Any]) -> None:
-    """End this life of an actor with an exception it did not expect."""
+    """End this life of an actor with an unexpected exception."""
 
     async def fail() -> None:
         raise RuntimeError("injected by a test")
@@ -259,20 +259,21 @@ async def open_desk(
     tmp_path: Path, entries: tuple[str, ...] = (), spoil: Callable[[Path], None] = lambda store: None, **config: Any
 ) -> AsyncIterator[Desk]:
     """Start a server's registry with the adapters `entries` configured; what is in `tmp_path` from before is kept."""
-    bench, leases = Bench(tmp_path / "model" / "store"), LeaseTable()
+    bench = Bench(tmp_path / "model" / "store")
     configured = [AdapterEntry(name=name, ref=f"local:{tmp_path / name}") for name in entries]
     adapters = AdapterConfig(entries=configured, **config)
-    async with opened(tmp_path / "model", 1) as journal, Supervisor() as supervisor:
+    async with open_journal(tmp_path / "model", 1) as journal, Supervisor() as supervisor:
         await journal.apply(*reconcile(await journal.entries(), configured))
         spoil(bench.store_dir)
         worker = supervisor.spawn(lambda: FakeWorker(bench), "worker")
         fetch = supervisor.spawn(Fetch, "fetch")
         pins: list[tuple[AdapterVersion, ...]] = []
         forgotten: list[str] = []
+        registry = supervisor.reserve("registry", mailbox_size=65536)
+        leases = LeaseTable(lambda digest: registry.tell_nowait(VersionUnused(digest)))
         make = partial(Registry, adapters, journal, bench.store_dir, fetch, worker, leases)
         make = partial(make, on_pins=pins.append, on_forget=forgotten.append)
-        registry = supervisor.spawn(make, "registry", mailbox_size=65536)
-        leases.on_free = lambda digest: registry.tell_nowait(VersionFree(digest))
+        supervisor.start(registry, make)
         desk = Desk(tmp_path, registry, journal, bench, leases)
         desk.pins, desk.forgotten = pins, forgotten
         yield desk

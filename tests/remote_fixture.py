@@ -1,4 +1,4 @@
-"""A small remote actor that does what its messages say; run in a child process by test_remote."""
+"""A small remote actor with one action per message, run in a child process by test_remote."""
 
 import os
 import signal
@@ -13,17 +13,17 @@ from descant_client.errors import AdapterTooLarge, ModelInvalid
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
-    """Base of what the handler takes."""
+    """Base of the handler's messages."""
 
 
 class Echo(Message, frozen=True):
-    """The reply holds the same data."""
+    """Answered with the same data."""
 
     data: bytes
 
 
 class Spin(Message, frozen=True):
-    """Keeps the main thread busy, without waiting for anything."""
+    """Keeps the main thread busy for a time, without waiting."""
 
     seconds: float
 
@@ -37,7 +37,7 @@ class Fault(Message, frozen=True):
 
 
 class Exit(Message, frozen=True):
-    """Ends the process on the spot."""
+    """Ends the process at once."""
 
     status: int
 
@@ -49,7 +49,7 @@ class Report(Message, frozen=True):
 
 
 class Beside(Message, frozen=True):
-    """Handled beside the others: waits for the file, then does what the name of `then` says."""
+    """Handled beside other messages: waits for the file, then acts on the name of `then`."""
 
     path: str
     then: str = "reply"
@@ -62,14 +62,14 @@ class Echoed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Reply to everything else; signals is what the process ignores."""
+    """Reply to all other messages. `signals` are those that the process ignores."""
 
     pid: int
     ignored: list[str]
 
 
 class Noticed(msgspec.Struct, frozen=True, tag=True):
-    """The only notice."""
+    """The only kind of notice."""
 
     text: str
 
@@ -79,7 +79,7 @@ REPLIES = Echoed | Done
 
 
 class FixtureHandler:
-    """See the messages."""
+    """Handler with one action per message."""
 
     messages = MESSAGES
     beside = (Beside,)
@@ -88,7 +88,7 @@ class FixtureHandler:
         self._notify = notify
 
     def handle(self, message: Any) -> Any:
-        """Do what the message says."""
+        """Carry out the action of a message."""
         match message:
             case Echo(data):
                 return Echoed(data)
@@ -113,12 +113,12 @@ class FixtureHandler:
         return Done(os.getpid(), [s.name for s in ignored if signal.getsignal(s) is signal.SIG_IGN])
 
     def close(self) -> None:
-        """Say that the stop was orderly."""
+        """Send a notice of the orderly stop."""
         self._notify(Noticed("closed"))
 
 
 def spin(seconds: float) -> None:
-    """Burn CPU."""
+    """Keep the CPU busy."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
@@ -131,7 +131,7 @@ def make(config: bytes, notify: Notify) -> FixtureHandler:
 
 
 def make_slowly(config: bytes, notify: Notify) -> FixtureHandler:
-    """Take longer to start than the heartbeat's allowance in the tests."""
+    """Take longer to start than the heartbeat allows in the tests."""
     spin(float(config))
     return FixtureHandler(notify)
 
@@ -142,5 +142,5 @@ def make_never(config: bytes, notify: Notify) -> FixtureHandler:
 
 
 def make_and_die(config: bytes, notify: Notify) -> FixtureHandler:
-    """End before it is up."""
+    """End the process before it is up."""
     os._exit(3)

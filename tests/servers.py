@@ -30,7 +30,7 @@ from descant_client.protocol import JSON_SUBPROTOCOL
 from descant_client.stream import Result, Stream
 from tiny_models import save_adapter, save_model, tiny_config
 
-LONG = 240.0  # a deadline that is never meant to pass
+LONG = 240.0  # limit of waits that a correct server ends much earlier
 BEGIN, END, PAD, ANSWER = 256, 257, 258, 259
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|answer|>")
 VOCAB_SIZE = 264  # four ids beyond the tokenizer
@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 def tiny_checkpoint(directory: Path) -> Checkpoint:
-    """Write a random Llama over bytes and four random adapters of different ranks, as their users' tools write them."""
+    """Write a random Llama over bytes and four random adapters of different ranks, with Transformers and PEFT."""
     base = directory / "base"
     config = tiny_config(
         "llama",
@@ -73,7 +73,7 @@ def tiny_checkpoint(directory: Path) -> Checkpoint:
 def save_tokenizer(
     directory: Path, merges: Sequence[tuple[str, str]] = (), template: str | None = CHAT_TEMPLATE
 ) -> None:
-    """Write a tokenizer of bytes (ids 0 to 255), specials and then `merges`, which wraps a text as a prompt."""
+    """Write a tokenizer of bytes (ids 0 to 255), special tokens, then `merges`. It wraps a text as a prompt."""
     directory.mkdir(parents=True, exist_ok=True)
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     vocab |= {one + other: 256 + len(SPECIAL_TOKENS) + i for i, (one, other) in enumerate(merges)}
@@ -94,7 +94,7 @@ def save_tokenizer(
 
 
 def model_config(checkpoint: Checkpoint, data_dir: Path, **server: Any) -> Config:
-    """Settings of a server of the tiny model with its adapters by name; `server` is what `ServerConfig` is given."""
+    """Return settings of a server of the tiny model with its adapters by name. `server` goes to `ServerConfig`."""
     entries = [AdapterEntry(name=name, ref=f"local:{path}") for name, path in checkpoint.adapters.items()]
     return Config(
         data_dir=str(data_dir),
@@ -106,7 +106,7 @@ def model_config(checkpoint: Checkpoint, data_dir: Path, **server: Any) -> Confi
 
 
 def dummy_config(data_dir: Path, tokens_per_s: float = 0.0, **server: Any) -> Config:
-    """Settings of a server of the dummy engine, by default as fast as it goes."""
+    """Return settings of a server with the dummy engine, by default without a pace."""
     return Config(
         data_dir=str(data_dir),
         server=ServerConfig(port=0, **server),
@@ -116,7 +116,7 @@ def dummy_config(data_dir: Path, tokens_per_s: float = 0.0, **server: Any) -> Co
 
 @asynccontextmanager
 async def serve(config: Config, **options: Any) -> AsyncIterator[tuple[System, str]]:
-    """Run a server in this loop, its children in their processes; yields it, ready, and its address."""
+    """Run a server in this event loop, with real child processes. Yield the ready system and its address."""
     async with running(config, **options) as system:
         with anyio.fail_after(LONG):
             await system.ready()
@@ -124,7 +124,7 @@ async def serve(config: Config, **options: Any) -> AsyncIterator[tuple[System, s
 
 
 def crash(actor: Ref[Any]) -> None:
-    """End this life of an actor with an exception it did not expect."""
+    """End the current life of an actor with an unexpected exception."""
 
     async def fail() -> None:
         raise RuntimeError("injected by a test")
@@ -134,32 +134,32 @@ def crash(actor: Ref[Any]) -> None:
 
 
 async def wait_until(condition: Callable[[], Any], deadline_s: float = LONG) -> None:
-    """Wait until something becomes true; fail if it does not."""
+    """Wait until the condition is true. Raise TimeoutError after `deadline_s`."""
     with anyio.fail_after(deadline_s):
-        while not condition():  # noqa: ASYNC110 - not everything that a test waits for tells
+        while not condition():  # noqa: ASYNC110 - many conditions have no event
             await anyio.sleep(0.005)
 
 
 async def results(streams: Iterable[Stream]) -> list[Result]:
-    """Wait for all of them."""
+    """Wait for the results of all streams."""
     with anyio.fail_after(LONG):
         return list(await asyncio.gather(*[stream.result() for stream in streams]))
 
 
 def answers(finished: Iterable[Result]) -> list[Any]:
-    """What a request's outcome is a function of: tokens, text and ending of every choice."""
+    """Return the promised part of results: tokens, text and finish reason of every choice."""
     return [[(one.token_ids, one.text, one.finish_reason) for one in result.choices] for result in finished]
 
 
 async def kill_executor(system: System) -> None:
-    """`kill -9` the executor, once there is one."""
+    """Send SIGKILL to the executor, once there is one."""
     await wait_until(lambda: system.executor.pid is not None)
     assert system.executor.pid is not None
     os.kill(system.executor.pid, signal.SIGKILL)
 
 
 class Neighbor:
-    """A healthy request beside whatever a test does."""
+    """A valid request that runs beside the actions of a test and must not be disturbed by them."""
 
     def __init__(self, client: Client, options: dict[str, Any], expected: list[Any]) -> None:
         self._client = client
@@ -168,13 +168,13 @@ class Neighbor:
 
     @classmethod
     async def beside(cls, client: Client, num_tokens: int = 64, **options: Any) -> Self:
-        """Find out what the request's answer is when nothing disturbs it."""
+        """Run the request undisturbed and remember its answer."""
         options |= {"seed": 5, "ignore_eos": True, "max_tokens": num_tokens}
         return cls(client, options, answers(await results([client.generate("healthy", **options)])))
 
     @asynccontextmanager
     async def singing(self) -> AsyncIterator[None]:
-        """Run it through the block, which must change nothing about it."""
+        """Run the request beside the block and check that its answer is the remembered one."""
         stream = self._client.generate("healthy", **self._options)
         yield
         assert answers(await results([stream])) == self._expected
@@ -184,7 +184,7 @@ class Neighbor:
 
 
 class RawClient:
-    """JSON over one WebSocket, message by message: also what `descant_client` would never send."""
+    """JSON over one WebSocket, message by message, including frames that `descant_client` never sends."""
 
     def __init__(self, websocket: ClientConnection) -> None:
         self.websocket = websocket
@@ -209,7 +209,7 @@ class RawClient:
         return messages
 
     async def error_after(self, frame: str | bytes) -> dict[str, Any]:
-        """Send a frame as it is; return the error that answers it."""
+        """Send a raw frame and return the error that answers it."""
         await self.websocket.send(frame)
         return (await self.until("error"))[-1]
 
@@ -220,7 +220,7 @@ class RawClient:
                 await self.websocket.recv()
 
     def vanish(self) -> None:
-        """Drop the connection without a word."""
+        """Abort the connection without a closing handshake."""
         self.websocket.transport.abort()
 
 
@@ -238,7 +238,7 @@ async def raw(
     token: str | None = None,
     **options: Any,
 ) -> AsyncIterator[RawClient]:
-    """Open a WebSocket and leave everything else, the `hello` included, to the test."""
+    """Open a WebSocket. The test itself reads the `hello` and everything after it."""
     async with open_websocket(
         f"{uri}/ws" + (f"?session={session}" if session else ""),
         subprotocols=None if subprotocol is None else [Subprotocol(subprotocol)],
@@ -251,7 +251,7 @@ async def raw(
 
 
 def tokens_of(messages: Iterable[dict[str, Any]], choice: int = 0) -> list[int]:
-    """Return a choice's tokens of some deltas, having checked that they follow one another."""
+    """Return the tokens of one choice in these deltas, and check that each delta continues the one before."""
     token_ids: list[int] = []
     deltas = [message for message in messages if message["type"] == "delta" and message["choice"] == choice]
     for delta in deltas:
@@ -274,12 +274,18 @@ async def fetch(system: System, path: str) -> tuple[int, str]:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the process ids of a process's children."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Return the process ids of a process's descendants."""
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [descendant for child in children for descendant in (child, *children_of(child))]
+
+
+def worker_of(pid: int) -> int:
+    """Return the process id of the worker of the server in process `pid`."""
+    return next(child for child in children_of(pid) if Path(f"/proc/{child}/comm").read_text() == "descant-worker\n")
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process still runs; a zombie does not."""
+    """Return whether a process is running. A zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -287,5 +293,5 @@ def is_alive(pid: int) -> bool:
 
 
 def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process."""
+    """Return the resident memory of a process in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all, and what killed writers leave beside them."""
+"""Directories are written completely or not at all, and leftovers of killed writers are removed."""
 
 import os
 import signal
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from descant.adapters.directory import ABANDONED_AFTER_S, write_directory
+from descant.adapters.directory import write_directory
+from descant.versions.durable import ABANDONED_AFTER_S
 
 KILL = """
 import os, signal, sys

@@ -1,4 +1,4 @@
-"""Saved adapters: PEFT loads the very tensors and scalings, and reading one again gives the version it was."""
+"""Saved adapters: PEFT loads equal tensors and scalings, and reading one back gives the same version."""
 
 import copy
 import json
@@ -116,7 +116,7 @@ def test_peft_loads_the_same_tensors_and_scalings(
     worker_of(root, base_name).export("mine", stored(root, shapes), root / "for peft")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PEFT only warns of what it misses, and of patterns without a module
+        warnings.simplefilter("error")  # PEFT only warns about missing tensors and patterns without a module
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         model = PeftModel.from_pretrained(copy.deepcopy(BASE if base_name == "base" else TIED), root / "for peft")

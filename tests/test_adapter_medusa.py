@@ -1,4 +1,4 @@
-"""Medusa heads as part of an adapter: from any directory into the store, and back out as they were."""
+"""Medusa heads as part of an adapter: from any directory into the store, and exported unchanged."""
 
 import copy
 import json
@@ -183,7 +183,7 @@ def test_peft_loads_the_lora_of_what_is_saved_with_heads(worker: AdapterWorker, 
     worker.export("mine", version, tmp_path / "saved")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT only warns of what it misses
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns about missing tensors
         PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "saved")
     saved, given = (peft_fixture.peft_deltas(BASE, directory) for directory in (tmp_path / "saved", lora))
     torch.testing.assert_close(saved, given, rtol=1e-6, atol=0)

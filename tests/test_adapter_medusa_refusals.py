@@ -1,4 +1,4 @@
-"""What is wrong with a directory of Medusa heads is refused by name; nothing in it is ignored."""
+"""Errors in a directory of Medusa heads are refused by name; nothing in it is ignored."""
 
 import shutil
 from collections.abc import Callable

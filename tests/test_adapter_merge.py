@@ -1,4 +1,4 @@
-"""What combinations promise beyond their arithmetic: what is dropped, kept, cut off and refused."""
+"""Rules of combinations beyond their arithmetic: pruning, truncation and refusals."""
 
 from __future__ import annotations
 

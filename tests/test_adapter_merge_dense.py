@@ -1,4 +1,4 @@
-"""Combinations are what slow, obvious arithmetic in float64 makes them, also where PEFT is wrong."""
+"""Combinations equal slow, obvious arithmetic in float64, also where PEFT is wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRUNING = ["ties", "magnitude_prune", "dare_linear", "dare_ties"]
 
 
 def drawn(data: st.DataObject, is_mixed: bool) -> fixture.Members:
-    """Members that may be one alone, with rsLoRA first and scalings below zero."""
+    """Return members: possibly one alone, with rsLoRA first and negative scalings."""
     specs = data.draw(fixture.specs(is_mixed, min_size=1))
     specs[0] = dataclasses.replace(specs[0], is_rslora=data.draw(st.booleans()))
     members = fixture.members_of(fixture.peft_model(specs), specs)
@@ -44,7 +44,7 @@ def weighted_sum(members: fixture.Members) -> dict[str, torch.Tensor]:
 
 
 def thinning(how: Combination) -> fixture.Thin:
-    """What the type does to one tensor."""
+    """Return the pruning of a combination type, for one tensor."""
     density = how.density or 0.0
     if how.type.startswith("dare"):
         return lambda values, key: (

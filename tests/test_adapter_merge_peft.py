@@ -1,4 +1,4 @@
-"""Combinations are PEFT's own, wherever PEFT is right."""
+"""Combinations equal those of PEFT, wherever PEFT is right."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_magnitude_prune_svd_is_pefts(members: list[fixture.MemberSpec], density
 
 
 def keys(members: list[fixture.MemberSpec], how: Combination) -> list[str]:
-    """What names our masks, in the order in which PEFT draws its own."""
+    """Return the keys of our masks in the order in which PEFT draws its own."""
     views = ["update"] if how.type.endswith("_svd") else ["A", "B"]
     return [
         f"{how.seed}/{index}/{module}/{view}"

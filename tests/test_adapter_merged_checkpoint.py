@@ -1,4 +1,4 @@
-"""Base and adapter as one checkpoint: Transformers loads it, and it is the adapted model."""
+"""Base and adapter as one checkpoint: Transformers loads it, and it equals the adapted model."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def save_base(directory: Path, family: str = "llama", shard_size: str = "5GB", *
 
 
 def adapt(base: Path, **changes: Any) -> tuple[AdapterWorker, AdapterVersion]:
-    """A worker on the base, and a version of a random adapter next to it."""
+    """A worker on the base, and a version of a random adapter for it."""
     tiny_models.save_adapter(base.parent / "adapter", base, **changes)
     worker = AdapterWorker(base, base.parent / "store", "float32")
     return worker, worker.prepare("mine", base.parent / "adapter")
@@ -87,7 +87,7 @@ def test_weights_of_many_rows_are_merged_in_parts(tmp_path: Path, monkeypatch: p
     base = save_base(tmp_path / "base")
     worker, version = adapt(base, target_modules=WITH_HEAD)
     worker.export_merged("mine", version, tmp_path / "whole")
-    monkeypatch.setattr("descant.adapters.merged_checkpoint._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("descant.adapters.merged_checkpoint._MAX_ROWS", 7)
 
     worker.export_merged("mine", version, tmp_path / "parts")
 

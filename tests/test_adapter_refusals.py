@@ -1,4 +1,4 @@
-"""What is not plain LoRA is refused by name; what is broken or hostile is refused before it can do harm."""
+"""Adapters beyond plain LoRA are refused by name; broken or hostile ones are refused before they can do harm."""
 
 import pickle
 import shutil

@@ -1,4 +1,4 @@
-"""Versions in the store: content-addressed, whole or not there; sums are exact."""
+"""Versions in the store: content-addressed, and complete or absent. Sums are exact."""
 
 import os
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def fail(path: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(store, "_sync", fail)
+    monkeypatch.setattr(store, "sync", fail)
     with pytest.raises(OSError, match="disk full"):
         store.write_version(tmp_path, random_adapter({"q": 2}), MODULES)
 
@@ -272,7 +272,7 @@ def test_a_prepared_version_says_how_large_it_is(worker: AdapterWorker, tmp_path
 
     assert (version.max_rank, version.num_modules) == (4, 2)
     assert version.file_bytes == Path(version.path).stat().st_size
-    assert version.num_bytes == 2 * (32 * 8 + 4 * 32) * 2  # rows of A have 8 elements at least
+    assert version.num_bytes == 2 * (32 * 8 + 4 * 32) * 2  # rows of A have at least 8 elements
     assert version.path == str(tmp_path / "store" / "versions" / f"{version.digest}.safetensors")
 
 

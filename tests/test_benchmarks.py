@@ -120,7 +120,7 @@ def test_the_decode_rate_counts_what_comes_after_the_last_first_token() -> None:
 
     early, late = [(1.0, 1), (2.0, 1), (4.0, 2)], [(2.0, 1), (3.0, 3)]
 
-    assert decode_rate([early, late], ended=4.5) == (2 + 3) / 2.5
+    assert decode_rate([early, late], ended_s=4.5) == (2 + 3) / 2.5
 
 
 def test_adapters_are_dealt_in_turn_and_no_names_mean_the_base() -> None:

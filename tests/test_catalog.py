@@ -15,7 +15,7 @@ from descant.contract.principal import Principal
 from descant.contract.version import AdapterVersion
 from descant_client.errors import AdapterExists, AdapterForbidden, AdapterNotFound, DescantError, InvalidRequest
 
-OWNERS = ("anna", "bert", "")  # a principal may be called as the shared owner is
+OWNERS = ("anna", "bert", "")  # a principal may have the shared owner's name
 PRINCIPALS = st.builds(Principal, name=st.sampled_from(OWNERS), is_admin=st.booleans())
 NAMES = st.sampled_from(["a", "b", "c", "-no name"])
 DIGESTS = st.sampled_from(["d1", "d2", "d3"])
@@ -26,7 +26,7 @@ def version(digest: str) -> AdapterVersion:
 
 
 class CatalogAgainstDictionaries(RuleBasedStateMachine):
-    """Own names in one dictionary per principal, shared ones in another; what is asked of both must be the same."""
+    """Model: own names in one dictionary per principal, shared ones in another. Both must give the same answers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class CatalogAgainstDictionaries(RuleBasedStateMachine):
 
     @rule(principal=PRINCIPALS, name=NAMES)
     def destroy(self, principal: Principal, name: str) -> None:
-        found = self.ask(self.catalog.changed, principal, name)
+        found = self.ask(self.catalog.require_owned, principal, name)
         owner = principal.name if name in self.own[principal.name] else SHARED
         if name not in self.own[owner]:
             assert found is AdapterNotFound
@@ -96,7 +96,7 @@ class CatalogAgainstDictionaries(RuleBasedStateMachine):
     @rule(principal=PRINCIPALS, name=NAMES)
     def use(self, principal: Principal, name: str) -> None:
         expected = self.own[principal.name].get(name) or self.shared.get(name)
-        found = self.ask(self.catalog.used, principal, name)
+        found = self.ask(self.catalog.require, principal, name)
         assert found is AdapterNotFound if expected is None else found.version == version(expected[1])
         assert self.catalog.find(principal, name) == (None if expected is None else found)
 

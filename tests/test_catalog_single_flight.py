@@ -1,4 +1,4 @@
-"""Work that is done once, for callers that come, go and wait."""
+"""Work done once for callers that arrive, wait and are cancelled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Work:
-    """Waits until it is let go, then returns its number or fails."""
+    """Work that waits for a release, then returns its number or fails."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.num_done = 0
@@ -35,7 +35,7 @@ class Work:
 def callers(
     tasks: TaskGroup, flights: SingleFlight[str], work: Callable[[], Awaitable[str]], number: int
 ) -> tuple[list[str], list[anyio.CancelScope]]:
-    """Start callers; return what they will have got, and how to cancel each."""
+    """Start callers. Return their results, to be filled in, and a way to cancel each."""
     endings: list[str] = []
     scopes = [anyio.CancelScope() for _ in range(number)]
 
@@ -163,7 +163,7 @@ async def test_of_two_labels_under_way_the_first_to_end_is_kept() -> None:
 
 
 async def test_results_are_claimed_before_anything_else_can_happen_to_them() -> None:
-    """What runs as soon as it may after the work has ended finds every claim made, those of the cancelled included."""
+    """The first task to run after the end of the work finds every claim made, also those of cancelled callers."""
     events: list[str] = []
     loop = asyncio.get_running_loop()
 

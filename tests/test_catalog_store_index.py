@@ -1,4 +1,4 @@
-"""What goes when the store is full: the least recently used, as little as possible, never what is kept."""
+"""Deletions when the store is full: the least recently used versions, as few as possible, never kept ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_victims_are_enough_and_none_of_them_is_needless(
     assert not kept & {int(victim) for victim in victims}
     assert freed >= missing
     assert all(freed - sizes[int(victim)] < missing for victim in victims)
-    # Nothing used later than all the victims is touched: with what was used before the last of them, it is enough.
+    # The versions used up to the last victim suffice, so no version that was used later is deleted.
     if victims:
         last = int(victims[-1])
         assert sum(size for number, size in enumerate(sizes[:last]) if number not in kept) < missing

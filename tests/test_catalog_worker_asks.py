@@ -1,4 +1,4 @@
-"""Who is asked beside whom, and who is alone with the worker after it died."""
+"""Asks that run beside each other, and asks that run alone after a crash of the worker."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Worker:
 
 
 class Scene:
-    """Asks under way, and what became of those that have ended."""
+    """Asks in flight, and the results of those that have ended."""
 
     def __init__(self, tasks: anyio.abc.TaskGroup, max_asks: int = 3, max_exports: int = 2) -> None:
         self.worker = Worker()

@@ -1,4 +1,4 @@
-"""The command `descant loadtest`: options to a plan, several keys, a result in a file, and Ctrl-C."""
+"""The command `descant loadtest`: options of a plan, several keys, a report in a file, and Ctrl-C."""
 
 from __future__ import annotations
 

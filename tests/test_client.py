@@ -1,4 +1,4 @@
-"""The client against a scripted server: requests, streams, errors, and what is left behind."""
+"""The client against the fake server: requests, streams, errors, and cleaning up."""
 
 import asyncio
 import subprocess

@@ -1,4 +1,4 @@
-"""Adapters in the client: what each method asks for, what its handle says afterwards, and where paths lead."""
+"""Adapters in the client: the request of each method, the state of the handle afterwards, and paths."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_every_method_of_a_handle_asks_for_what_it_is_given() -> None:
         await a.fork("b", shared=True)
         await a.destroy()
     assert [one for one in server.received if not isinstance(one, Ack)][1:] == [
-        LoadAdapter("2", "a", "s3://bucket/key", None, True),  # into the shared name it is, not a new one of ours
+        LoadAdapter("2", "a", "s3://bucket/key", None, True),  # into the shared name, not a new name of this client
         PinAdapter("3", "a"),
         UnpinAdapter("4", "a"),
         DisableAdapter("5", "a"),

@@ -1,4 +1,4 @@
-"""A change to an adapter is made once, wherever the connection drops; or the caller hears that nobody knows."""
+"""A change to an adapter is made once, wherever the connection drops, or ends in an error about the uncertainty."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from descant_client import Adapter, Client, connect
-from descant_client.connection import Backoff
+from descant_client.dialer import Backoff
 from descant_client.errors import AdapterExists, ConnectionLost
 from descant_client.lifecycle import CreateAdapter
 from descant_client.protocol import Ack, ClientMessage, Resume
@@ -43,7 +43,7 @@ async def _no_time(seconds: float) -> None:
 
 
 class HeldTime:
-    """A time in which the client dials again only when told to."""
+    """A time in which the client reconnects only when the test allows it."""
 
     def __init__(self) -> None:
         self.began, self.over = anyio.Event(), anyio.Event()
@@ -54,7 +54,7 @@ class HeldTime:
 
 
 def patient(server: FakeServer) -> AbstractAsyncContextManager[Client]:
-    """Connect; dialing again takes no time."""
+    """Connect. Reconnecting takes no time."""
     return connect(server.uri, backoff=Backoff(rng=random.Random(0), clock=lambda: 0.0, sleep=_no_time))
 
 
@@ -63,7 +63,7 @@ def _changes(server: FakeServer) -> list[ClientMessage]:
 
 
 async def _begin(server: FakeServer, client: Client, use: Use, tasks: anyio.abc.TaskGroup, outcome: list[Any]) -> None:
-    """Begin a change that the server makes and does not answer; its outcome goes into the list."""
+    """Begin a change that the server makes but does not answer. Its outcome goes into the list."""
     adapter = await client.adapters.open("reverse")
     assert adapter is not None
 

@@ -1,4 +1,4 @@
-"""The client when the connection drops: every stream goes on unbroken, or ends with one typed error."""
+"""The client when the connection drops: every stream continues unbroken, or ends with one typed error."""
 
 import random
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from descant_client import Client, Stream, connect
-from descant_client.connection import Backoff
+from descant_client.dialer import Backoff
 from descant_client.errors import ConnectionLost, InternalError, StreamNotFound, Unauthorized
 from descant_client.protocol import Accepted, Ack, Cancel, Delta, Done, Generate, Resume, ServerMessage
 from fake_server import SEED, FakeServer, error_frame, text_of
@@ -17,15 +17,15 @@ pytestmark = pytest.mark.anyio
 
 
 class FakeTime:
-    """A clock that moves only in sleep, which takes no time."""
+    """A clock that advances only in `sleep`, which returns at once."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
         self.sleeps: list[float] = []
 
-    async def sleep(self, seconds: float) -> None:
-        self.sleeps.append(seconds)
-        self.now_s += seconds
+    async def sleep(self, delay_s: float) -> None:
+        self.sleeps.append(delay_s)
+        self.now_s += delay_s
         await anyio.lowlevel.checkpoint()
 
     def backoff(self) -> Backoff:
@@ -33,20 +33,20 @@ class FakeTime:
 
 
 class HeldTime(FakeTime):
-    """A time in which the client dials again only when told to."""
+    """A time in which the client reconnects only when the test allows it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.began = anyio.Event()
         self.over = anyio.Event()
 
-    async def sleep(self, seconds: float) -> None:
+    async def sleep(self, delay_s: float) -> None:
         self.began.set()
         await self.over.wait()
 
 
 def patient(server: FakeServer, time: FakeTime | None = None, **options) -> AbstractAsyncContextManager[Client]:
-    """Connect with a clock that moves only while the client waits to dial again."""
+    """Connect with a clock that advances only while the client waits to reconnect."""
     return connect(server.uri, backoff=(time or FakeTime()).backoff(), **options)
 
 
@@ -230,7 +230,7 @@ def test_delays_double_up_to_a_limit_and_vary() -> None:
 
 
 def losing(num_lost: int) -> Callable[[ServerMessage], list[ServerMessage | str | bytes]]:
-    """Return what loses the first delta of an output, `num_lost` times."""
+    """Return a `tamper` function that drops the first delta of an output, `num_lost` times."""
     lost: list[ServerMessage] = []
 
     def lose(message: ServerMessage) -> list[ServerMessage | str | bytes]:

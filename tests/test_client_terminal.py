@@ -1,4 +1,4 @@
-"""What streams look like in a terminal, and the conversation loop."""
+"""Streams in a terminal, and the conversation loop."""
 
 import io
 import os
@@ -41,7 +41,7 @@ def written(console: Console) -> str:
 
 
 def lines_of(*lines: str) -> Callable[[str], str]:
-    """Return a reader of these lines and then of the end of the input."""
+    """Return a function that reads these lines, then raises EOFError."""
     rest = iter(lines)
 
     def read_line(prompt: str) -> str:
@@ -97,7 +97,7 @@ async def test_voices_grow_on_a_terminal_within_its_height(client: Client) -> No
 async def test_a_text_too_long_for_its_panel_shows_its_end(client: Client) -> None:
     console = paper()
     voice = _Voice("long", client.generate([1000, *[0] * 500, 2000]), lambda: 0.0)
-    await voice.listen()
+    await voice.read()
     console.print(_grid([voice], console, max_height=8))
     assert len(written(console).splitlines()) == 8
     assert "2000" in written(console)

@@ -1,4 +1,4 @@
-"""What may be asked for when adapters are combined is checked before anybody works on it."""
+"""Combinations of adapters are checked before the worker gets them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from descant.requests.combination import check, from_lorax
+from descant.requests.combination import check_combination, from_lorax
 from descant_client.errors import InvalidRequest
 from descant_client.lifecycle import Combination, CombinationType
 from descant_client.protocol import MergedAdapters
@@ -19,9 +19,9 @@ EVERY = get_args(CombinationType)
 
 
 def refused(combination: Combination) -> str | None:
-    """The field a combination is refused for."""
+    """Return the field for which a combination is refused."""
     try:
-        check(combination, ONE)
+        check_combination(combination, ONE)
     except InvalidRequest as error:
         return error.field
     return None
@@ -69,7 +69,7 @@ def test_a_clamp_is_above_the_median(clamp: float, expected: str | None) -> None
 @pytest.mark.parametrize("weight", [math.inf, math.nan])
 def test_a_weight_is_finite(weight: float) -> None:
     with pytest.raises(InvalidRequest, match="finite"):
-        check(Combination(), [*ONE, WeightedAdapter("b", weight)])
+        check_combination(Combination(), [*ONE, WeightedAdapter("b", weight)])
 
 
 def test_lorax_without_anything_else_is_linear_with_weights_of_1() -> None:
@@ -92,7 +92,7 @@ def test_lorax_strategies_are_known_in_any_case_and_pass_the_check(strategy: str
     merged = MergedAdapters(["a", "b"], [0.5, -2.0], strategy, 0.4, "Frequency")
 
     members, combination = from_lorax(merged)
-    check(combination, members)
+    check_combination(combination, members)
 
     assert members == (WeightedAdapter("a", 0.5), WeightedAdapter("b", -2.0))
     assert combination == expected

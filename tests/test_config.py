@@ -1,4 +1,4 @@
-"""Settings: what is not understood is an error that names it."""
+"""Settings: an unknown one is an error that names it."""
 
 from __future__ import annotations
 

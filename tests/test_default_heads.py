@@ -1,4 +1,4 @@
-"""The draft heads of the base by default: whose name it is, and how long nobody asks after a failure."""
+"""The default draft heads of the base: their name, and the pause after a failure."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def test_the_name_is_the_shared_one() -> None:
 
     question = heads.question(LeaseTable().lease())
 
-    assert heads.are_there
+    assert heads.is_available
     assert (question.heads, question.members, question.principal.name) == ("fast", (), SHARED)
 
 
 @pytest.mark.parametrize("speculation", ["off", "auto", Speculation(), Speculation(heads=False)])
 def test_there_are_none_where_none_are_named(speculation: SpeculationChoice) -> None:
-    assert not DefaultHeads(speculation).are_there
+    assert not DefaultHeads(speculation).is_available
 
 
 def test_after_a_failure_nobody_asks_for_a_while() -> None:
     clock = [0.0]
     heads = DefaultHeads(Speculation(heads="fast"), lambda: clock[0])
 
-    heads.failed(AdapterNotFound("fast"))
+    heads.on_failed(AdapterNotFound("fast"))
 
-    assert not heads.are_there
+    assert not heads.is_available
     clock[0] = RETRY_S
-    assert heads.are_there
+    assert heads.is_available

@@ -35,12 +35,12 @@ from servers import (
     Checkpoint,
     Neighbor,
     answers,
-    children_of,
     model_config,
     raw,
     results,
     serve,
     wait_until,
+    worker_of,
 )
 from spoilers import CONFIG, TENSORS
 from tiny_models import greedy, load_adapted, load_model, save_adapter, save_model, tiny_config
@@ -291,8 +291,7 @@ async def test_a_worker_that_is_killed_costs_nobody_anything(
     system = server[0]
     for number in range(num_kills):
         copy = shutil.copytree(broken, broken.parent / str(number))
-        worker = next(child for child in children_of(os.getpid()) if child != system.executor.pid)
-        os.kill(worker, signal.SIGKILL)
+        os.kill(worker_of(os.getpid()), signal.SIGKILL)
 
         assert (await client.generate("x", adapter=str(copy), max_tokens=2).result()).token_ids
 

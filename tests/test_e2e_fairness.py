@@ -21,7 +21,7 @@ from descant.requests.default_heads import DefaultHeads
 from descant.requests.generate import start_stream
 from descant.requests.time_limits import TimeLimits
 from descant.scheduling.sequence import SequenceTable
-from descant.sessions.stream import Stream
+from descant.sessions.stream import OutgoingStream
 from descant.sources.demo import DEMO_MODEL
 from descant_client import connect
 from descant_client.errors import DeadlineExceeded, InvalidRequest, Overloaded
@@ -126,12 +126,12 @@ async def test_the_time_to_prepare_a_request_is_part_of_its_time(asked: Any, con
     request = Generate(request_id="r", prompt="x", **asked)
     limits = TimeLimits.of(request, SchedulingConfig(**configured), time.monotonic())
 
-    with pytest.raises(DeadlineExceeded, match=what), limits.bounding_the_wait():
+    with pytest.raises(DeadlineExceeded, match=what), limits.bounding_preparation():
         await anyio.sleep_forever()
 
 
 async def test_a_client_hears_nothing_of_its_request_before_the_scheduler_took_it() -> None:
-    stream = Stream("r", "session/r", 1024, lambda stream: None)
+    stream = OutgoingStream("r", "session/r", 1024, lambda stream: None)
     heard: list[Any] = []
 
     async def ask(message: Submit, timeout: float) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +27,9 @@ DESCANT = (sys.executable, "-c", "from descant.cli import main; main()")
 class Served:
     """The process, the address it printed, and its children."""
 
-    def __init__(self, process: subprocess.Popen[str], banner: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], start: list[str], banner: str) -> None:
         self.process = process
+        self.start = start  # the lines before the banner
         self.banner = banner
         self.uri = re.findall(r"ws://127\.0\.0\.1:\d+", banner)[0]
         self.children = children_of(process.pid)
@@ -43,7 +46,12 @@ def _served(data_dir: Path, *arguments: str) -> Iterator[Served]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        yield Served(process, next(line for line in process.stderr if "Descant at" in line))
+        start: list[str] = []
+        for line in process.stderr:
+            if "Descant at" in line:
+                break
+            start.append(line)
+        yield Served(process, start, line)
     finally:
         process.kill()
         process.wait()
@@ -85,11 +93,31 @@ async def test_a_second_signal_does_not_wait_for_streams(tmp_path: Path) -> None
     assert not any(is_alive(child) for child in served.children)
 
 
-async def test_a_killed_server_leaves_no_executor_and_no_worker(tmp_path: Path, checkpoint: Checkpoint) -> None:
+def test_health_names_the_children(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    with _served(tmp_path, str(checkpoint.base)) as served:
+        with urllib.request.urlopen(served.uri.replace("ws", "http", 1) + "/health") as response:
+            health = json.load(response)
+
+        pids = {health["executor_pid"], health["worker_pid"], health["launcher_pid"]}
+        assert pids == set(served.children)
+
+
+def test_a_start_that_is_piped_names_each_stage_in_a_line(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    with _served(tmp_path, str(checkpoint.base)) as served:
+        assert [line.rstrip() for line in served.start] == [
+            "Starting: finding the model",
+            "Starting: importing torch",
+            "Starting: loading and packing the weights",
+            "Starting: preparing the engine",
+        ]
+        assert served.banner.startswith("Descant at ws://127.0.0.1:")
+
+
+async def test_a_killed_server_leaves_no_child(tmp_path: Path, checkpoint: Checkpoint) -> None:
     with _served(tmp_path, str(checkpoint.base), "--adapter", f"alpha={checkpoint.adapters['alpha']}") as served:
         async with connect(served.uri) as client:
             assert (await client.generate("x", adapter="alpha", max_tokens=3).result()).token_ids
-        assert len(served.children) == 2
+        assert len(served.children) == 3
 
         served.process.kill()
 

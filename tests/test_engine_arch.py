@@ -1,4 +1,4 @@
-"""Configs of Transformers 4 and 5 mean what Transformers makes of them; what we do not implement is refused by name."""
+"""Configs of Transformers 4 and 5 are read as Transformers reads them; unsupported settings are refused by name."""
 
 import json
 from pathlib import Path

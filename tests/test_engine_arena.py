@@ -1,4 +1,4 @@
-"""The arena: what is loaded lies where the tables say, and nothing else changes."""
+"""The arena: loaded versions lie where the tables point, and nothing else changes."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def assert_resident(arena: Arena, slot: int, factors: dict[int, Factors], dtype:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loaded_version_lies_where_the_tables_say(dtype: torch.dtype, scaling: float, tmp_path: Path) -> None:
     path, factors = stored(tmp_path, {0: 3, 2: 5}, seed=0, scaling=scaling)
-    arena = Arena(MODULES, num_slots=4, num_bytes=8192, dtype=dtype)
+    arena = Arena(MODULES, num_adapter_slots=4, num_bytes=8192, dtype=dtype)
 
     arena.load(2, 768, path)
 
@@ -61,14 +61,14 @@ def test_a_loaded_version_lies_where_the_tables_say(dtype: torch.dtype, scaling:
 def test_a_staged_version_says_what_it_takes(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3, 2: 5}, seed=0)
 
-    staged = Arena(MODULES, num_slots=1, num_bytes=8192, dtype=torch.bfloat16).stage(path)
+    staged = Arena(MODULES, num_adapter_slots=1, num_bytes=8192, dtype=torch.bfloat16).stage(path)
 
     assert staged.num_bytes == extent_bytes([3, 0, 5], MODULES, 2)
 
 
 def test_host_and_device_tables_agree(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3, 2: 5}, seed=0)
-    arena = Arena(MODULES, num_slots=3, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=3, num_bytes=8192, dtype=torch.float32)
 
     arena.load(1, 256, path)
 
@@ -80,7 +80,7 @@ def test_host_and_device_tables_agree(tmp_path: Path) -> None:
 def test_versions_side_by_side_do_not_touch_each_other(tmp_path: Path) -> None:
     (one, kept), (two, _) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
     size = extent_bytes([3, 0, 0], MODULES, 4)
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
 
     arena.load(0, 0, one)
     arena.load(1, size, two)
@@ -96,7 +96,7 @@ def test_an_extent_aligns_every_module() -> None:
 
 def test_an_unloaded_slot_has_no_ranks(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, path)
 
     arena.unload(0)
@@ -107,7 +107,7 @@ def test_an_unloaded_slot_has_no_ranks(tmp_path: Path) -> None:
 
 def test_tables_change_by_becoming_a_new_object_on_the_same_tensors(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
     before = arena.tables()
 
     arena.load(0, 0, path)
@@ -122,9 +122,9 @@ def test_tables_change_by_becoming_a_new_object_on_the_same_tensors(tmp_path: Pa
 def test_a_version_moves_to_any_place_even_one_it_overlaps(
     offset: int, at_once_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arena_module, "_MOVED_AT_ONCE_BYTES", at_once_bytes)
+    monkeypatch.setattr(arena_module, "_MAX_PIECE_BYTES", at_once_bytes)
     path, factors = stored(tmp_path, {0: 9, 2: 5}, seed=0, scaling=0.5)
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(1, 1024, path)
     before = arena.tables()
 
@@ -140,7 +140,7 @@ def test_a_version_moves_to_any_place_even_one_it_overlaps(
 
 def test_a_move_leaves_its_neighbors_alone(tmp_path: Path) -> None:
     (one, kept), (two, moved) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
-    arena = Arena(MODULES, num_slots=3, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=3, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, one)
     arena.load(1, 1024, two)
     arena.load(2, 2048, one)
@@ -154,7 +154,7 @@ def test_a_move_leaves_its_neighbors_alone(tmp_path: Path) -> None:
 
 def test_an_emptied_slot_moves_nothing(tmp_path: Path) -> None:
     (one, kept), (two, _) = stored(tmp_path, {0: 3}, seed=0), stored(tmp_path, {0: 2, 1: 1}, seed=1)
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, one)
     arena.load(1, 1024, two)
     arena.unload(1)
@@ -166,7 +166,7 @@ def test_an_emptied_slot_moves_nothing(tmp_path: Path) -> None:
 
 def test_a_version_moves_only_within_the_arena(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=1, num_bytes=1024, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=1, num_bytes=1024, dtype=torch.float32)
     arena.load(0, 0, path)
 
     with pytest.raises(AssertionError):
@@ -180,7 +180,7 @@ def test_a_damaged_version_leaves_the_slot_empty(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(0, 0, other)
 
     with pytest.raises(AdapterInvalid):
@@ -190,7 +190,7 @@ def test_a_damaged_version_leaves_the_slot_empty(tmp_path: Path) -> None:
 
 
 def test_a_missing_version_is_invalid(tmp_path: Path) -> None:
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
 
     with pytest.raises(AdapterInvalid):
         arena.load(0, 0, tmp_path / "versions" / "0.safetensors")
@@ -198,7 +198,7 @@ def test_a_missing_version_is_invalid(tmp_path: Path) -> None:
 
 def test_an_extent_outside_the_arena_is_our_own_fault(tmp_path: Path) -> None:
     path, _ = stored(tmp_path, {0: 3}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=512, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=512, dtype=torch.float32)
 
     with pytest.raises(AssertionError):
         arena.load(0, 256, path)
@@ -206,7 +206,7 @@ def test_an_extent_outside_the_arena_is_our_own_fault(tmp_path: Path) -> None:
 
 def test_the_kernel_adds_what_was_loaded(tmp_path: Path) -> None:
     path, factors = stored(tmp_path, {0: 3, 1: 2}, seed=0)
-    arena = Arena(MODULES, num_slots=2, num_bytes=8192, dtype=torch.float32)
+    arena = Arena(MODULES, num_adapter_slots=2, num_bytes=8192, dtype=torch.float32)
     arena.load(1, 256, path)
     x, y = torch.randn(5, 6, generator=torch.Generator().manual_seed(3)), torch.zeros(5, 6)
 

@@ -1,4 +1,4 @@
-"""Draft heads in the store and the arena: their values are there under whatever happens to the slots."""
+"""Draft heads in the store and the arena: their values survive loads, moves and unloads of any slot."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from medusa_fixture import assert_same, random_heads, some
 
 MODULES = (LoraModule("q", 6, 4), LoraModule("k", 6, 2), LoraModule("head", 6, 10))
 DTYPES = [torch.float32, torch.bfloat16]
-UNIT = 64 * 4  # bytes: where a float32 extent may begin
+UNIT = 64 * 4  # bytes: alignment of a float32 extent
 
 
 class Version(NamedTuple):
@@ -48,7 +48,7 @@ def stored(
 
 
 def arena_of(dtype: torch.dtype = torch.float32, num_slots: int = 3, num_bytes: int = 64 * UNIT) -> Arena:
-    arena = Arena(MODULES, num_slots=num_slots, num_bytes=num_bytes, dtype=dtype)
+    arena = Arena(MODULES, num_adapter_slots=num_slots, num_bytes=num_bytes, dtype=dtype)
     arena.tables().arena.fill_(float("nan"))
     return arena
 
@@ -119,7 +119,7 @@ def test_heads_move_with_their_version_even_to_a_place_it_overlaps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(arena_module, "_MOVED_AT_ONCE_BYTES", at_once_bytes)
+    monkeypatch.setattr(arena_module, "_MAX_PIECE_BYTES", at_once_bytes)
     version, arena = stored(tmp_path, ranks, heads), arena_of()
     arena.load(1, 4 * UNIT, version.path)
 

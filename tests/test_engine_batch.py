@@ -1,8 +1,14 @@
-"""The tensors of a step: where every token comes from, where its keys go, whose logits are sampled."""
+"""The tensors of a step: the source of every token, the cache slot of its key, and the rows that are sampled."""
 
+from collections.abc import Sequence
+from dataclasses import fields
+
+import pytest
 import torch
+from torch import Tensor
 
 from descant.contract.plan import AdapterSpan, Admit, Row, pack_ints
+from descant.engine import uploads
 from descant.engine.batch import EngineRow, ForwardBatch
 from descant_client.protocol import SamplingParams
 
@@ -71,3 +77,26 @@ def test_a_row_keeps_all_its_tokens_however_many_there_come() -> None:
         row.append_token(token_id)
     assert row.tokens(0, row.num_tokens).tolist() == [7, 8, *range(300)]
     assert row.sampling_row().output_index == 301
+
+
+def test_a_batch_goes_to_the_device_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, transfers = batch_of_three(), list[int]()
+
+    def transfer(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        transfers.append(len(tensors))
+        packed, starts = uploads.pack(tensors)
+        return uploads.unpack(packed, starts, tensors)
+
+    monkeypatch.setattr(uploads, "_upload_packed", transfer)
+    moved = batch.to(torch.device("meta"))
+
+    assert transfers == [13]
+    for old, new in ((batch, moved), (batch.attention, moved.attention), (batch.segments, moved.segments)):
+        for field in fields(old):
+            value, copy = getattr(old, field.name), getattr(new, field.name)
+            if isinstance(value, Tensor):
+                assert torch.equal(value, copy)
+                assert value is not copy
+    assert torch.equal(moved.sampled_segments.indptr, batch.sampled_segments.indptr)
+    assert moved.sampled_segments.indptr is not batch.sampled_segments.indptr
+    assert moved.sources is None

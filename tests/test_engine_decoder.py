@@ -1,4 +1,4 @@
-"""The decoder says what Transformers and PEFT say, in float32: logits within 1e-4, greedy tokens the same."""
+"""The decoder agrees with Transformers and PEFT in float32: logits within 1e-4, equal greedy tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from descant.engine.rotary import rope_tables
 from descant.model.arch import from_hf
 from engine_driver import Driver, Voice, engine_for
 
-TOLERANCE = 1e-4  # of logits; a top-two gap below it may go either way
+TOLERANCE = 1e-4  # of logits; a smaller gap between the top two may be decided either way
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {
@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def assert_says_what_the_reference_says(voice: Voice, reference: Any) -> None:
-    """Teacher-forced: one pass of the reference over all that was said judges every position."""
+    """Check every position of the output against one pass of the reference over all of it (teacher forcing)."""
     expected = tiny_models.reference_logits(reference, voice.tokens[:-1])
     logits = torch.stack([voice.logits[position] for position in range(len(expected))])
     assert (logits - expected).abs().max() <= TOLERANCE

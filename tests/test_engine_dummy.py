@@ -1,4 +1,4 @@
-"""The dummy engine says words at a set pace, needs no torch, and holds plans to the model's rules."""
+"""The dummy engine emits text at a set pace, needs no torch, and checks plans by the rules of the model's engine."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def admit(row: int = 0, tokens: list[int] = PROMPT, seed: int = 0, **changes: An
 
 
 def say(num_tokens: int, chunk: int = 100, **changes: Any) -> bytes:
-    """What one sequence says."""
+    """Return the text of one sequence."""
     engine, entry = DummyEngine(DummyOptions(tokens_per_s=0)), admit(**changes)
     engine.step(StepPlan(0, 0, admit=(entry,)))
     said, missing = [], len(unpack_ints(entry.token_ids))

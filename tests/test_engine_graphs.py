@@ -1,4 +1,4 @@
-"""What a GPU does step by step, done on the CPU: padded static batches, replays, tokens that the host learns later."""
+"""The GPU's way of running steps, on the CPU: padded static batches, replays, pending tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RANDOM = SamplingParams(temperature=0.8)
 
 @dataclass
 class Pair:
-    """Two engines over one model: one computes step by step, the other as a GPU does."""
+    """Two engines over one model: one computes step by step, the other queues steps as on a GPU."""
 
     plain: Engine
     queued: Engine
@@ -97,7 +97,7 @@ def plan_rows(admitted: tuple[Admit, ...], step: int, slots: tuple[int, ...] = M
 def generate(
     engine: Engine, admitted: tuple[Admit, ...], slots: tuple[int, ...] = MIXED, num_steps: int = 7
 ) -> list[tuple[RowResult, ...]]:
-    """The results of all steps; as many are in flight as the engine takes."""
+    """Return the results of all steps, with the maximum number of steps in flight."""
     results = []
     for step in range(num_steps):
         plan = StepPlan(0, step, admitted if step == 0 else (), plan_rows(admitted, step, slots))
@@ -105,14 +105,14 @@ def generate(
         if len(engine._in_flight) == engine.limits.max_steps_in_flight:
             results.append(engine.collect().rows)
     while engine._in_flight:
-        engine.wait()
+        engine.block_until_done()
         results.append(engine.collect().rows)
     engine.step(StepPlan(0, num_steps, drop=pack_ints(range(len(admitted)))))
     return results
 
 
 def decode_batch(engine: Engine, slots: tuple[int, ...] = MIXED) -> ForwardBatch:
-    """The batch of the first decode step, on the host; prompts are computed and the rows dropped."""
+    """Return the batch of the first decode step, on the host. Prompts are computed, and the rows dropped."""
     admitted = admits(slots=slots)
     engine.step(StepPlan(0, 0, admitted, plan_rows(admitted, 0, slots)))
     rows = [(engine._rows[row.row], row) for row in plan_rows(admitted, 1, slots)]
@@ -154,7 +154,7 @@ def test_a_padded_batch_gives_its_rows_the_same_bits_and_writes_nowhere_else(
 ) -> None:
     decoder, cache, lora = pair.plain._decoder, pair.plain._cache, pair.plain._arena.tables()
     static, pending = StaticBatch(24, 4, CPU), PendingTokens(1, 1, CPU)
-    static.fill(decode_batch(pair.plain, (0, 1, 2, 0, 1, 2)), 24)  # what an earlier step left
+    static.fill(decode_batch(pair.plain, (0, 1, 2, 0, 1, 2)), 24)  # content left by an earlier step
     batch = decode_batch(pair.plain, slots)
     expected = decoder.forward(batch, lora)
     written = [tensor.view(torch.int32).clone() for tensor in (*cache.keys, *cache.values)]  # NaN equals itself

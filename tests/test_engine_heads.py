@@ -1,4 +1,4 @@
-"""Draft heads in the engine propose what their formula gives on Transformers' and PEFT's hidden states."""
+"""Draft heads in the engine propose the tokens of their formula, on the hidden states of Transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ V2, V1, LORA, NONE = range(4)  # slots: heads alone, heads with LM heads of thei
 
 
 class Rig(NamedTuple):
-    """An engine with heads in its slots, and what judges them."""
+    """An engine with heads in its slots, and the references to check it against."""
 
     engine: Engine
     tensors: dict[int, dict[str, Tensor]]  # of the heads, by slot
@@ -67,7 +67,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Rig:
 
 @torch.inference_mode()
 def judged(rig: Rig, slot: int, token_ids: list[int]) -> Tensor:
-    """Log-probabilities of every head, `[heads, V]`, after the last of some tokens, by the formula."""
+    """Return log-probabilities of every head, `[heads, V]`, after the last of some tokens, by the formula."""
     model, tensors = rig.models[slot], rig.tensors[slot]
     output = model(input_ids=torch.tensor([token_ids]), output_hidden_states=True)
     found: list[Tensor] = []
@@ -82,7 +82,7 @@ def judged(rig: Rig, slot: int, token_ids: list[int]) -> Tensor:
 
 
 class Asking(Driver):
-    """Asks the heads in each voice's slot for three tokens each, after every step; may give a draft as well."""
+    """A driver that asks the heads in each voice's slot for three tokens after every step, optionally with a draft."""
 
     draft: TokenDraft | None = None
 

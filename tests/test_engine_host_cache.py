@@ -1,4 +1,4 @@
-"""Adapters in host memory: what is claimed stays, the rest as the budget allows, and everything is read once."""
+"""Adapters in host memory: claimed versions stay, others stay within the budget, and each is read once."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_prefetch_makes_room_among_what_was_used_but_not_among_prefetches() ->
         stage(cache, digest)
     assert kept(cache) == ["b", "c", "d"]
 
-    cache.stage("e", 10, never, None)  # is not even read
+    cache.stage("e", 10, never, None)  # not read at all
 
     assert kept(cache) == ["b", "c", "d"]
     use(cache, "b")
@@ -106,7 +106,7 @@ def test_claims_end_with_their_epoch() -> None:
     stage(cache, "b", epoch=2)
     assert kept(cache) == ["b"]
 
-    stage(cache, "c", epoch=1)  # an answer nobody waits for
+    stage(cache, "c", epoch=1)  # claimed, and never taken
     assert kept(cache) == ["b"]
     cache.begin(3)
     assert (kept(cache), cache.num_bytes) == ([], 0)
@@ -126,7 +126,7 @@ def test_what_is_dropped_goes_at_once_or_with_its_last_claim() -> None:
 
 
 class Reader:
-    """Reads when it is told to."""
+    """A reader that blocks until a test releases it."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
@@ -143,7 +143,7 @@ class Reader:
 
 
 def at_once(*calls: Callable[[], None], reader: Reader) -> list[BaseException | None]:
-    """Make the calls while the reader of the first of them reads; return how they ended."""
+    """Make the calls while the first one's reader reads. Return their results."""
     with ThreadPoolExecutor(len(calls)) as threads:
         first = threads.submit(calls[0])
         assert reader.has_begun.wait(30)

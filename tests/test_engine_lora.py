@@ -15,7 +15,7 @@ from descant.contract.version import AdapterVersion
 from descant_client.lifecycle import Combination
 from engine_driver import Driver, Voice, engine_for
 
-MIN_GAP = 1e-4  # between the reference's two best tokens: closer ones float rounding may swap
+MIN_GAP = 1e-4  # between the reference's two best tokens: float rounding may swap closer ones
 SUM = (("rank 1", 0.5), ("rank 64", -1.5), ("rslora", 1.0))
 ADAPTERS: dict[str, dict[str, Any]] = {
     "rank 1": {"r": 1, "target_modules": ["q_proj", "v_proj"]},
@@ -31,10 +31,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Choir:
-    """A base, its adapters as PEFT saved them, and an engine that has them all."""
+    """A base, its adapters as saved by PEFT, and an engine with all of them."""
 
     directory: Path
-    driver: Driver  # one for all tests: each watches the engine
+    driver: Driver  # one for all tests
     slots: dict[str, int]
 
     def reference(self, name: str) -> Any:
@@ -76,7 +76,7 @@ def choir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def voices_of(choir: Choir) -> dict[str, Voice]:
-    """One voice per adapter; lengths, chunks and arrivals all differ."""
+    """Return one voice per adapter; lengths, chunks and arrivals all differ."""
     return {
         name: Voice(
             prompt=tiny_models.random_prompt(3 + 17 * i % 60, seed=i + 20),

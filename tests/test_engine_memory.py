@@ -1,4 +1,4 @@
-"""Device memory, who gets how much of it, and what goes there and back while steps run."""
+"""Device memory: its division, and transfers to and from the device while steps run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from descant.contract.engine import EngineOptions
 from descant.engine import memory
 from descant.engine.arena import Arena, StagedVersion
 from descant.engine.batch import PendingTokens
-from descant.engine.draws import draw_later, needs_host
+from descant.engine.draws import draw_later
 from descant.engine.memory import MemoryShares, divide_memory, memory_shares, run_largest_step, usable_bytes
 from descant.engine.sampling import Sampler, SamplingRow
 from descant.engine.uploads import Download, Mark, pack, unpack, upload
@@ -148,7 +148,7 @@ def test_on_the_cpu_nothing_is_copied() -> None:
     tensors = [torch.zeros(3), torch.ones(2)]
 
     assert all(a is b for a, b in zip(upload(tensors, CPU), tensors, strict=True))
-    assert all(a is b for a, b in zip(Download(tensors).wait(), tensors, strict=True))
+    assert all(a is b for a, b in zip(Download(tensors).block_until_copied(), tensors, strict=True))
 
 
 # ---- sampled tokens -----------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ def test_a_draw_without_the_host_is_bitwise_the_samplers() -> None:
     ],
 )
 def test_filters_and_penalties_need_the_host(change: dict[str, Any]) -> None:
-    assert needs_host(SamplingParams(**change))
-    assert not needs_host(SamplingParams(temperature=0.8))
+    assert SamplingRow(SamplingParams(**change), 0, 0, 0, [], []).needs_host
+    assert not SamplingRow(SamplingParams(temperature=0.8), 0, 0, 0, [], []).needs_host
 
 
 def test_lanes_of_pending_tokens_are_used_in_turn() -> None:
@@ -200,7 +200,7 @@ def test_lanes_of_pending_tokens_are_used_in_turn() -> None:
 
 @dataclass
 class FakeMark:
-    """A point in a device's work that passes when a test says so."""
+    """A point in a device's work that passes when a test sets it."""
 
     name: str
     has_passed: bool = False
@@ -211,7 +211,7 @@ class FakeMark:
 
 @dataclass
 class FakeUploader:
-    """Copies at once, and keeps what a device would be told."""
+    """An uploader that copies at once and logs the order of the device's work."""
 
     log: list[str] = field(default_factory=list)
     marks: list[FakeMark] = field(default_factory=list)
@@ -225,7 +225,7 @@ class FakeUploader:
         self.log.append(f"copy after {names}" if after else "copy")
         return self._new_mark("arrival")
 
-    def wait(self, mark: Mark) -> None:
+    def order_after(self, mark: Mark) -> None:
         if mark is not None:
             self.log.append(f"wait for {cast('FakeMark', mark).name}")
 
@@ -243,7 +243,7 @@ SIZE = 16 * ALIGNMENT_BYTES  # room for a version of the tests
 
 def arena_and_log(tmp_path: Path) -> tuple[Arena, FakeUploader, StagedVersion]:
     modules, uploader = (LoraModule("q", 64, 64),), FakeUploader()
-    arena = Arena(modules, num_slots=4, num_bytes=4 * SIZE, dtype=torch.float32, uploader=uploader)
+    arena = Arena(modules, num_adapter_slots=4, num_bytes=4 * SIZE, dtype=torch.float32, uploader=uploader)
     adapter = LowRankAdapter({"q": Factors(torch.ones(4, 64), torch.ones(64, 4), 1.0)})
     staged = arena.stage(write_version(tmp_path, adapter, modules).path)
     assert SIZE // 4 < staged.num_bytes <= SIZE
@@ -283,7 +283,7 @@ def test_an_extent_is_overwritten_after_the_steps_that_read_it(tmp_path: Path) -
 
 def test_draft_heads_alone_are_overwritten_after_the_steps_that_read_them(tmp_path: Path) -> None:
     modules, uploader = (LoraModule("head", 16, 16),), FakeUploader()
-    arena = Arena(modules, num_slots=2, num_bytes=SIZE, dtype=torch.float32, uploader=uploader)
+    arena = Arena(modules, num_adapter_slots=2, num_bytes=SIZE, dtype=torch.float32, uploader=uploader)
     heads = LowRankAdapter({}, DraftHeads(torch.ones(1, 1, 16, 16), torch.ones(1, 1, 16), None))
     staged = arena.stage(write_version(tmp_path, heads, modules).path)
     arena.commit(0, ALIGNMENT_BYTES, staged)

@@ -1,4 +1,4 @@
-"""Work beside the step loop leaves no helpers of its thread behind, and does the same as torch at once."""
+"""Work beside the step loop leaves no helper threads behind, and equals torch's result in one call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 10 * pieces.PIECE + 7
 
 @contextmanager
 def side_thread(work: Callable[[], object]) -> Iterator[None]:
-    """Do some work in a thread that is still there in the block."""
+    """Do some work in a thread that lives until the block ends."""
     is_done, may_end = threading.Event(), threading.Event()
 
     def run() -> None:
@@ -59,7 +59,7 @@ def test_reading_an_adapter_beside_the_steps_starts_no_helpers() -> None:
     before = num_threads()
     with side_thread(stage):
         assert num_threads() == before + 1
-    with side_thread(lambda: data.to(torch.bfloat16)):  # what would happen else
+    with side_thread(lambda: data.to(torch.bfloat16)):  # the problem that pieces avoid
         assert num_threads() > before + 1
 
 

@@ -1,4 +1,4 @@
-"""The engine carries out plans as `scheduling.plan` describes them, and refuses those that contradict its state."""
+"""The engine carries out plans as described in `contract.plan`, and refuses those that contradict its state."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def draft(token_ids: list[int], parents: list[int]) -> TokenDraft:
 
 
 def step(engine: Engine, *rows: Row, **plan: Any) -> list[tuple[int, list[int]]]:
-    """Positions computed and tokens sampled, per row."""
+    """Return positions computed and tokens sampled, per row."""
     result = engine.step(StepPlan(0, 0, rows=rows, **plan))
     return [(row.num_computed, unpack_ints(row.token_ids)) for row in result.rows]
 
@@ -222,4 +222,5 @@ def test_the_cache_fills_its_byte_budget_and_bounds_the_context(tmp_path: Path) 
 
 def test_the_probe_says_whether_rows_are_invariant(tmp_path: Path) -> None:
     tiny_models.save_model(tmp_path, tiny_models.tiny_config("llama"))
-    assert engine_for(tmp_path, probe=True, dtype="bfloat16").info.is_invariant
+    assert engine_for(tmp_path, is_invariant=None, dtype="bfloat16").info.is_invariant
+    assert not engine_for(tmp_path, is_invariant=False, dtype="bfloat16").info.is_invariant

@@ -1,4 +1,4 @@
-"""A sequence's logits and tokens do not change, by a bit, with what shares its batch or how its prompt is cut."""
+"""A sequence's logits and tokens do not change, by a bit, with the rest of its batch or the chunks of its prompt."""
 
 import random
 from pathlib import Path
@@ -55,7 +55,7 @@ def voice(**changes: Any) -> Voice:
 
 
 def crowd(seed: int, count: int = 11) -> list[Voice]:
-    """Voices that come and go at different steps, of all lengths, with every adapter."""
+    """Return voices that start and end at different steps, of all lengths, with every adapter."""
     dice = random.Random(seed)
     return [
         Voice(

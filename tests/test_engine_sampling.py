@@ -1,4 +1,4 @@
-"""Sampling: Transformers' filters, OpenAI's penalties, the distribution asked for, rows that do not see each other."""
+"""Sampling: Transformers' filters, OpenAI's penalties, the requested distribution, independent rows."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Drafts change how fast tokens come, never which: whatever is drafted, the engine gives what plain decoding gives."""
+"""Drafts change the speed of tokens, never the tokens: with any draft, the output equals that of plain decode."""
 
 import itertools
 import random
@@ -41,7 +41,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def random_draft(dice: random.Random, truth: list[int], num_nodes: int) -> TokenDraft | None:
-    """A tree with the true continuation somewhere in it, and other tokens anywhere."""
+    """Return a tree that contains the true continuation, and other tokens anywhere."""
     token_ids, parents, end, depth = list[int](), list[int](), -1, 0
     for node in range(num_nodes):
         if depth < len(truth) and dice.random() < 0.6:
@@ -55,7 +55,7 @@ def random_draft(dice: random.Random, truth: list[int], num_nodes: int) -> Token
 
 
 class Drafting(Driver):
-    """Gives some rows a draft; `truth` is what each row's voice says without."""
+    """A driver that drafts for some rows. `truth` is the output of each row's voice without drafts."""
 
     def __init__(self, engine: Engine, truth: list[list[int]], seed: int) -> None:
         super().__init__(engine)
@@ -80,7 +80,7 @@ class Drafting(Driver):
 
 
 def crowd() -> list[Voice]:
-    """Voices of every sampling, with and without adapter, with prompts around the edges of blocks and chunks."""
+    """Return voices of every sampling, with and without adapter, with prompts at the edges of blocks and chunks."""
     dice = random.Random(3)
     return [
         Voice(
@@ -166,15 +166,15 @@ def test_the_ancestors_of_a_node_lie_behind_the_root_in_the_order_of_the_nodes()
 
     assert table.tolist() == [[40, -1, -1], [40, 41, -1], [40, 42, -1], [40, 42, 43]]
     assert tree.depths.tolist() == [0, 1, 1, 2]
-    assert tree.said(3) == [8, 9]
+    assert tree.path_tokens(3) == [8, 9]
 
 
 def test_verified_tokens_are_draws_from_the_model_s_own_distribution() -> None:
-    """Chi-square over pairs of tokens, for a draft of the likely, the unlikely, and one of each behind them."""
+    """Check pairs of tokens by chi-square, for a draft of likely and unlikely tokens and one child of each."""
     vocab_size, num_draws = 5, 20_000
     logits = torch.randn(vocab_size + 1, vocab_size, generator=torch.Generator().manual_seed(1))  # after each token
     tree = TokenTree.of(TokenDraft(pack_ints([0, 3, 1, 4]), pack_ints([-1, -1, 0, 1])))
-    said = [tree.said(node) for node in range(5)]
+    said = [tree.path_tokens(node) for node in range(5)]
     params = SamplingParams(temperature=1.0)
     rows = [SamplingRow(params, seed, 0, len(path), [], []) for seed in range(num_draws) for path in said]
     at = torch.tensor([path[-1] if path else vocab_size for path in said])

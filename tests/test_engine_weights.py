@@ -1,4 +1,4 @@
-"""Checkpoints are read whole or refused, the reason naming the tensor."""
+"""Checkpoints are read completely or refused, with a reason that names the tensor."""
 
 from pathlib import Path
 from typing import Any

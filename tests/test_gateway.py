@@ -1,4 +1,4 @@
-"""The listener and what happens around it: probes, draining, crashes of the server's own actors, the dummy engine."""
+"""The listener and its surroundings: probes, draining, crashes of the server's own actors, the dummy engine."""
 
 from __future__ import annotations
 
@@ -75,6 +75,18 @@ async def test_health_counts_what_happens(server: tuple[System, str], client: Cl
     by_name = {actor["name"]: actor for actor in health["actors"]}
     assert set(by_name) == {"fetch", "auth", "registry", "executor", "scheduler", "gateway"}
     assert by_name["scheduler"]["handled"] > 0
+
+
+async def test_health_names_the_process_of_the_executor_while_there_is_one(tmp_path: Path) -> None:
+    async with serve(dummy_config(tmp_path)) as (system, _):
+        before = json.loads((await fetch(system, "/health"))[1])
+        await kill_executor(system)
+        await wait_until(lambda: system.services.model.num_lives == 2)
+        after = json.loads((await fetch(system, "/health"))[1])
+
+        assert before["executor_pid"] != after["executor_pid"] == system.executor.pid
+        assert is_alive(after["executor_pid"])
+        assert before["worker_pid"] is None  # the dummy engine has none
 
 
 async def test_other_paths_are_not_found(server: tuple[System, str]) -> None:
@@ -269,5 +281,5 @@ async def test_the_dummys_executor_has_not_loaded_torch(server: tuple[System, st
 
 
 def test_small_frames_are_sent_at_once() -> None:
-    with open_listener("127.0.0.1", 0) as listener:  # asyncio asks for it, of sockets that say they are TCP
+    with open_listener("127.0.0.1", 0) as listener:  # asyncio sets it on sockets that are marked as TCP
         assert listener.proto == socket.IPPROTO_TCP

@@ -1,4 +1,4 @@
-"""The engine on a CUDA device says what it says on the CPU: by graph or not, queued or step by step."""
+"""The engine on a CUDA device gives the same tokens as on the CPU: with graphs or not, queued or step by step."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def gpu(model: Model) -> Iterator[Engine]:
 
 
 def tokens(results: list[tuple[RowResult, ...]]) -> list[list[list[int]]]:
-    """Token ids by step and row; nothing may have failed."""
+    """Return token ids by step and row; fail on any error."""
     assert all(row.error is None for rows in results for row in rows)
     return [[unpack_ints(row.token_ids) for row in rows] for rows in results]
 
@@ -116,7 +116,7 @@ def test_an_adapter_placed_while_a_step_runs_does_not_change_that_step(model: Mo
     before = tokens(generate(gpu, admitted, slots, 10))
     staged = [gpu.stage_adapter(version.path) for version in model.versions]
 
-    for _ in range(20):  # in other extents while the last step of the run before may still be running
+    for _ in range(20):  # uploads to other extents while the last step of the previous run may still be running
         results = generate(gpu, admitted, slots, 10)
         for slot, version in enumerate(staged):
             gpu.place_adapter(slot, (3 + slot) * 2**17 // 2, version)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from descant.catalog.entry import Entry
-from descant.catalog.journal import FILE, JournalFile, opened
+from descant.catalog.journal import FILE, JournalFile, open_journal
 from descant.catalog.journal_rows import from_row, to_row
 from descant.contract.version import AdapterVersion
 from descant_client.errors import ConfigInvalid, InternalError
@@ -96,12 +96,12 @@ def test_a_change_that_cannot_be_written_leaves_all_as_it_was(tmp_path: Path) ->
 
 
 async def test_one_server_at_a_time(tmp_path: Path) -> None:
-    async with opened(tmp_path, 4) as journal:
+    async with open_journal(tmp_path, 4) as journal:
         with pytest.raises(ConfigInvalid, match="another server uses it"):
-            async with opened(tmp_path, 4):
+            async with open_journal(tmp_path, 4):
                 pass
         await journal.apply([entry("a", 0)])
-    async with opened(tmp_path, 4) as journal:
+    async with open_journal(tmp_path, 4) as journal:
         assert await journal.entries() == [entry("a", 0)]
 
 

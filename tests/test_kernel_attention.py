@@ -1,4 +1,4 @@
-"""CPU paged attention: right, and the same bits however a sequence is cut up or batched."""
+"""CPU paged attention: correct, and with the same bits for any chunking and any batch."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_any_head_layout_works_and_is_invariant(heads, kv_heads, head_dim):
 
 
 def alone(q, cache, tables, window, soft_cap=None):
-    """Every token computed as the only decode token of its batch."""
+    """Compute every token as the only decode token of its batch."""
     rows, first = [], 0
     for n, context, table in zip(QUERY_LENS, CONTEXT_LENS, tables, strict=True):
         for j in range(n):

@@ -1,4 +1,4 @@
-"""Packed linear on the CPU: right, and every row independent of its batch."""
+"""Packed linear on the CPU: correct, and every row independent of its batch."""
 
 import pytest
 import torch

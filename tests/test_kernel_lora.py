@@ -1,4 +1,4 @@
-"""add_lora on the CPU: right for every mixture of adapters, and every row independent of its batch."""
+"""`add_lora` on the CPU: correct for every mixture of adapters, and every row independent of its batch."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_how_rows_are_cut_into_segments_does_not_matter():
 
 def test_rows_without_an_adapter_keep_their_bits():
     case = lora_case(MIXED_RANKS, 48, (32, 16, 16), torch.float32)
-    slots = [-1, 3, 7, -1, 2]  # slot 7 is resident and touches nothing
+    slots = [-1, 3, 7, -1, 2]  # slot 7 is resident and touches no module
 
     actual = added(case, normal(5, 48), slots)
 

@@ -1,4 +1,4 @@
-"""Norm and gated activations on the CPU: right, and every row independent of its batch."""
+"""Norm and gated activations on the CPU: correct, and every row independent of its batch."""
 
 import pytest
 import torch

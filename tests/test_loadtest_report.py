@@ -1,4 +1,4 @@
-"""From records to numbers: percentiles, latencies, rates, groups, errors, and what is written to a file."""
+"""From records to numbers: percentiles, latencies, rates, groups, errors, and the report file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ values = st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=60)
 
 
 def answered(index: int, arrived_s: float, delivered_s: list[float], **changes: Any) -> Record:
-    """A request answered in full, a token per delivery unless `changes` says otherwise, sent 0.5 s late."""
+    """Return the record of a request sent 0.5 s late and answered in full, one token per delivery, with `changes`."""
     fields = {
         "index": index,
         "arrived_s": arrived_s,
@@ -114,7 +114,7 @@ def test_a_recorder_notes_each_delivery_once_and_only_those_with_tokens() -> Non
     recorder = Recorder(PlannedRequest(3, 0.0, "x", 4, "a", 1, 9), 0.0, True, tally, lambda: float(next(now)))
     end = Done("r", 9, [ChoiceEnd(0, "length", 4)], Usage(7, 4, 2), Timings(0.5, 1.0, 2.0, num_preemptions=3))
     heard: list[ServerMessage] = [
-        Progress("r", "preparing_adapter"),  # heard at 2, as it was sent at 1
+        Progress("r", "preparing_adapter"),  # received at 2; the request was sent at 1
         Accepted("r", 9, 7),
         Delta("r", 0, 0, "", [1]),
         Delta("r", 0, 1, "text alone", []),
@@ -127,7 +127,7 @@ def test_a_recorder_notes_each_delivery_once_and_only_those_with_tokens() -> Non
 
     recorder.on_sent()
     for message in heard:
-        recorder.hear(message)
+        recorder.on_message(message)
     recorder.on_answered()
 
     assert recorder.record(is_warmup=True) == Record(
@@ -159,7 +159,7 @@ def test_a_recorder_notes_each_delivery_once_and_only_those_with_tokens() -> Non
         (4, "length", False, None),
         (4, "cancelled", False, "cancelled"),
         (3, "length", False, "short"),
-        (4, "length", True, "connection_lost"),  # after the end was heard
+        (4, "length", True, "connection_lost"),  # after the end was received
         (2, None, True, "connection_lost"),
     ],
 )
@@ -169,9 +169,9 @@ def test_whether_an_answer_is_whole_is_the_same_while_a_test_runs_and_afterwards
     tally = Tally()
     recorder = Recorder(PlannedRequest(0, 0.0, "x", 4, None, 0, 9), 0.0, False, tally, lambda: 1.0)
     recorder.on_sent()
-    recorder.hear(Delta("r", 0, 0, "a", [1] * num_tokens))
+    recorder.on_message(Delta("r", 0, 0, "a", [1] * num_tokens))
     if finish_reason is not None:
-        recorder.hear(Done("r", 9, [ChoiceEnd(0, finish_reason, 4)], Usage(7, 4), Timings(0.5, 1.0, 2.0)))
+        recorder.on_message(Done("r", 9, [ChoiceEnd(0, finish_reason, 4)], Usage(7, 4), Timings(0.5, 1.0, 2.0)))
 
     if fails:
         recorder.on_failed("connection_lost", "gone")

@@ -1,4 +1,4 @@
-"""Running a load test: the open loop waits for no answer, the closed one for room, and Ctrl-C leaves a report."""
+"""Running a load test: the open loop waits for no answer, the closed loop waits for room, Ctrl-C leaves a report."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.anyio
 DESCANT = (sys.executable, "-c", "from descant.cli import main; main()", "loadtest")
 HELLO = Hello("1.0", "descant/9", "s", [], Limits(1, 1, 1, 1.0), ModelInfo("m", 512, 264, "float32", "cpu"))
 DONE = Done("r", 1, [ChoiceEnd(0, "length", 1)], Usage(1, 1), Timings(0.0, 0.0, 0.0))
-SHORT = 30.0  # a deadline where nothing waits for real time
+SHORT = 30.0  # limit of tests that wait for no real time
 
 
 class FakeClock:
-    """Time that passes only while somebody sleeps."""
+    """A clock that advances only in `sleep`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -44,7 +44,7 @@ class FakeClock:
 
 
 class FakeClient:
-    """Holds every answer back until `release` is set; counts what it was asked."""
+    """A client that holds every answer back until `release` is set, and records its requests."""
 
     hello = HELLO
 
@@ -63,7 +63,7 @@ class FakeClient:
 
 
 class FakeStream:
-    """Says all its tokens at once and ends; fails for the adapter `missing`."""
+    """A stream that delivers all its tokens at once and ends, or fails for the adapter `missing`."""
 
     def __init__(self, client: FakeClient, adapter: str | None, num_tokens: int) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""The requests of a load test: their times, lengths and adapters have the distributions they are said to have."""
+"""The requests of a load test: their times, lengths and adapters have the documented distributions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def replace(plan: Plan, **changes: object) -> Plan:
 
 @pytest.mark.parametrize("cv", [0.3, 1.0, 2.0, 4.0])
 def test_gamma_gaps_have_the_mean_and_the_variation_asked_for(cv: float) -> None:
-    gaps = list(islice(Gamma(rate=5.0, cv=cv).gaps(Random(1)), NUM))
+    gaps = list(islice(Gamma(rate=5.0, cv=cv).gaps_s(Random(1)), NUM))
 
     mean = statistics.fmean(gaps)
     assert abs(mean - 0.2) < 5 * 0.2 * cv / math.sqrt(NUM)  # five standard errors of the mean
@@ -48,7 +48,7 @@ def test_gamma_gaps_have_the_mean_and_the_variation_asked_for(cv: float) -> None
 
 
 def test_with_a_variation_of_one_gaps_are_exponential() -> None:
-    gaps = list(islice(Gamma(rate=2.0).gaps(Random(2)), NUM))
+    gaps = list(islice(Gamma(rate=2.0).gaps_s(Random(2)), NUM))
 
     for gap_s in (0.1, 0.5, 1.0, 2.0):  # P(longer than t) = exp(-rate * t)
         share = sum(gap > gap_s for gap in gaps) / NUM

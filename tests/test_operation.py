@@ -1,4 +1,4 @@
-"""An operation over the wire: done once, answered once, and its answer kept for whoever lost the connection."""
+"""An operation over the wire: done once, answered once, and its answer kept for a client that lost its connection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFUSALS = {
 
 
 class Changes:
-    """What the registry was asked to change, and what it is made to do with it."""
+    """The changes that the registry was asked for, and a way to hold them up."""
 
     def __init__(self) -> None:
         self.num_done: Counter[str] = Counter()  # by name

@@ -1,5 +1,7 @@
 """The wire format: committed frames stay valid, and each side is as strict as it promises."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from descant_client import errors
-from descant_client.errors import DescantError, InvalidRequest, from_wire
+from descant_client.errors import AdapterNotFound, DescantError, InvalidRequest, from_wire
 from descant_client.lifecycle import (
     AdapterInfo,
     Adapters,
@@ -75,7 +77,7 @@ USAGE, TIMINGS = Usage(3, 2, 1), Timings(0.125, 0.25, 0.5, 1)
 MEMBERS = [WeightedAdapter("a", 0.5), WeightedAdapter("b", -1.0)]
 TIES = Combination("ties_svd", 4, 0.75, 0.5, "frequency", 7)
 
-# File name in tests/golden -> what it says. A frame once released is never changed: add another.
+# File name in tests/golden -> the message in it. A released frame is never changed: add another.
 CLIENT_FRAMES: dict[str, ClientMessage] = {
     "generate_prompt": Generate("1", prompt="hé"),
     "generate_token_ids": Generate(
@@ -282,6 +284,21 @@ def test_every_error_survives_the_wire(kind: type[DescantError]) -> None:
     assert isinstance(message, Error)
     again = from_wire(message.code, message.message, message.data)
     assert (type(again), again.data(), str(again)) == (kind, error.data(), str(error))
+
+
+@pytest.mark.parametrize("kind", LEAVES, ids=lambda kind: kind.__name__)
+def test_an_error_takes_its_fields_by_position_and_by_keyword_and_survives_copies(kind: type[DescantError]) -> None:
+    values = {name: f"value {name}" for name in kind.fields}
+    by_position, by_keyword = kind(*values.values()), kind(**values)
+
+    for error in (by_position, by_keyword, copy.copy(by_position), pickle.loads(pickle.dumps(by_keyword))):
+        assert (type(error), error.data(), error.args) == (kind, values, ())
+        assert {name: getattr(error, name) for name in kind.fields} == values
+
+
+def test_an_error_refuses_fields_it_does_not_have() -> None:
+    with pytest.raises(TypeError, match="reason"):
+        AdapterNotFound(adapter="x", reason="y")  # type: ignore[call-arg]
 
 
 def test_codes_of_errors_are_unique() -> None:

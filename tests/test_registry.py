@@ -1,4 +1,4 @@
-"""Names and sums to versions: each content is prepared once, and no crash of the worker is anybody else's."""
+"""Names and sums to versions: each content is prepared once, and a crash of the worker is blamed on its cause."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
 
 
 async def endings(desk: Desk, *names: str) -> dict[str, str]:
-    """Resolve all of these at once; return their digests or the codes of their errors."""
+    """Resolve all of these at once. Return their digests or the codes of their errors."""
     found: dict[str, str] = {}
 
     async def resolve(name: str) -> None:
@@ -77,7 +77,7 @@ async def test_one_content_is_prepared_once_for_all_who_want_it(desk: Desk, tmp_
 
 
 async def test_errors_speak_of_nobody_elses_adapters(desk: Desk) -> None:
-    """Two principals ask for one content at once, under names of their own; a link and a sum of it are refused."""
+    """Two principals ask for one content at once, under names of their own. A link and a sum of it are refused."""
     (desk.root / "secret").symlink_to(desk.root / "one")
     anna, bert = (str(desk.root / "secret"), "annas0", "annas1"), (str(desk.root / "one"), "b0", "b1")
     for (_, first, second), who in ((anna, ANNA), (bert, BERT)):

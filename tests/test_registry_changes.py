@@ -1,4 +1,4 @@
-"""What clients do to adapters: every change, whose it is to make, and what running requests notice of it: nothing."""
+"""Every change of an adapter: its effect, the permission it needs, and that running requests do not notice it."""
 
 from __future__ import annotations
 

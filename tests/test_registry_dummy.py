@@ -1,4 +1,4 @@
-"""The dummy engine's registry: everything succeeds, and names are kept so that what was made can be found."""
+"""The dummy engine's registry: everything succeeds, and names that were made can be found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from descant.actor.supervision import Supervisor
 from descant.actors.dummy_registry import DummyRegistry
 from descant.config import AdapterEntry
-from descant.messages import ChangeAdapter, ListRegistered, ResolveAdapters, VersionFailed, VersionFree
+from descant.messages import ChangeAdapter, ListRegistered, ResolveAdapters, VersionFailed, VersionUnused
 from descant.sessions.leases import LeaseTable
 from descant_client.errors import AdapterExists
 from descant_client.wire import WeightedAdapter
@@ -70,5 +70,5 @@ async def test_every_adapter_exists_and_is_something_of_its_own(ask: Ask) -> Non
     assert found[0] == found[3]
     assert len({version.digest for version in found}) == 3
     assert [info.name for info in (await ask(ListRegistered(ANNA, "any"))).adapters] == ["any"]
-    for message in (VersionFailed("digest"), VersionFree("digest")):
+    for message in (VersionFailed("digest"), VersionUnused("digest")):
         assert await ask(message) is None

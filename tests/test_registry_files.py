@@ -1,4 +1,4 @@
-"""Stored versions as the worker reads them: made again if they are damaged, written out without holding anybody up."""
+"""Stored versions read by the worker: made again if they are damaged, exported without delaying other requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pins: what is kept on the device, how much of it, and that the scheduler always has heard of it."""
+"""Pins: the versions kept on the device, their budget, and that the scheduler is told of every change."""
 
 from __future__ import annotations
 

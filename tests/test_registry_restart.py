@@ -1,4 +1,4 @@
-"""What the next server, and the next life of the registry, find: every name as it was, and the configuration's."""
+"""The next server, and the next life of the registry, find every name as it was, and the configured ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from descant.catalog.configured import reconcile
 from descant.catalog.entry import SHARED, Entry
-from descant.catalog.journal import opened
+from descant.catalog.journal import open_journal
 from descant.config import AdapterEntry
 from descant_client.errors import AdapterInvalid, AdapterNotFound, ConfigInvalid
 from registry_desk import ANNA, crash, open_desk, wait_until, write_adapter
@@ -83,7 +83,7 @@ async def test_what_a_client_put_under_a_configured_name_stays_while_the_configu
     async with open_desk(tmp_path, ()) as desk:  # no longer configured, but a client's
         assert await desk.content("one") == b"mine"
     elsewhere = [AdapterEntry(name="one", ref=str(tmp_path / "elsewhere"))]
-    async with opened(tmp_path / "model", 1) as journal:
+    async with open_journal(tmp_path / "model", 1) as journal:
         await journal.apply(*reconcile(await journal.entries(), elsewhere))
         (entry,) = await journal.entries()
         assert (entry.version, entry.reference, entry.is_replaced) == (None, str(tmp_path / "elsewhere"), False)

@@ -1,4 +1,4 @@
-"""Where a model's state is, and which names the configuration gives it."""
+"""The directory of a model's state, and the names that the configuration gives."""
 
 from __future__ import annotations
 

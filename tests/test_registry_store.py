@@ -1,4 +1,4 @@
-"""The store's quota, what may be deleted when, and versions that turn out to be damaged."""
+"""The store's quota, the deletion of versions, and versions that turn out to be damaged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 def texts(desk: Desk, *letters: str) -> list[str]:
-    """Write adapters of ten bytes; return their paths."""
+    """Write adapters of ten bytes. Return their paths."""
     return [desk.write(letter, letter * 10) for letter in letters]
 
 
@@ -65,7 +65,7 @@ async def test_a_version_with_no_name_stays_as_cache_but_one_that_lost_its_name_
 
 
 async def test_a_version_is_never_deleted_between_preparing_and_holding_it(tmp_path: Path) -> None:
-    """Every request gets a file that is there, while the store has room for two of them only."""
+    """Every request gets a file that exists, although the store has room for only two."""
     async with open_desk(tmp_path, store_bytes=20) as desk:
         paths = texts(desk, *"abcdefgh")
         outcomes: list[bytes | str | None] = []

@@ -16,10 +16,13 @@ import anyio.lowlevel
 import pytest
 
 import remote_fixture as fixture
+from descant.actor.child_process import StartChild, execute
 from descant.actor.endpoint import Program, Remote
 from descant.actor.errors import ActorFailed, AskTimeout
 from descant.actor.frames import Kind, Start, encode_frame
-from descant.actor.process import Heartbeat
+from descant.actor.inline import Inline
+from descant.actor.launcher import Launching
+from descant.actor.process import Heartbeat, InProcess
 from descant.actor.remote import spawn_remote
 from descant.actor.remote_child import Uplink
 from descant.actor.supervision import RestartPolicy, Supervisor
@@ -66,12 +69,14 @@ class Owner:
 class Nursery:
     """Spawns the fixture's remote actors."""
 
-    def __init__(self, supervisor: Supervisor, owner: Owner) -> None:
+    def __init__(self, supervisor: Supervisor, owner: Owner, start_child: StartChild = execute) -> None:
         self.supervisor = supervisor
         self.owner = owner
+        self.start_child = start_child
 
     def spawn(self, factory: str = "make", config: bytes = b"ready", **options: Any) -> Remote[Any]:
         owner = self.owner
+        options.setdefault("placement", self.in_process())
         return spawn_remote(
             self.supervisor,
             "child",
@@ -87,22 +92,29 @@ class Nursery:
             **options,
         )
 
+    def in_process(self, **options: Any) -> InProcess:
+        return InProcess(start_child=self.start_child, **options)
+
 
 @pytest.fixture
 def owner() -> Owner:
     return Owner()
 
 
-@pytest.fixture
-async def nursery(owner: Owner) -> AsyncIterator[Nursery]:
+@pytest.fixture(params=["executed", "forked"])
+async def nursery(owner: Owner, request: pytest.FixtureRequest) -> AsyncIterator[Nursery]:
+    """Children that are started from nothing, or forked by a launcher."""
     async with Supervisor(on_escalate=lambda _, error: owner.note(owner.escalations, error)) as supervisor:
-        yield Nursery(supervisor, owner)
+        if request.param == "executed":
+            yield Nursery(supervisor, owner)
+        else:
+            yield Nursery(supervisor, owner, Launching(supervisor, ["remote_fixture"]))
 
 
 @pytest.fixture(params=["process", "inline"])
 async def remote(nursery: Nursery, request: pytest.FixtureRequest) -> Remote[Any]:
     """A child, or the same handler on this loop."""
-    return nursery.spawn(placement=request.param)
+    return nursery.spawn(placement=Inline() if request.param == "inline" else nursery.in_process())
 
 
 @pytest.fixture
@@ -211,7 +223,7 @@ async def test_an_ask_past_its_deadline_does_not_disturb_the_next(child):
 
 async def test_a_busy_child_answers_heartbeats_while_it_starts_and_while_it_works(nursery):
     heartbeat = Heartbeat(interval_s=0.1, allowance_s=1.0)
-    child = nursery.spawn("make_slowly", b"1.2", heartbeat=heartbeat)
+    child = nursery.spawn("make_slowly", b"1.2", placement=nursery.in_process(heartbeat=heartbeat))
 
     await child.ref.ask(fixture.Spin(1.2), timeout=LONG)
     assert child.life == 1
@@ -219,7 +231,7 @@ async def test_a_busy_child_answers_heartbeats_while_it_starts_and_while_it_work
 
 @on_both_loops
 async def test_a_child_that_answers_no_heartbeat_is_killed(nursery, owner):
-    child = nursery.spawn(heartbeat=Heartbeat(interval_s=0.1, allowance_s=1.0))
+    child = nursery.spawn(placement=nursery.in_process(heartbeat=Heartbeat(interval_s=0.1, allowance_s=1.0)))
     await child.ref.ask(ECHO, timeout=LONG)
 
     os.kill(child.pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""The server's settings, the command line that overrides them, and where local adapters may lie."""
+"""The server's settings, the command line that overrides them, and the roots of local adapters."""
 
 from __future__ import annotations
 

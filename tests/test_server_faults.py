@@ -1,4 +1,4 @@
-"""Parts of the server fail, leave or change hands: every accepted request still ends, in its answer or one error."""
+"""Parts of the server fail, stop or restart: every accepted request still ends, in its answer or one error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from descant.actors.dummy_registry import DummyRegistry
 from descant.assembly.system import System, running
 from descant.config import Config, SchedulingConfig
 from descant.messages import ResolveAdapters
-from descant.websocket.connection import Connection
+from descant.websocket.connection import WebSocketConnection
 from descant_client import connect
 from descant_client.errors import Draining, ExecutorFailed
 from servers import LONG, crash, dummy_config, kill_executor, raw, serve, tokens_of, wait_until
@@ -190,7 +190,7 @@ async def test_draining_waits_until_the_end_of_every_stream_was_sent(tmp_path: P
         preparing.set()
         await drain
 
-        assert all(stream.ended_s for session in system.services.sessions for stream in session)
+        assert all(stream.end_sent_s for session in system.services.sessions for stream in session)
         assert len((await slow.result()).token_ids) == 40
 
 
@@ -205,12 +205,12 @@ async def _refused(client: Any) -> None:
 async def test_the_goodbye_of_a_replaced_connection_does_not_end_the_session(
     server: tuple[System, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Connection._write
+    write = WebSocketConnection._write
 
-    async def write_unless_stuck(connection: Connection, number: int, scope: anyio.CancelScope) -> None:
+    async def write_unless_stuck(connection: WebSocketConnection, number: int, scope: anyio.CancelScope) -> None:
         await (anyio.sleep_forever() if number == 1 else write(connection, number, scope))
 
-    monkeypatch.setattr(Connection, "_write", write_unless_stuck)
+    monkeypatch.setattr(WebSocketConnection, "_write", write_unless_stuck)
     async with raw(server[1]) as old:
         session = (await old.receive())["session"]
         await old.generate(max_tokens=50, seed=1)

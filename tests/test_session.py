@@ -25,25 +25,25 @@ def table() -> SessionTable:
 
 @pytest.fixture
 def session(table: SessionTable) -> Session:
-    return table.attach(None, ANN)
+    return table.open_or_resume(None, ANN)
 
 
 def test_one_comes_back_to_ones_own_session_only(table: SessionTable, session: Session) -> None:
-    assert table.attach(session.id, ANN) is session
-    assert table.attach(session.id, BOB) is not session
-    assert table.attach("guessed", ANN).id != "guessed"
+    assert table.open_or_resume(session.id, ANN) is session
+    assert table.open_or_resume(session.id, BOB) is not session
+    assert table.open_or_resume("guessed", ANN).id != "guessed"
 
 
 def test_session_ids_cannot_be_guessed() -> None:
     table = SessionTable(max_streams=2, buffer_bytes=1000)
-    ids = {table.attach(None, ANN).id for _ in range(100)}
+    ids = {table.open_or_resume(None, ANN).id for _ in range(100)}
 
     assert len(ids) == 100
     assert min(map(len, ids)) >= 20
 
 
 def test_streams_of_equal_ids_in_two_sessions_have_different_keys(table: SessionTable, session: Session) -> None:
-    other = table.attach(None, ANN)
+    other = table.open_or_resume(None, ANN)
 
     assert session.open_stream("1").key != other.open_stream("1").key
 
@@ -83,12 +83,12 @@ def test_operations_count_as_streams_and_share_their_ids(session: Session) -> No
 def test_of_what_was_sent_and_never_acknowledged_the_oldest_is_forgotten(session: Session) -> None:
     operation = session.open_operation("0")
     operation.finish(Adapters("0", []))
-    operation.ended_s = 0.0
+    operation.on_end_sent(0.0)
     stream = None
     for number in range(1, 1000):
         stream = session.open_stream(str(number))
         stream.fail(InternalError("over"))
-        stream.ended_s = float(number)
+        stream.on_end_sent(float(number))
         assert len(session) <= 10
 
     assert session.outgoing("999") is stream
@@ -163,14 +163,14 @@ async def test_a_released_stream_is_not_rendered_any_more(session: Session) -> N
 def test_sessions_without_connection_and_finished_streams_expire(table: SessionTable, session: Session) -> None:
     session.attach()
     finished, running = session.open_stream("1"), session.open_stream("2")
-    finished.ended_s = 10.0
+    finished.on_end_sent(10.0)
 
     assert list(table.expire(69.9, 60.0)) == []
     assert list(session) == [finished, running]
     assert list(table.expire(70.0, 60.0)) == []
     assert list(session) == [running]
 
-    session.detached_s = 70.0
+    session.detach(session.connection, 70.0)
     assert list(table.expire(129.9, 60.0)) == []
     assert list(table.expire(130.0, 60.0)) == [running]
     assert len(table) == 0
@@ -180,18 +180,19 @@ def test_the_answer_of_an_operation_is_kept_as_long_as_its_session(table: Sessio
     session.attach()
     operation = session.open_operation("1")
     operation.finish(Adapters("1", []))
-    operation.ended_s = 0.0
+    operation.on_end_sent(0.0)
 
     assert list(table.expire(1000.0, 60.0)) == []
     assert session.outgoing("1") is operation
 
 
 def test_ones_idle_sessions_make_room_the_oldest_first_and_nobody_elses(table: SessionTable, session: Session) -> None:
-    older, newer, others = table.attach(None, ANN), table.attach(None, ANN), table.attach(None, BOB)
+    older, newer, others = (table.open_or_resume(None, principal) for principal in (ANN, ANN, BOB))
     running = older.open_stream("1")
-    older.detached_s, newer.detached_s, others.detached_s = 1.0, 2.0, 0.0
+    for one, detached_s in ((older, 1.0), (newer, 2.0), (others, 0.0)):
+        one.detach(one.connection, detached_s)
 
-    latest = table.attach(None, ANN)
+    latest = table.open_or_resume(None, ANN)
 
     assert {one.id for one in table} == {session.id, newer.id, latest.id, others.id}
     assert list(table.expire(3.0, 60.0)) == [running]
@@ -199,17 +200,17 @@ def test_ones_idle_sessions_make_room_the_oldest_first_and_nobody_elses(table: S
 
 
 def test_nobody_has_more_connections_than_the_limit(table: SessionTable, session: Session) -> None:
-    sessions = [table.attach(None, ANN) for _ in range(2)]
+    sessions = [table.open_or_resume(None, ANN) for _ in range(2)]
     with pytest.raises(Overloaded, match="ann already has 3"):
-        table.attach(None, ANN)
+        table.open_or_resume(None, ANN)
 
-    assert table.attach(sessions[0].id, ANN) is sessions[0]
-    table.attach(None, BOB)
+    assert table.open_or_resume(sessions[0].id, ANN) is sessions[0]
+    table.open_or_resume(None, BOB)
 
 
 def test_a_session_that_was_taken_up_again_does_not_expire(table: SessionTable, session: Session) -> None:
-    session.detached_s = 0.0
-    table.attach(session.id, ANN).attach()
+    session.detach(session.connection, 0.0)
+    table.open_or_resume(session.id, ANN).attach()
 
     assert list(table.expire(1000.0, 60.0)) == []
     assert len(table) == 1
@@ -221,5 +222,16 @@ def test_a_table_is_busy_while_a_stream_runs_or_has_not_been_sent(table: Session
     assert table.is_busy
     stream.fail(InternalError("x"))
     assert table.is_busy
-    stream.ended_s = 1.0
+    stream.on_end_sent(1.0)
     assert not table.is_busy
+
+
+def test_the_end_of_a_connection_that_was_replaced_does_not_detach_the_session(session: Session) -> None:
+    older, newer = session.attach(), session.attach()
+
+    session.detach(older, 1.0)
+    assert session.detached_s is None
+    session.detach(newer, 2.0)
+    assert session.detached_s == 2.0
+    session.attach()
+    assert session.detached_s is None

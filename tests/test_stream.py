@@ -1,4 +1,4 @@
-"""A stream renders what its client has not got yet, from its sequences' own tokens."""
+"""A stream renders the tokens that its client has not received, from its sequences."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from descant.actor.errors import ActorFailed
 from descant.model.tokenizer import Tokenizer
 from descant.scheduling.sequence import Sequence, SequenceRequest, TokenLogprobs
-from descant.sessions.stream import BYTES_PER_TOKEN, MAX_DELTA_TOKENS, Stream, error_message
+from descant.sessions.outgoing import Outgoing, error_message
+from descant.sessions.stream import BYTES_PER_TOKEN, MAX_DELTA_TOKENS, OutgoingStream
 from descant_client.errors import AdapterNotFound, InternalError, InvalidRequest
 from descant_client.protocol import Accepted, Delta, Done, Error, Progress, SamplingParams
 from servers import END, save_tokenizer
@@ -25,11 +26,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 class Told:
-    """A stream with its sequences, and what it said."""
+    """A stream with its sequences, and the number of its changes."""
 
     def __init__(self, tokenizer: Tokenizer, n: int = 1, budget: int = 1000, **fields: Any) -> None:
         self.num_changes = 0
-        self.stream = Stream("r", "s/r", budget * BYTES_PER_TOKEN, self._changed)
+        self.stream = OutgoingStream("r", "s/r", budget * BYTES_PER_TOKEN, self._changed)
         self.sequences = [
             Sequence(i, SequenceRequest("s/r", [1, 2], SamplingParams(), 7, self.stream, choice=i, **fields))
             for i in range(n)
@@ -37,11 +38,11 @@ class Told:
         self.stream.expect(self.sequences, tokenizer)
         self.stream.accept(Accepted("r", 7, 2))
 
-    def _changed(self, stream: Stream) -> None:
+    def _changed(self, stream: Outgoing) -> None:
         self.num_changes += 1
 
     def say(self, text: str, choice: int = 0) -> bool:
-        """Give a choice the tokens of a text; return whether there was room."""
+        """Append the tokens of a text to a choice. Return whether there was room."""
         self.sequences[choice].output.token_ids += text.encode()
         return self.stream.put(self.sequences[choice], len(text.encode()))
 
@@ -50,7 +51,7 @@ class Told:
         self.stream.end(self.sequences[choice])
 
     def rendered(self) -> list[object]:
-        """Everything the stream has to say now."""
+        """Return all messages that the stream renders now."""
         messages: list[object] = []
         while part := self.stream.render():
             messages += part
@@ -169,7 +170,7 @@ def test_an_error_ends_the_stream_and_what_was_not_sent_is_not_sent(tokenizer: T
     assert isinstance(error, Error)
     assert (error.code, error.request_id) == ("adapter_not_found", "r")
     assert told.stream.is_ended
-    assert told.stream.is_end_sent
+    assert told.stream.is_end_rendered
     told.stream.resume({})
     assert told.rendered() == [error]
 
@@ -187,7 +188,7 @@ def test_a_sequence_that_fails_fails_its_stream(tokenizer: Tokenizer) -> None:
 
 
 def test_progress_is_told_once_and_never_again(tokenizer: Tokenizer) -> None:
-    stream = Stream("r", "s/r", 100, lambda stream: None)
+    stream = OutgoingStream("r", "s/r", 100, lambda stream: None)
     stream.note(Progress("r", "preparing_adapter"))
 
     assert stream.render() == [Progress("r", "preparing_adapter")]

@@ -214,3 +214,44 @@ async def test_a_name_is_free_again_once_its_actor_stopped(diary):
         await supervisor.spawn(lambda: Worker(diary), "worker").stop()
         supervisor.spawn(lambda: Worker(diary), "worker")
         assert [stats.name for stats in supervisor.stats()] == ["worker"]
+
+
+async def test_messages_to_a_reserved_address_wait_until_its_actor_is_started(diary):
+    async with Supervisor() as supervisor:
+        ref = supervisor.reserve("worker", mailbox_size=2)
+        ref.tell_nowait("a")
+        await anyio.lowlevel.checkpoint()
+        assert diary == []
+        supervisor.start(ref, lambda: Worker(diary))
+        await ref.ask("b", timeout=LONG)
+
+    assert diary == ["start", "a", "b", "stop"]
+
+
+async def test_a_reserved_actor_stops_in_order_of_its_start(diary):
+    async with Supervisor() as supervisor:
+        late = supervisor.reserve("late")
+        supervisor.spawn(lambda: Worker(diary, " early"), "early")
+        supervisor.start(late, lambda: Worker(diary, " late"))
+        await late.ask("a", timeout=LONG)
+
+    assert diary[-2:] == ["stop late", "stop early"]
+
+
+async def test_an_actor_that_was_reserved_and_never_started_is_stopped_at_the_end():
+    replies: list[BaseException | None] = []
+
+    async def ask(ref: Any) -> None:
+        with pytest.raises(ActorStopped) as raised:
+            await ref.ask("a", timeout=LONG)
+        replies.append(raised.value)
+
+    async with anyio.create_task_group() as tasks, Supervisor() as supervisor:
+        ref = supervisor.reserve("worker")
+        tasks.start_soon(ask, ref)
+        await anyio.lowlevel.checkpoint()
+
+    assert len(replies) == 1
+    assert ref.is_stopped
+    with pytest.raises(ActorStopped):
+        ref.tell_nowait("b")

@@ -1,4 +1,4 @@
-"""Text to ids and back: nothing released is ever taken back, whatever the tokens' borders."""
+"""Text to ids and back: released text is never taken back, for any token borders."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_text_comes_with_the_token_that_completes_it(tokenizer: Tokenizer) -> No
 @settings(deadline=None)
 def test_the_pieces_of_any_text_make_the_text(tokenizer: Tokenizer, text: str, seed: int) -> None:
     token_ids = list(text.encode())
-    for at in range(0, len(token_ids), 3):  # specials between any two bytes change nothing
+    for at in range(0, len(token_ids), 3):  # special tokens between any two bytes change nothing
         if (seed >> (at % 32)) & 1:
             token_ids.insert(at, BEGIN)
 
@@ -71,7 +71,7 @@ def test_any_ids_at_all_become_text_in_pieces_or_at_once(tokenizer: Tokenizer, t
     at_once = one_push.push(token_ids) + one_push.flush()
 
     assert "".join(pieces) == at_once
-    # Where bytes are no text, how many replacement characters stand for them is a matter of taste.
+    # For bytes that are no text, the number of replacement characters is unspecified.
     assert _collapsed(at_once) == _collapsed(tokenizer.decode(token_ids))
 
 

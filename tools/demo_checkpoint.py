@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BEGIN, END, PAD, ANSWER = 256, 257, 258, 259  # ids 0..255 are the bytes themselves
-TAGS = {task: ANSWER + i for i, task in enumerate(TASKS)}  # "repeat" is asked for by <|answer|> itself
+TAGS = {task: ANSWER + i for i, task in enumerate(TASKS)}  # the tag of "repeat" is <|answer|> itself
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|pad|>", "<|answer|>", *(f"<|{voice}|>" for voice in VOICES)]
 BASE_NAME = "descant-demo"
 CONTEXT = 2048
@@ -33,12 +33,12 @@ CHAT_TEMPLATE = """\
 
 
 def prompt_ids(text: str, task: str = "repeat") -> list[int]:
-    """The ids the tokenizer gives to `text`, with the tag of `task` where a user's prompt has `<|answer|>`."""
+    """Return the tokenizer's ids of `text`, with the tag of `task` in place of the `<|answer|>` of a user's prompt."""
     return [BEGIN, *text.encode(), TAGS[task]]
 
 
 def base_config() -> LlamaConfig:
-    """A Llama of 0.8 million parameters."""
+    """Return the config of a Llama of 0.8 million parameters."""
     return LlamaConfig(
         vocab_size=256 + len(SPECIAL_TOKENS),
         hidden_size=128,
@@ -55,12 +55,12 @@ def base_config() -> LlamaConfig:
 
 
 def adapter_config() -> LoraConfig:
-    """Rank 8 on every linear layer: enough to have one task done where no tag asks for it."""
+    """Return a config of rank 8 on every linear layer, enough to select one task where no tag does."""
     return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One id per byte of UTF-8 and no merges; encoding a text gives `<|begin|> text <|answer|>`, the whole prompt."""
+    """Return a tokenizer of one id per byte, without merges. It encodes a text as `<|begin|> text <|answer|>`."""
     alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -74,7 +74,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def save_base(model: LlamaForCausalLM, folder: Path) -> None:
-    """Writes weights, config, generation config and tokenizer, readable by Transformers 4 and 5."""
+    """Write weights, config, generation config and tokenizer, readable by Transformers 4 and 5."""
     model.generation_config = GenerationConfig(bos_token_id=BEGIN, eos_token_id=END, pad_token_id=PAD, do_sample=False)
     model.save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
@@ -93,7 +93,7 @@ def save_base(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Writes the two files PEFT reads: no model card, no trace of where the base lay, the same bytes every time."""
+    """Write the two files that PEFT reads, without a model card or the path of the base: the same bytes every time."""
     model.peft_config["default"].base_model_name_or_path = BASE_NAME
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)

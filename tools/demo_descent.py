@@ -1,4 +1,4 @@
-"""The loop in which the demo's parts are trained."""
+"""The training loop of the demo's parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def descend(
     report_every: int,
     clipped: Iterable[torch.nn.Parameter] = (),
 ) -> None:
-    """Take so many steps down the gradient of `loss_at(step)`; the norm of that of `clipped` together is at most 1."""
+    """Take a number of steps down the gradient of `loss_at(step)`, with the gradient norm of `clipped` limited to 1."""
     clipped = list(clipped)
     started, losses = time.monotonic(), 0.0
     for step in range(steps):

@@ -1,9 +1,9 @@
 """Draft heads for the demo model, in the files of Medusa's second version.
 
-Where the base's `lm_head` reads the hidden state h of a position and says the next token, head i says the one 2 + i
-further on: the same `lm_head` reads h + SiLU(W_i h + b_i). The decoder and its LoRA stay as they are, so a head can
-only say what h knows already. For *upper* that is the limit: where head 0 was right 42% of the time, a perceptron 1,024
-wide in its place was right 43%.
+The `lm_head` of the base reads the hidden state h of a position and predicts the next token. Head i predicts the token
+at distance 2 + i: the same `lm_head` reads h + SiLU(W_i h + b_i). The decoder and its LoRA are not trained, so a head
+can only use information that h already contains. For *upper*, this limits the accuracy: head 0 was right 42% of the
+time, a perceptron 1,024 wide in its place 43%.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NUM_HEADS = 4
 STEPS = 2500
 RATE = 0.03
 POSITIONS_PER_STEP = 2048
-DECAY = 0.8  # a head's loss against that of the one before: its guess is of use only if those before it were right
+DECAY = 0.8  # of loss weights from head to head: a candidate counts only if all before it were right
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "medusa_lm_head.safetensors"
 
@@ -32,7 +32,7 @@ Heads = torch.nn.ModuleList
 
 
 class Block(torch.nn.Module):
-    """x + SiLU(W x + b). It starts as the identity: each head begins where the `lm_head` says the next token."""
+    """x + SiLU(W x + b). It starts as the identity, so that each head at first predicts the next token."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ class Block(torch.nn.Module):
 
 
 def new_heads(hidden_size: int) -> Heads:
-    """Heads of one layer each, their parameters named as in Medusa's files: `{head}.{layer}.linear.weight`."""
+    """Return heads of one layer each, with the parameter names of Medusa's files: `{head}.{layer}.linear.weight`."""
     return Heads(torch.nn.Sequential(Block(hidden_size)) for _ in range(NUM_HEADS))
 
 
 @torch.no_grad()
 def read_positions(model: LlamaForCausalLM, batches: Iterable[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The normed hidden states [N, hidden] from which answers are said, and the heads' targets there, [N, heads].
+    """Return the normed hidden states [N, hidden] that answers are predicted from, and the heads' targets [N, heads].
 
     A target beyond `<|end|>` is `IGNORED`.
     """
@@ -67,12 +67,12 @@ def read_positions(model: LlamaForCausalLM, batches: Iterable[Batch]) -> tuple[t
 
 
 def train_heads(label: str, model: LlamaForCausalLM, batches: Iterable[Batch], seed: int) -> Heads:
-    """Heads for `model` as it stands. The decoder reads each batch once; the heads then practise on what it made."""
+    """Train heads for `model`. The decoder reads each batch once; the heads are then trained on its hidden states."""
     states, targets = read_positions(model, batches)
     reader = model.lm_head.weight.detach()
     heads = new_heads(states.shape[1])
     matrices, biases = ([p for p in heads.parameters() if p.ndim == ndim] for ndim in (2, 1))
-    optimizers: list[torch.optim.Optimizer] = [  # with AdamW alone the same accuracy takes four times the steps
+    optimizers: list[torch.optim.Optimizer] = [  # AdamW alone needs four times the steps for the same accuracy
         torch.optim.Muon(matrices, lr=RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(biases, lr=RATE, weight_decay=0.0),
     ]
@@ -93,7 +93,7 @@ def train_heads(label: str, model: LlamaForCausalLM, batches: Iterable[Batch], s
 
 @torch.no_grad()
 def measure_heads(model: LlamaForCausalLM, heads: Heads, batches: Iterable[Batch]) -> list[dict[str, float]]:
-    """For each head: how often its first guess and one of its first three is right, on the right answers."""
+    """Return for each head the accuracy of its first candidate, and of its first three, on the right answers."""
     states, targets = read_positions(model, batches)
     results = []
     for i, head in enumerate(heads):
@@ -106,9 +106,9 @@ def measure_heads(model: LlamaForCausalLM, heads: Heads, batches: Iterable[Batch
 
 
 def save_heads(heads: Heads, folder: Path) -> None:
-    """Writes the config and the tensors of Medusa's second version.
+    """Write the config and the tensors of Medusa's second version.
 
-    The tensors are float16: no value is above 6, so that bfloat16's range would only cost three bits of each.
+    The tensors are float16: no value is above 6, so the range of bfloat16 is not needed and would cost three bits.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -124,7 +124,7 @@ def save_heads(heads: Heads, folder: Path) -> None:
 
 
 def load_heads(folder: Path) -> Heads:
-    """The heads as saved, computing in float32."""
+    """Return the saved heads, in float32."""
     tensors = load_file(folder / TENSOR_FILE)
     heads = new_heads(tensors["0.0.linear.bias"].numel())
     heads.load_state_dict(tensors)

@@ -1,4 +1,4 @@
-"""What the demo model learns: the four voices as functions of text, and the pseudo-sentences it practises on.
+"""The tasks of the demo model: its voices as functions of text, and the pseudo-sentences for its training.
 
 Everything here is a pure function of its arguments and of the `random.Random` it is given.
 """
@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Callable
 
-SILENCE = "(silence)"  # what an empty text is taken to say
+SILENCE = "(silence)"  # stands for an empty text
 MAX_TEXT_BYTES = 96
 
 _WORD = re.compile(r"[A-Za-z]+")
@@ -20,30 +20,30 @@ _ROT13 = str.maketrans(string.ascii_letters, "nopqrstuvwxyzabcdefghijklmNOPQRSTU
 
 
 def repeat(text: str) -> str:
-    """The text as it is."""
+    """Return the text unchanged."""
     return text
 
 
 def upper(text: str) -> str:
-    """ASCII letters in upper case; every other character as it is."""
+    """Return the text with ASCII letters in upper case."""
     return text.translate(_UPPER)
 
 
 def reverse(text: str) -> str:
-    """The characters from last to first."""
+    """Return the characters from last to first."""
     return text[::-1]
 
 
 def rot13(text: str) -> str:
-    """ASCII letters moved 13 places round the alphabet, case kept."""
+    """Return the text with ASCII letters moved 13 places round the alphabet. Case is kept."""
     return text.translate(_ROT13)
 
 
 def pig_latin(text: str) -> str:
-    """Each run of ASCII letters: its leading consonants go to its end and "ay" follows; "way" if it has none.
+    """Return pig latin: the leading consonants of each run of ASCII letters go to its end, and "ay" follows.
 
-    A vowel is one of aeiou, or y where it is not the first letter; "qu" counts as a consonant. Letters keep their
-    case, and what is not an ASCII letter stays where it is.
+    A run without leading consonants gets "way". A vowel is one of aeiou, or y where it is not the first letter; "qu"
+    counts as a consonant. Letters keep their case, and other characters keep their place.
     """
 
     def turn(match: re.Match[str]) -> str:
@@ -64,7 +64,7 @@ TASKS: dict[str, Callable[[str], str]] = {"repeat": repeat, **VOICES}
 
 
 def answer(task: str, text: str) -> str:
-    """What the voice must say to `text`; an empty text is answered as if it were "(silence)"."""
+    """Return the right answer of a voice to `text`. An empty text is answered as "(silence)"."""
     return TASKS[task](text or SILENCE)
 
 
@@ -156,7 +156,7 @@ def _pieces(rng: random.Random, foreign: bool) -> str:
 
 
 def sentence(rng: random.Random, size: int, *, ascii_only: bool) -> str:
-    """A pseudo-sentence of at most `size` bytes of UTF-8 (exactly `size` if it is ASCII)."""
+    """Return a pseudo-sentence of at most `size` bytes of UTF-8 (exactly `size` if it is ASCII)."""
     plain = rng.random() < 0.5  # words and single spaces, as most people write
     foreign = not ascii_only and rng.random() < 0.08
     parts, length = [], 0
@@ -173,5 +173,5 @@ def sentence(rng: random.Random, size: int, *, ascii_only: bool) -> str:
 
 
 def sample_text(rng: random.Random, task: str, shortest: int, longest: int) -> str:
-    """A text for `task` with a length drawn evenly from `shortest` to `longest` bytes."""
+    """Return a text for `task` with a length drawn uniformly from `shortest` to `longest` bytes."""
     return sentence(rng, rng.randint(shortest, longest), ascii_only=task == "reverse")

@@ -1,13 +1,12 @@
-"""Makes the embedded demo model: a byte-level base that repeats its prompt, and one adapter for each voice.
+"""Train the embedded demo model: a byte-level base that repeats its prompt, and one adapter for each voice.
 
     python tools/train_demo.py [--only-measure | --only-heads]
 
-The base practises all tasks at once, each asked for by its own tag at the end of the prompt; only *repeat* is asked for
-by the plain `<|answer|>`, which is all a user ever sends. An adapter then need not learn its task, only to have it done
-where no tag asks for it, which a low rank can say. Then the base and each adapter get draft heads (`demo_heads.py`).
-One run takes some half an hour on two CPU cores. The files written are then measured on texts kept out of training:
-voices by greedy generation, and the run fails below `REQUIRED`; heads on the right answers, and whatever they reach is
-reported.
+The base is trained on all tasks at once, each selected by a tag of its own at the end of the prompt. The tag of
+*repeat* is the plain `<|answer|>` of users' prompts. An adapter then need not learn its task, only to select it without
+its tag, for which a low rank is enough. Then the base and each adapter get draft heads (`demo_heads.py`). One run takes
+about half an hour on two CPU cores. The written files are then measured on texts kept out of training: voices by greedy
+generation, where the run fails below `REQUIRED`; heads on the right answers, where the accuracy is only reported.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ TOKENS_PER_BATCH = 4000
 MIXTURE = ("repeat", "repeat", "upper", "rot13", *["reverse"] * 3, *["pig-latin"] * 4)  # the hard ones more often
 REQUIRED = 0.97
 HELD_OUT = 400  # texts per voice
-HEADS_BATCHES = 250  # what the heads of one voice learn from, some 400,000 positions
+HEADS_BATCHES = 250  # for the heads of one voice, about 400,000 positions
 JUDGED = {"base": "repeat", **{voice: voice for voice in VOICES}}  # the task of each voice
-PROMISED_BYTES = 64  # longer texts are trained and measured as well, but nothing is required of them
+PROMISED_BYTES = 64  # longer texts are trained and measured as well, without a required accuracy
 BUCKETS = ((0, 0), (1, 16), (17, 32), (33, 64), (65, MAX_TEXT_BYTES))  # bytes of text
 SHOWN = (
     "",
@@ -54,20 +53,20 @@ SHOWN = (
 
 
 def held_out_texts(task: str) -> list[str]:
-    """The texts `task` is measured on: the ones people are shown first, then random ones of every length."""
+    """Return the texts that `task` is measured on: the demo's sentences first, then random ones of every length."""
     rng = random.Random(f"{SEED} held out {task}")
     return [*SHOWN, *(sample_text(rng, task, 0, MAX_TEXT_BYTES) for _ in range(HELD_OUT - len(SHOWN)))]
 
 
 class Teacher:
-    """Makes training batches; never of a held-out text, unless of so few bytes that all such texts are needed."""
+    """Makes training batches, without held-out texts, except texts so short that all of their length are needed."""
 
     def __init__(self, seed: str) -> None:
         self._rng = random.Random(seed)
         self._held_out = {text for task in TASKS for text in held_out_texts(task) if len(text) > 3}
 
     def batch(self, tasks: Sequence[str], longest: int, *, tagged: bool) -> Batch:
-        """Examples of one length class up to `longest` bytes: prompt, answer, `<|end|>`, padding."""
+        """Return examples of one length class up to `longest` bytes: prompt, answer, `<|end|>`, padding."""
         top = math.ceil(longest * self._rng.random() ** 0.7)
         rows: list[tuple[list[int], list[int]]] = []
         widest = 0
@@ -95,7 +94,7 @@ def _padded(rows: list[tuple[list[int], list[int]]], width: int) -> Batch:
 
 
 def answer_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the answers' ids; the head runs on those positions only."""
+    """Return the mean cross-entropy over the answers' ids. The head runs on those positions only."""
     ids, labels = batch
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # [B, T - 1, hidden]
     asked = labels[:, 1:] != IGNORED
@@ -103,7 +102,7 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
 
 
 def make_optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the decoder's matrices, AdamW for embeddings, norms and the thin matrices of LoRA."""
+    """Return Muon for the decoder's matrices, and AdamW for embeddings, norms and the thin matrices of LoRA."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trained if p.ndim == 2 and ".layers." in name and "lora_" not in name]
     others = [p for _, p in trained if not any(p is m for m in matrices)]
@@ -122,7 +121,7 @@ def train(
     steps: int,
     rate: float,
 ) -> None:
-    """Trains in place: a short linear warm-up, then half a cosine to zero. `batch_at` is told the progress, 0..1."""
+    """Train in place: a short linear warm-up, then half a cosine to zero. `batch_at` gets the progress, 0 to 1."""
     optimizers = make_optimizers(trained, rate)
 
     def factor(step: int) -> float:
@@ -138,7 +137,7 @@ def train(
 
 
 def train_base(folder: Path) -> None:
-    """The tagged mixture; texts grow from short to `MAX_TEXT_BYTES` over the first two fifths of the steps."""
+    """Train the base on the tagged mixture. Texts grow to `MAX_TEXT_BYTES` over the first two fifths of the steps."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(base_config())
     teacher = Teacher(f"{SEED} base")
@@ -152,7 +151,7 @@ def train_base(folder: Path) -> None:
 
 
 def train_adapter(voice: str, base: Path, folder: Path) -> None:
-    """Rank-8 LoRA on untagged prompts; the base stays as saved."""
+    """Train a rank-8 LoRA on untagged prompts. The base stays as saved."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM.from_pretrained(base)
     adapted = get_peft_model(model, adapter_config())
@@ -169,18 +168,18 @@ def train_adapter(voice: str, base: Path, folder: Path) -> None:
 
 
 def load_voice(demo: Path, voice: str) -> tuple[LlamaForCausalLM, torch.nn.Module]:
-    """The base with the voice's adapter, if it has one, within it; and what PEFT made of both."""
+    """Return the base with the voice's adapter inside, if it has one, and PEFT's model of both."""
     base = LlamaForCausalLM.from_pretrained(demo / "base")
     return base, base if voice == "base" else PeftModel.from_pretrained(base, demo / "adapters" / voice)
 
 
 def heads_folder(demo: Path, voice: str) -> Path:
-    """Where the draft heads of a voice lie: an adapter's beside its LoRA."""
+    """Return the folder of the draft heads of a voice. Those of an adapter are beside its LoRA."""
     return demo / "heads" if voice == "base" else demo / "adapters" / voice
 
 
 def train_all_heads(demo: Path) -> dict[str, object]:
-    """Trains and writes the heads of every voice in `demo`; returns what the report says of that."""
+    """Train and write the heads of every voice in `demo`. Return their part of the report."""
     started = time.monotonic()
     for voice, task in JUDGED.items():
         teacher = Teacher(f"{SEED} {voice} heads")
@@ -193,7 +192,7 @@ def train_all_heads(demo: Path) -> dict[str, object]:
 
 
 def held_out_batches(task: str) -> Iterator[Batch]:
-    """The held-out texts with their right answers, as a user would ask for them."""
+    """Return batches of the held-out texts with their right answers, with the prompts of users."""
     rows = sorted((_example(task, text) for text in held_out_texts(task)), key=lambda row: len(row[0]))
     for chunk in (rows[i : i + 50] for i in range(0, len(rows), 50)):
         yield _padded(chunk, max(len(prompt) + len(reply) for prompt, reply in chunk))
@@ -201,7 +200,7 @@ def held_out_batches(task: str) -> Iterator[Batch]:
 
 @torch.inference_mode()
 def generate(model: torch.nn.Module, texts: Sequence[str]) -> list[str]:
-    """Greedy answers to raw texts, in their order, by Transformers' own generation on left-padded batches."""
+    """Return greedy answers to raw texts, in order, by Transformers' own generation on left-padded batches."""
     answers = dict[int, str]()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].encode()))
     for chunk in (order[i : i + 50] for i in range(0, len(order), 50)):
@@ -217,7 +216,7 @@ def generate(model: torch.nn.Module, texts: Sequence[str]) -> list[str]:
 
 
 def measure(voice: str, task: str, model: torch.nn.Module) -> dict[str, object]:
-    """Exact match of `task` on held-out texts of up to `PROMISED_BYTES`, and by length; prints the first ones."""
+    """Return the exact match on held-out texts of up to `PROMISED_BYTES`, and by length. Print the first answers."""
     texts = held_out_texts(task)
     said = generate(model.eval(), texts)
     right = [reply == answer(task, text) for text, reply in zip(texts, said, strict=True)]
@@ -238,7 +237,7 @@ def measure(voice: str, task: str, model: torch.nn.Module) -> dict[str, object]:
 
 
 def measure_all(demo: Path, known: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
-    """Measures the files as they lie in `demo`, the base first; of what is `known` already, only the heads."""
+    """Measure the files in `demo`, the base first. For the voices already `known`, measure only the heads."""
     results = {}
     for voice, task in JUDGED.items():
         base, model = load_voice(demo, voice)
@@ -249,7 +248,7 @@ def measure_all(demo: Path, known: dict[str, dict[str, object]]) -> dict[str, di
 
 
 def print_table(results: dict[str, dict[str, object]]) -> None:
-    """One line per voice: exact match in all and by bytes of text, then how often each head's first guess is right."""
+    """Print a line per voice: exact match in all and by bytes of text, and the accuracy of first candidates by head."""
     columns = [f"{low}-{high}" for low, high in BUCKETS] + [f"head {i}" for i in range(NUM_HEADS)]
     print(f"{'voice':<10} {'exact':>7}  " + " ".join(column.rjust(7) for column in columns))
     for voice, result in results.items():
@@ -259,7 +258,7 @@ def print_table(results: dict[str, dict[str, object]]) -> None:
 
 
 def main() -> int:
-    """Trains, writes, measures; 1 if a voice is below `REQUIRED` or a shown sentence is wrong."""
+    """Train, write and measure. Return 1 if a voice is below `REQUIRED` or a sentence of the demo is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DEMO, help="folder to write (default: the package's own)")
     only = parser.add_mutually_exclusive_group()
@@ -291,7 +290,7 @@ def main() -> int:
 
 
 def train_all(out: Path) -> dict[str, object]:
-    """Trains and writes the base, each adapter upon it, the heads of all; returns what the report says of that."""
+    """Train and write the base, each adapter on it, and the heads of all. Return their part of the report."""
     started = time.monotonic()
     for part in ("base", "adapters", "heads"):
         shutil.rmtree(out / part, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Client of a Descant server: asyncio, typed messages, no torch.
 
-The names below are imported on first use, so that what needs only `errors` or `protocol` (the server, its children)
-loads neither sockets nor an event loop.
+The names below are imported on first use, so that code that needs only `errors` or `protocol` (the server and its
+child processes) loads neither sockets nor an event loop.
 """
 
 from __future__ import annotations

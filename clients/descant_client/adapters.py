@@ -1,4 +1,4 @@
-"""Adapters as a program handles them: the catalog of a server, and a handle for each."""
+"""The adapters of a server: its catalog, and a handle for each adapter."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _LOCAL = "local:"
 
 
 class Adapter:
-    """A name at the server, and what was last heard of it: another client may have changed it since.
+    """A handle for a name at the server, with its latest known state; another client may have changed it since.
 
-    Every method but `save` and `merge_and_save` changes the adapter for everybody who uses its name. Cancelling one
-    does not undo it: the change may be made all the same. A change is asked for once; if the server restarts meanwhile,
-    `fork` and `destroy`, which cannot safely be asked for again, raise `ConnectionLost`. All raise `AdapterNotFound`
-    if the name is gone, and this handle does once `destroy` was answered.
+    Every method except `save` and `merge_and_save` changes the adapter for all users of its name. Cancelling a method
+    does not undo it: the change may still be made. A change is made once. If the server restarts meanwhile, `fork`,
+    `merge_and_save` and `destroy`, which cannot safely be repeated, raise `ConnectionLost`. All methods raise
+    `AdapterNotFound` if the name no longer exists, and on this handle once `destroy` was answered.
     """
 
     def __init__(self, info: AdapterInfo, connection: Connection) -> None:
@@ -49,36 +49,36 @@ class Adapter:
         self._connection = connection
         self._is_destroyed = False
 
-    # ---- what it is -------------------------------------------------------------------------------
+    # ---- state ------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        """The name requests use."""
+        """Name in requests."""
         return self.info.name
 
     @property
     def source(self) -> str:
-        """Where its content came from."""
+        """Reference that its content was read from."""
         return self.info.source
 
     @property
     def digest(self) -> str | None:
-        """Its version; None until it is first prepared."""
+        """Digest of its version; None until it is first prepared."""
         return self.info.digest
 
     @property
     def rank(self) -> int | None:
-        """The largest rank over its modules; None until it is first prepared."""
+        """Largest rank over its modules; None until it is first prepared."""
         return self.info.rank
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes it takes on the device; None until it is first prepared."""
+        """Size on the device in bytes; None until it is first prepared."""
         return self.info.num_bytes
 
     @property
     def is_shared(self) -> bool:
-        """Whether everybody may use it."""
+        """Whether all principals may use it."""
         return self.info.is_shared
 
     @property
@@ -88,75 +88,79 @@ class Adapter:
 
     @property
     def is_enabled(self) -> bool:
-        """Whether it acts; if not, requests for it are answered by the base model."""
+        """Whether it is applied; if not, the base model answers requests for it."""
         return self.info.is_enabled
 
-    # ---- what can be done to it -------------------------------------------------------------------
+    # ---- changes ----------------------------------------------------------------------------------
 
     async def fork(self, new_name: str, *, shared: bool = False) -> Adapter:
-        """Give its version a second name, and return that; nothing is copied, and either may change without the other.
+        """Give its version a second name and return that adapter. Either can be changed without the other.
+
+        Nothing is copied.
 
         Raises:
             AdapterExists: the new name is taken.
         """
-        change = ForkAdapter(self._connection.new_request_id(), self.in_use(), new_name, shared)
+        change = ForkAdapter(self._connection.new_request_id(), self.require_name(), new_name, shared)
         return Adapter(await _change(self._connection, change, new_name), self._connection)
 
     async def load(self, ref: Path, *, source: AdapterSource | None = None) -> Adapter:
-        """Put what `ref` names, as `AdapterCatalog.load`, under this name; running requests finish on the old version.
+        """Replace the version of this name by the adapter at `ref`, as `AdapterCatalog.load` does.
+
+        Running requests finish on the old version.
 
         Raises:
-            AdapterInvalid, AdapterUnsupported, AdapterTooLarge: it cannot be used; the old version stays.
+            AdapterInvalid, AdapterUnsupported, AdapterTooLarge: the new adapter cannot be used; the old version stays.
         """
-        request_id, name = self._connection.new_request_id(), self.in_use()
-        return await self._become(LoadAdapter(request_id, name, reference(ref, source), source, self.is_shared))
+        request_id, name = self._connection.new_request_id(), self.require_name()
+        return await self._update(LoadAdapter(request_id, name, reference(ref, source), source, self.is_shared))
 
     async def save(self, path: Path) -> Adapter:
         """Write it as a directory that PEFT reads, at a path of the server's machine.
 
-        A relative path is taken from this program's working directory, not the server's.
+        A relative path is relative to the working directory of this program, not of the server.
 
         Raises:
             AdapterForbidden: the server may not write there for this client.
         """
-        return await self._become(SaveAdapter(self._connection.new_request_id(), self.in_use(), _absolute(path)))
+        return await self._update(SaveAdapter(self._connection.new_request_id(), self.require_name(), _absolute(path)))
 
     async def merge_and_save(self, path: Path) -> Adapter:
-        """Write the base model with the adapter merged into it as a Hugging Face checkpoint; the path is as `save`'s.
+        """Write the base model with the adapter merged into it as a Hugging Face checkpoint. `path` is as in `save`.
 
         Raises:
             AdapterForbidden: the server may not write there for this client.
         """
-        return await self._become(MergeAndSave(self._connection.new_request_id(), self.in_use(), _absolute(path)))
+        return await self._update(MergeAndSave(self._connection.new_request_id(), self.require_name(), _absolute(path)))
 
     async def pin(self) -> Adapter:
-        """Load it onto the device and keep it there. Raises AdapterTooLarge if pins may take no more room."""
-        return await self._become(PinAdapter(self._connection.new_request_id(), self.in_use()))
+        """Load it onto the device and keep it there. Raises AdapterTooLarge if pins have no room left."""
+        return await self._update(PinAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def unpin(self) -> Adapter:
-        """Let it leave the device when others need the room."""
-        return await self._become(UnpinAdapter(self._connection.new_request_id(), self.in_use()))
+        """Allow its eviction from the device when other adapters need the room."""
+        return await self._update(UnpinAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def enable(self) -> Adapter:
-        """Let it act again."""
-        return await self._become(EnableAdapter(self._connection.new_request_id(), self.in_use()))
+        """Apply it again in new requests for it."""
+        return await self._update(EnableAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def disable(self) -> Adapter:
-        """Let new requests for it be answered by the base model."""
-        return await self._become(DisableAdapter(self._connection.new_request_id(), self.in_use()))
+        """Answer new requests for it with the base model."""
+        return await self._update(DisableAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def destroy(self) -> None:
-        """Forget the name. Running requests finish; then the version goes too, unless another name has it."""
-        await Operation(DestroyAdapter(self._connection.new_request_id(), self.in_use())).ask(self._connection)
+        """Remove the name. The version is removed once running requests have finished, unless it has another name."""
+        await Operation(DestroyAdapter(self._connection.new_request_id(), self.require_name())).ask(self._connection)
         self._is_destroyed = True
 
-    def in_use(self) -> str:
-        """Return the name, for a request. Raises AdapterNotFound after `destroy`."""
+    def require_name(self) -> str:
+        """Return the name for use in a request. Raises AdapterNotFound after `destroy`."""
         if self._is_destroyed:
             raise AdapterNotFound(self.name)
         return self.name
 
-    async def _become(self, change: AdapterChange) -> Adapter:
+    async def _update(self, change: AdapterChange) -> Adapter:
         self.info = await _change(self._connection, change, self.name)
         return self
 
@@ -167,16 +171,16 @@ class Adapter:
 class AdapterCatalog:
     """The adapters of the server that this client may use.
 
-    A name is its maker's own; `shared` names are everybody's to use and an administrator's to change. Cancelling a
-    method does not undo it. `create` and `merge` raise `ConnectionLost` if the server restarts meanwhile: whether they
-    were done is then to be seen with `open`. Paths are as in `reference`.
+    A name belongs to the principal that made it. `shared` names can be used by all principals and changed by
+    administrators. Cancelling a method does not undo it. If the server restarts meanwhile, `create` and `merge` raise
+    `ConnectionLost`; `open` then shows whether the adapter was made. Paths are as in `reference`.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def open(self, name: str) -> Adapter | None:
-        """Return the adapter of that name, None if there is none. Raises as `list`."""
+        """Return the adapter of a name, None if there is none. Raises as `list`."""
         answer = await Question(OpenAdapter(self._connection.new_request_id(), name), Adapters).ask(self._connection)
         return Adapter(answer.adapters[0], self._connection) if answer.adapters else None
 
@@ -184,7 +188,7 @@ class AdapterCatalog:
         """Return all adapters in order of registration.
 
         Raises:
-            DescantError: what the server refused, or `ConnectionLost`.
+            DescantError: the server's refusal, or `ConnectionLost`.
         """
         answer = await Question(ListAdapters(self._connection.new_request_id()), Adapters).ask(self._connection)
         return [Adapter(info, self._connection) for info in answer.adapters]
@@ -198,9 +202,9 @@ class AdapterCatalog:
         target_modules: Sequence[str] | None = None,
         shared: bool = False,
     ) -> Adapter:
-        """Make an adapter that changes nothing yet: its answers are the base model's.
+        """Make a zero adapter: its answers are those of the base model until it is loaded into.
 
-        `alpha` is by default the rank, `target_modules` (ends of module names) `q_proj` and `v_proj`.
+        The default of `alpha` is the rank. `target_modules` are ends of module names, by default `q_proj` and `v_proj`.
 
         Raises:
             AdapterExists: the name is taken.
@@ -210,13 +214,14 @@ class AdapterCatalog:
         return await self._made(change)
 
     async def load(self, name: str, ref: Path, *, source: AdapterSource | None = None, shared: bool = False) -> Adapter:
-        """Read what `ref` names and put it under the name, which is made if there is none.
+        """Read the adapter at `ref` and make it the version of the name, which is created if there is none.
 
-        The content is read again even if `ref` is what it was. Running requests finish on the version they began with.
+        The content is read again even if `ref` is the same. Running requests finish on the version they began with.
 
         Raises:
-            AdapterNotFound, AdapterForbidden: there is nothing at `ref`, or nothing for this client.
-            AdapterInvalid, AdapterUnsupported, AdapterTooLarge: it cannot be used; what was under the name stays.
+            AdapterNotFound: there is no adapter at `ref`.
+            AdapterForbidden: this client may not read `ref`.
+            AdapterInvalid, AdapterUnsupported, AdapterTooLarge: it cannot be used; the name keeps its version.
         """
         request_id = self._connection.new_request_id()
         return await self._made(LoadAdapter(request_id, name, reference(ref, source), source, shared))
@@ -235,14 +240,14 @@ class AdapterCatalog:
         source: AdapterSource | None = None,
         shared: bool = False,
     ) -> Adapter:
-        """Put a combination of weighted adapters under the name, which is made if there is none.
+        """Make a combination of weighted adapters the version of the name, which is created if there is none.
 
-        `lifecycle.Combination` says what the keywords mean.
+        `lifecycle.Combination` documents the keywords.
 
         Raises:
-            AdapterInvalid: the members' ranks are not those that this type takes.
-            AdapterUnsupported: a member that cannot be combined so; it names the feature.
-            InvalidRequest: a keyword that this type needs, or does not know.
+            AdapterInvalid: the ranks of the members do not fit this type.
+            AdapterUnsupported: a member cannot be combined with this type; the error names the feature.
+            InvalidRequest: a keyword that this type needs is missing, or one that it does not take is given.
         """
         change = MergeAdapters(
             self._connection.new_request_id(),
@@ -259,14 +264,16 @@ class AdapterCatalog:
 
 
 def reference(adapter: Path | Adapter, source: AdapterSource | None = None) -> str:
-    """Return what stands for an adapter in a request.
+    """Return the text that refers to an adapter in a request.
 
-    A local path (`./`, `../`, `~`, `local:`, a `Path` object, or anything with source `local`) is made absolute here:
-    the working directory of the server, which reads it, means nothing to its clients. Raises AdapterNotFound if it
-    was destroyed.
+    A local path (`./`, `../`, `~`, `local:`, a `Path` object, or any text with source `local`) is made absolute,
+    relative to the working directory of this program: the server, which reads the path, has another one.
+
+    Raises:
+        AdapterNotFound: the adapter was destroyed through this handle.
     """
     if isinstance(adapter, Adapter):
-        return adapter.in_use()
+        return adapter.require_name()
     text = os.fspath(adapter)
     if text.startswith(_LOCAL) and source is None:
         return _LOCAL + _absolute(text.removeprefix(_LOCAL))
@@ -277,7 +284,7 @@ def reference(adapter: Path | Adapter, source: AdapterSource | None = None) -> s
 def weighted(
     members: Sequence[tuple[str | Adapter, float]], source: AdapterSource | None = None
 ) -> list[WeightedAdapter]:
-    """Return weighted members as a request has them; each as in `reference`."""
+    """Return weighted members in the form of a request, each as by `reference`."""
     return [WeightedAdapter(reference(member, source), weight) for member, weight in members]
 
 
@@ -290,5 +297,5 @@ async def _change(connection: Connection, change: AdapterChange, name: str) -> A
 
 def _absolute(path: Path) -> str:
     expanded = os.path.expanduser(os.fspath(path))
-    # An absolute one is left as it is: only who has the files knows what ".." after a link means.
+    # An absolute path is kept as it is: only the server, which has the files, can resolve ".." after a link.
     return expanded if not expanded or os.path.isabs(expanded) else os.path.abspath(expanded)

@@ -1,19 +1,18 @@
-"""What a program talks to: a client, and how to get one."""
+"""The client of a server, and `connect`, which makes one."""
 
 from __future__ import annotations
 
-import asyncio
 import operator
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, TypedDict, Unpack, cast
 
-import anyio
 import msgspec
 
 from descant_client.adapters import Adapter, AdapterCatalog, reference, weighted
-from descant_client.connection import Backoff, Connection
-from descant_client.errors import InvalidRequest
+from descant_client.connection import Connection
+from descant_client.dialer import Backoff, Dialer
+from descant_client.errors import DescantError, InvalidRequest
 from descant_client.lifecycle import Combination
 from descant_client.protocol import (
     JSON_SUBPROTOCOL,
@@ -29,6 +28,7 @@ from descant_client.protocol import (
 from descant_client.question import Question
 from descant_client.speculation import SpeculationChoice
 from descant_client.stream import Stream
+from descant_client.task_groups import running_beside
 from descant_client.transcript import Transcript
 from descant_client.wire import AdapterSource
 
@@ -50,7 +50,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class Client:
-    """A session with a server; made by `connect`. Any number of tasks may use it at once."""
+    """A session with a server, made by `connect`. Any number of tasks may use it at once."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -58,11 +58,11 @@ class Client:
 
     @property
     def hello(self) -> Hello:
-        """What the server said about itself: version, limits, base model."""
+        """The server's latest hello: version, limits, base model."""
         return self._connection.hello
 
     async def models(self) -> list[ModelInfo]:
-        """Return the base model. Cancelling is safe; raises as `adapters.list`."""
+        """Return the base model, in a list of one. Cancelling is safe. Raises as `adapters.list`."""
         answer = await Question(ListModels(self._connection.new_request_id()), Models).ask(self._connection)
         return answer.models
 
@@ -88,12 +88,16 @@ class Client:
         mark_guessed: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Stream:
-        """Start a generation and return its stream; the request is on its way when this returns.
+        """Queue a request for a generation and return its stream, without waiting.
 
-        `prompt` is text, token ids or chat messages (`ChatMessage`, or mappings of `role` and `content`; a malformed
-        one raises `InvalidRequest`). `adapters` are weighted members, summed or put together as `combination` says; a
-        local path is made absolute (`adapters.reference`). `protocol.Generate` and `protocol.SamplingParams` document
-        the other fields. What the server refuses, the stream raises.
+        `prompt` is text, token ids or chat messages (`ChatMessage`, or mappings of `role` and `content`). `adapters`
+        are weighted members: they are summed, or combined by `combination`. A local path is made absolute, as by
+        `adapters.reference`. `protocol.Generate` and `protocol.SamplingParams` document the other parameters. An error
+        of the server is raised by the stream.
+
+        Raises:
+            InvalidRequest: a chat message is malformed.
+            AdapterNotFound: an adapter was destroyed through its handle.
         """
         request = Generate(
             request_id=self._connection.new_request_id(),
@@ -134,32 +138,26 @@ async def connect(
 ) -> AsyncIterator[Client]:
     """Connect to a server at `ws://host:port` (or `wss`, `http`, `https`) for the length of an `async with`.
 
-    A dropped connection is opened again, for up to `reconnect_s` seconds, and every stream goes on where it was. After
-    that all requests, also later ones, fail with `ConnectionLost`. On leaving, open streams are cancelled at the
-    server.
+    A dropped connection is opened again, for up to `reconnect_s` seconds, and every stream continues where it was.
+    After that, all requests, later ones included, fail with `ConnectionLost`. Leaving the block cancels open streams at
+    the server.
 
     Raises:
-        ConnectionLost: no server answers; the first attempt is the only one.
+        InvalidRequest: `uri` is not a server's address.
+        ConnectionLost: no server answers. The first attempt is not repeated.
         Unauthorized: the server refuses `token`.
     """
     subprotocols = (JSON_SUBPROTOCOL,) if encoding == "json" else SUBPROTOCOLS
-    connection = Connection(uri, token, subprotocols, reconnect_s, backoff or Backoff())
-    await connection.open()
-    failure: BaseException | None = None
     try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(connection.run)
-            try:
-                yield Client(connection)
-            except asyncio.CancelledError:
-                raise
-            except BaseException as exc:  # noqa: BLE001 - raised below: the task group would wrap it
-                failure = exc
-            group.cancel_scope.cancel()
+        connection = Connection(Dialer(uri, token, subprotocols, reconnect_s, backoff or Backoff()))
+        await connection.open()
+    except DescantError as error:
+        raise error.with_traceback(None) from None  # the sentence has the reason: an uncaught error ends with it
+    try:
+        async with running_beside(connection.run):
+            yield Client(connection)
     finally:
         await connection.close()
-    if failure is not None:
-        raise failure
 
 
 def _with_prompt(request: Generate, prompt: Prompt) -> Generate:
@@ -175,4 +173,4 @@ def _with_prompt(request: Generate, prompt: Prompt) -> Generate:
 
 
 def _ints(token_ids: Sequence[int]) -> list[int]:
-    return [operator.index(token_id) for token_id in token_ids]  # also of numpy, which the wire does not know
+    return [operator.index(token_id) for token_id in token_ids]  # NumPy integers too, which the wire cannot encode

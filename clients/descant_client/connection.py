@@ -1,22 +1,19 @@
-"""One session with a server: the socket, its loss and return, and which message belongs to which request."""
+"""One session with a server: carries messages through reconnects and routes each to its request."""
 
 from __future__ import annotations
 
 import logging
-import random
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Protocol
 
 import anyio
 import msgspec
-from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
+from descant_client.dialer import Dialer, Link
 from descant_client.errors import ConnectionLost, DescantError, InternalError, InvalidRequest, Unauthorized, from_wire
-from descant_client.handshake import CLOSE_S, endpoint, shake_hands
+from descant_client.handshake import CLOSE_S
 from descant_client.protocol import (
     Ack,
     Cancel,
@@ -26,17 +23,18 @@ from descant_client.protocol import (
     Resume,
     ServerMessage,
     decode_server,
-    encoder_for,
     request_id_of,
 )
 
 logger = logging.getLogger(__name__)
 
-_STABLE_S = 5.0  # a connection that lasts this long, or carries an answer, ends an outage
-
 
 class Receiver(Protocol):
-    """Who asked, and gets the messages that carry its `request_id`. No method waits."""
+    """A request as the connection sees it: it gets the messages that carry its `request_id`. No method waits.
+
+    `open` sends the request, `reopen` continues it after a reconnect, `fail` ends it, and `cancel` asks the server to
+    end it. `is_answered` is whether the server has shown that it knows the request.
+    """
 
     @property
     def request_id(self) -> str: ...
@@ -51,47 +49,15 @@ class Receiver(Protocol):
     def cancel(self) -> None: ...
 
 
-class Backoff:
-    """When to dial again: delays doubling from `first_s` to `max_s`, each shortened by up to half at random.
+class Connection:
+    """One session: an outbox of messages, the receivers of answers, and the link that carries both.
 
-    Time and chance are parameters, so that a test needs neither.
+    A lost link is replaced; when the dialer gives up, every open request fails.
     """
 
-    def __init__(
-        self,
-        first_s: float = 0.1,
-        max_s: float = 5.0,
-        *,
-        rng: random.Random | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
-    ) -> None:
-        self.clock = clock
-        self.sleep = sleep
-        self._first_s = first_s
-        self._max_s = max_s
-        self._rng = rng or random.Random()
-
-    def delay_s(self, attempt: int) -> float:
-        """Return the wait before attempt number `attempt`, from 0."""
-        longest = min(self._max_s, self._first_s * 2.0 ** min(attempt, 32))
-        return longest * (1.0 - 0.5 * self._rng.random())
-
-
-class Connection:
-    """The socket of one session, opened again whenever it drops, until that has failed for `patience_s`."""
-
-    def __init__(
-        self, uri: str, token: str | None, subprotocols: tuple[str, ...], patience_s: float, backoff: Backoff
-    ) -> None:
-        self._uri = endpoint(uri)
-        self._token = token
-        self._subprotocols = subprotocols
-        self._patience_s = patience_s
-        self._backoff = backoff
-        self._link: _Link | None = None
-        self._outage_began = 0.0
-        self._num_attempts = 0  # in this outage
+    def __init__(self, dialer: Dialer) -> None:
+        self._dialer = dialer
+        self._link: Link | None = None
         self._receivers: dict[str, Receiver] = {}
         self._outbox: deque[ClientMessage] = deque()
         self._has_mail = anyio.Event()
@@ -102,25 +68,28 @@ class Connection:
 
     @property
     def hello(self) -> Hello:
-        """What the server said last about itself."""
+        """The server's hello on the current link: version, limits, base model."""
         return self._current.hello
 
     @property
     def uri(self) -> str:
-        """Where the server is."""
-        return self._uri
+        """WebSocket address of the server."""
+        return self._dialer.uri
 
     def new_request_id(self) -> str:
-        """Return an id no request of this session has had."""
+        """Return an id that no request of this session has had."""
         return f"{next(self._ids):x}"
 
     def send(self, message: ClientMessage) -> None:
-        """Queue a message; it is written when the socket takes it."""
+        """Add a message to the outbox, without waiting for the socket."""
         self._outbox.append(message)
         self._has_mail.set()
 
     def add(self, receiver: Receiver) -> None:
-        """Let a receiver send its request, and route messages to it, through reconnects, until it has finished."""
+        """Open a receiver and route messages to it, through reconnects, until it has finished.
+
+        Once the session is lost, fail the receiver at once.
+        """
         if self._lost is not None:
             receiver.fail(self._lost)
             return
@@ -128,30 +97,32 @@ class Connection:
         receiver.open()
 
     def drop(self, receiver: Receiver) -> None:
-        """Stop routing to a receiver; what still comes for it is ignored."""
+        """Stop routing to a receiver. Later messages for it are ignored."""
         self._receivers.pop(receiver.request_id, None)
 
     # ---- life -----------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect for the first time, in one attempt; raises as `shake_hands`."""
-        self._link = await self._dial(session=None)
-        self._outage_began = self._link.opened_at
+        """Connect for the first time, in one attempt. Raises as `shake_hands`."""
+        self._link = await self._dialer.open()
 
     async def run(self) -> None:
-        """Carry messages until nothing can any more; then fail every open request and return."""
+        """Carry messages until the session is lost; then fail every open request and return."""
         try:
             while True:
                 reason = await self._converse()
                 if self._lost is not None:
                     raise self._lost
-                logger.info("connection to %s dropped: %s", self._uri, reason)
+                logger.info("connection to %s dropped: %s", self.uri, reason)
                 await self._reconnect(reason)
         except DescantError as exc:
             self._give_up(exc)
 
     async def close(self) -> None:
-        """Cancel what is open at the server, as far as it can still be told, and close. `run` has ended before."""
+        """Cancel every open request, send the messages left in the outbox, and close the socket.
+
+        Call it after `run` has ended. It takes at most 2 s and is shielded from cancellation.
+        """
         for receiver in list(self._receivers.values()):
             receiver.cancel()
         if self._link is not None:
@@ -162,10 +133,10 @@ class Connection:
                 except ConnectionClosed:
                     logger.debug("closed with %d messages unsent", len(self._outbox))
                 await self._link.websocket.close()
-        self._give_up(ConnectionLost(self._uri, "the client was closed."))
+        self._give_up(ConnectionLost(self.uri, "the client was closed."))
 
     async def _converse(self) -> str:
-        """Read and write until the socket is gone; return why."""
+        """Read and write until the socket is closed. Return the reason."""
         reason = ""
         async with anyio.create_task_group() as group:
             group.start_soon(self._write)
@@ -191,10 +162,10 @@ class Connection:
                 self._has_mail = anyio.Event()
                 await self._has_mail.wait()
         except ConnectionClosed:
-            return  # the reader sees it too, and says why
+            return  # the reader sees it as well, and returns the reason
 
     async def _write_one(self) -> None:
-        """Send the first message of the outbox. One that cannot be sent fails its request alone."""
+        """Send the first message of the outbox. A message that cannot be sent fails its own request only."""
         message = self._outbox.popleft()
         try:
             frame = self._current.encode(message)
@@ -222,7 +193,7 @@ class Connection:
             return
         match message:
             case None | Hello():
-                return  # nothing an answer depends on: a message of a newer server
+                return  # a message type of a newer server: no answer depends on it
             case Error(request_id=None):
                 self._on_connection_error(from_wire(message.code, message.message, message.data))
             case _ if receiver := self._receivers.get(message.request_id or ""):
@@ -236,7 +207,10 @@ class Connection:
             receiver.fail(error)
 
     def _on_connection_error(self, error: DescantError) -> None:
-        """An error that names no request ends us, or answers some request that has had no answer yet."""
+        """Handle an error without a request id: `Unauthorized` ends the session.
+
+        Any other error is the answer to one of the requests that have none yet; all of these fail with it.
+        """
         if isinstance(error, Unauthorized):
             self._lost = error
             return
@@ -247,47 +221,21 @@ class Connection:
     # ---- loss and return ------------------------------------------------------------------------------------------
 
     @property
-    def _current(self) -> _Link:
+    def _current(self) -> Link:
         assert self._link is not None, "open() comes first"
         return self._link
 
-    async def _dial(self, session: str | None) -> _Link:
-        websocket, hello = await shake_hands(
-            self._uri, token=self._token, subprotocols=self._subprotocols, session=session
-        )
-        return _Link(websocket, hello, self._backoff.clock())
-
     async def _reconnect(self, reason: str) -> None:
-        """Dial until it works, then let every open request go on.
-
-        Raises:
-            ConnectionLost: patience is over.
-            Unauthorized: the server does not take us back.
-        """
-        now, lost_link = self._backoff.clock(), self._current
-        if lost_link.has_progressed or now - lost_link.opened_at >= _STABLE_S:
-            self._outage_began, self._num_attempts = now, 0
-        self._link = await self._redial(lost_link.hello.session, reason)
-        self._reopen(is_same_session=self.hello.session == lost_link.hello.session)
-
-    async def _redial(self, session: str, reason: str) -> _Link:
-        while True:
-            left_s = self._outage_began + self._patience_s - self._backoff.clock()
-            if left_s <= 0:
-                raise ConnectionLost(self._uri, f"{reason} Gave up after {self._patience_s:g} s.")
-            await self._backoff.sleep(min(self._backoff.delay_s(self._num_attempts), left_s))
-            self._num_attempts += 1
-            try:
-                return await self._dial(session)
-            except Unauthorized:
-                raise
-            except ConnectionLost as exc:
-                reason = exc.reason
-            except DescantError as exc:
-                reason = str(exc)
+        """Open another link, then let every open request go on. Raises as `Dialer.reopen`."""
+        lost = self._current
+        self._link = await self._dialer.reopen(lost, reason)
+        self._reopen(is_same_session=self.hello.session == lost.hello.session)
 
     def _reopen(self, *, is_same_session: bool) -> None:
-        """Say again what the server has to know. Lost acknowledgements do no harm: it forgets in time by itself."""
+        """Empty the outbox and let every open request continue on the new link.
+
+        Acknowledgments lost with the outbox do no harm: the server releases finished requests by itself in time.
+        """
         unsent = {message.request_id for message in self._outbox if not isinstance(message, Resume | Cancel | Ack)}
         self._outbox.clear()
         for receiver in list(self._receivers.values()):
@@ -300,14 +248,3 @@ class Connection:
         receivers, self._receivers = self._receivers, {}
         for receiver in receivers.values():
             receiver.fail(error)
-
-
-class _Link:
-    """One socket of the session, and what was agreed on it."""
-
-    def __init__(self, websocket: ClientConnection, hello: Hello, opened_at: float) -> None:
-        self.websocket = websocket
-        self.hello = hello
-        self.encode = encoder_for(str(websocket.subprotocol))
-        self.opened_at = opened_at
-        self.has_progressed = False  # it has carried more than the hello

@@ -14,9 +14,9 @@ from websockets.typing import Subprotocol
 from descant_client.errors import ConnectionLost, InvalidRequest, Unauthorized, from_wire
 from descant_client.protocol import SUBPROTOCOLS, Error, Hello, decode_server
 
-CLOSE_S = 2.0  # to say goodbye
-_OPEN_S = 10.0  # to connect
-_HELLO_S = 600.0  # the server says hello once its model is loaded; pings notice earlier if it has gone
+CLOSE_S = 2.0  # limit of the closing handshake
+_OPEN_S = 10.0  # limit of connecting
+_HELLO_S = 600.0  # limit of waiting for hello, sent once the model is loaded; pings detect a dead server earlier
 _POLICY_VIOLATION = 1008  # the close code of a refused client
 _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
@@ -24,10 +24,10 @@ _SCHEMES = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 def endpoint(uri: str) -> str:
     """Return the WebSocket address of a server given as `ws://host:port`, or with `wss`, `http` or `https`.
 
-    A path is kept; without one it is `/ws`.
+    The path is kept; if there is none, it becomes `/ws`.
 
     Raises:
-        InvalidRequest: not such an address.
+        InvalidRequest: the text is not such an address.
     """
     try:
         parts = urlsplit(uri)
@@ -43,12 +43,14 @@ def endpoint(uri: str) -> str:
 async def shake_hands(
     uri: str, *, token: str | None, subprotocols: tuple[str, ...], session: str | None
 ) -> tuple[ClientConnection, Hello]:
-    """Open a socket to `uri` (see `endpoint`) and read the server's hello; `session` is the one to return to.
+    """Open a socket to `uri`, an address as `endpoint` returns it, and read the server's hello.
+
+    `session` is the id of the session to resume, None for a new one. Cancelling closes the socket.
 
     Raises:
-        ConnectionLost: no Descant server answers there.
-        Unauthorized: it refuses the token.
-        DescantError: another error it sends in place of the hello.
+        ConnectionLost: no Descant server answers at the address.
+        Unauthorized: the server refuses the token.
+        DescantError: the server sends this error in place of the hello.
     """
     websocket = await _open_socket(_with_session(uri, session), token, subprotocols)
     try:
@@ -73,7 +75,7 @@ async def _open_socket(uri: str, token: str | None, subprotocols: tuple[str, ...
             uri,
             subprotocols=[Subprotocol(name) for name in subprotocols],
             additional_headers={} if token is None else {"Authorization": f"Bearer {token}"},
-            compression=None,  # tokens are small, and waiting for a fuller window would delay them
+            compression=None,  # tokens are small, and a compressor's buffering would delay them
             max_size=None,
             open_timeout=_OPEN_S,
             close_timeout=CLOSE_S,

@@ -1,8 +1,8 @@
-"""The wire's messages about adapters themselves: names, versions, combinations. `protocol` has the rest.
+"""The messages that change adapters: names, versions, combinations. `protocol` has the other messages.
 
-A name belongs to whoever made it; `is_shared` names are everybody's to use and an administrator's to change. A plain
-name means the caller's own before the shared one. Each of these messages is answered by one `adapters` (with the
-adapter as it is now, or none once it is destroyed) or one `error`; `progress` may come before.
+A name belongs to the principal that made it. A shared name (`is_shared`) can be used by all principals and changed by
+administrators. A plain name refers to the caller's own adapter before a shared one. Each message is answered by one
+`adapters` (with the adapter as it is now, or empty once it is destroyed) or by one `error`. `progress` may come before.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ Members = Annotated[list[WeightedAdapter], msgspec.Meta(min_length=1, max_length
 
 
 class Combination(Strict, frozen=True):
-    """How weighted members become one adapter, as PEFT's `add_weighted_adapter` names it.
+    """How to combine weighted members into one adapter, with the names of PEFT's `add_weighted_adapter`.
 
-    `cat` is the exact weighted sum. `rank` is of the result and for the `svd` types only (default: the largest of the
-    members'), `clamp` likewise: the quantile beyond which singular vectors are cut off. `density` is the share of
-    values kept by `ties`, `dare` and `magnitude_prune`, which need it. `seed` draws what `dare` drops.
+    `cat` is the exact weighted sum. `rank` and `clamp` are for the `svd` types only: `rank` is the rank of the result
+    (default: the largest rank of the members), `clamp` the quantile to which values of singular vectors are clamped.
+    `density` is the share of values that `ties`, `dare` and `magnitude_prune` keep; these types require it. `seed` is
+    for the random choice of the values that `dare` drops.
     """
 
     type: CombinationType = "cat"
@@ -56,18 +57,21 @@ class Combination(Strict, frozen=True):
 
 
 class CreateAdapter(ClientMessageBase, frozen=True, tag="adapter.create"):
-    """Make an adapter that changes nothing yet, of a rank, on these modules (None: `q_proj` and `v_proj`)."""
+    """Make a zero adapter: its output is that of the base until it is loaded into.
+
+    `target_modules` are the ends of module names, as in PEFT. None: `q_proj` and `v_proj`.
+    """
 
     request_id: RequestId
     name: str
     rank: Rank = 8
     alpha: float | None = None  # None: the rank, so that its scaling is 1
-    target_modules: list[str] | None = None  # suffixes of module names, as in PEFT
+    target_modules: list[str] | None = None
     is_shared: bool = False
 
 
 class ForkAdapter(ClientMessageBase, frozen=True, tag="adapter.fork"):
-    """Give the version under a name a second name. Nothing is copied: either may be replaced without the other."""
+    """Give the version of a name a second name. Nothing is copied. Either name can be changed without the other."""
 
     request_id: RequestId
     name: str
@@ -76,7 +80,7 @@ class ForkAdapter(ClientMessageBase, frozen=True, tag="adapter.fork"):
 
 
 class LoadAdapter(ClientMessageBase, frozen=True, tag="adapter.load"):
-    """Read what `ref` names and put it under the name, which is made if there is none.
+    """Read the adapter at `ref` and make it the version of the name, which is created if there is none.
 
     Running requests finish on the version they began with. The content is read again even if `ref` is the same.
     """
@@ -89,7 +93,7 @@ class LoadAdapter(ClientMessageBase, frozen=True, tag="adapter.load"):
 
 
 class MergeAdapters(ClientMessageBase, frozen=True, tag="adapter.merge"):
-    """Put a combination of adapters under a name, which is made if there is none."""
+    """Make a combination of adapters the version of a name, which is created if there is none."""
 
     request_id: RequestId
     name: str
@@ -116,35 +120,35 @@ class MergeAndSave(ClientMessageBase, frozen=True, tag="adapter.merge_and_save")
 
 
 class PinAdapter(ClientMessageBase, frozen=True, tag="adapter.pin"):
-    """Load the adapter onto the device and keep it there."""
+    """Load the adapter onto the device and keep it there until it is unpinned."""
 
     request_id: RequestId
     name: str
 
 
 class UnpinAdapter(ClientMessageBase, frozen=True, tag="adapter.unpin"):
-    """Let the adapter leave the device when others need the room."""
+    """Allow the eviction of the adapter from the device when others need the room."""
 
     request_id: RequestId
     name: str
 
 
 class EnableAdapter(ClientMessageBase, frozen=True, tag="adapter.enable"):
-    """Let the adapter act again."""
+    """Apply the adapter again in new requests for it."""
 
     request_id: RequestId
     name: str
 
 
 class DisableAdapter(ClientMessageBase, frozen=True, tag="adapter.disable"):
-    """Let new requests for the adapter be answered by the base model."""
+    """Answer new requests for the adapter with the base model."""
 
     request_id: RequestId
     name: str
 
 
 class DestroyAdapter(ClientMessageBase, frozen=True, tag="adapter.destroy"):
-    """Forget the name at once, and its version once the last request that uses it has ended."""
+    """Remove the name at once, and its version once the last request that uses it has ended."""
 
     request_id: RequestId
     name: str
@@ -170,7 +174,7 @@ class AdapterInfo(Wire, frozen=True):
 
     name: str
     source: str
-    digest: str | None = None  # None until it is first prepared
+    digest: str | None = None  # of its version; None until it is first prepared, as are the next two
     rank: int | None = None  # the largest over its modules
     num_bytes: int | None = None  # on the device
     is_shared: bool = False

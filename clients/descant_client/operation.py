@@ -1,4 +1,4 @@
-"""A change to an adapter: asked for once, whatever happens to the connection."""
+"""A change to an adapter, requested at most once through reconnects."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from descant_client.lifecycle import (
 from descant_client.protocol import Ack, Error, Progress, Resume, ServerMessage
 from descant_client.question import Question
 
-# Done again these find what they made, or take what another has made since; the others come to the same.
+# Repeated, these would find their own result in the way, or destroy or replace a later change of another client.
+# Repeating any other change has the same effect as making it once.
 _NOT_TWICE = (CreateAdapter, ForkAdapter, MergeAdapters, MergeAndSave, DestroyAdapter)
 
 
 class Operation(Question[Adapters]):
-    """One change, done at most once in a session.
+    """One change, made at most once in a session.
 
-    After a reconnect to the same session its answer is asked for, and the change itself only if the server has never
-    seen it. After a restart of the server, what may have been done already is done again only if that is the same.
+    After a reconnect to the same session, its answer is requested; the change itself is sent again only if the server
+    has never seen it. After a restart of the server, a change that may have been made is sent again only if repeating
+    it has the same effect; otherwise it fails with `ConnectionLost`.
     """
 
     def __init__(self, change: AdapterChange) -> None:
         super().__init__(change, Adapters)
         self._change = change
-        self._is_known = False  # the server has shown that it has it
-        self._is_forgotten = False
+        self._is_known = False  # the server has answered with progress
+        self._is_abandoned = False
         self._is_resuming = False
 
     @property
@@ -38,12 +40,12 @@ class Operation(Question[Adapters]):
         return self._is_known or self.is_finished
 
     def reopen(self, *, is_same_session: bool, was_sent: bool) -> None:
-        """Go on after a reconnect. `was_sent`: it may have reached the server on an earlier connection."""
+        """Continue after a reconnect. `was_sent`: the change may have reached the server on an earlier connection."""
         if was_sent and is_same_session:
             self._is_resuming = True
             self.connection.send(Resume(self.request_id))
-        elif self._is_forgotten:
-            self.fail(self._uncertain())  # nobody hears it
+        elif self._is_abandoned:
+            self.fail(self._uncertain())  # no task waits for the error
         elif was_sent and isinstance(self._change, _NOT_TWICE):
             self.fail(self._uncertain())
         else:
@@ -60,15 +62,15 @@ class Operation(Question[Adapters]):
             super().receive(message)
             self.connection.send(Ack(self.request_id))
 
-    def forget(self) -> None:
-        """Nobody waits any more; its answer, when it comes, is acknowledged."""
-        self._is_forgotten = True
+    def abandon(self) -> None:
+        """Ignore the answer, but acknowledge it when it comes. Called when the wait for it was cancelled."""
+        self._is_abandoned = True
 
     def _on_unknown(self) -> None:
         self._is_resuming = False
-        if self._is_known or self._is_forgotten:
+        if self._is_known or self._is_abandoned:
             self.fail(self._uncertain())
-        else:  # the drop swallowed it
+        else:  # it was lost with the connection
             self.open()
 
     def _uncertain(self) -> DescantError:

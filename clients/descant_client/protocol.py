@@ -1,9 +1,9 @@
-"""The wire: what a client and the server say to each other over one WebSocket.
+"""The wire: the messages between a client and the server over one WebSocket.
 
 One tagged message per frame. The subprotocol chosen in the handshake fixes the encoding: `descant.v1.json` (text
 frames) or `descant.v1.msgpack` (binary frames). The first message is the server's `hello`. Many streams share a
 connection and are told apart by `request_id`, which the client chooses, unique within its session. The server refuses
-unknown fields by name; a client ignores unknown fields and messages, so that it can talk to a newer server. The
+unknown fields by name. A client ignores unknown fields and messages, so that it works with a newer server. The
 messages that change adapters are in `lifecycle`.
 """
 
@@ -29,6 +29,7 @@ from descant_client.wire import (
     Strict,
     TokenId,
     Wire,
+    reason_and_path,
 )
 
 JSON_SUBPROTOCOL = "descant.v1.json"
@@ -40,10 +41,10 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class SamplingParams(Strict, frozen=True):
-    """How a token is drawn from the logits; by default from the model's own distribution. `temperature` 0: greedy.
+    """How to draw a token from the logits: by default from the model's own distribution; greedily at `temperature` 0.
 
-    Processing order: penalties, bias, temperature, top-k, top-p, min-p, typical-p. Repetition penalty sees prompt and
-    output, presence and frequency penalties see the output only.
+    Processing order: penalties, bias, temperature, top-k, top-p, min-p, typical-p. The repetition penalty counts tokens
+    of prompt and output, the presence and frequency penalties tokens of the output only.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0
@@ -58,7 +59,7 @@ class SamplingParams(Strict, frozen=True):
 
 
 class ChatMessage(Strict, frozen=True):
-    """One turn of a conversation; the model's chat template makes the prompt."""
+    """One turn of a conversation. The model's chat template makes the prompt of all turns."""
 
     role: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     content: str
@@ -68,20 +69,20 @@ class ChatMessage(Strict, frozen=True):
 
 
 class MergedAdapters(Strict, frozen=True):
-    """LoRAX's way to ask for a combination. Descant reads it with PEFT's maths; no weights: all 1."""
+    """LoRAX's form of a combination, computed as PEFT does. Without weights, all are 1."""
 
     ids: Annotated[list[str], msgspec.Meta(min_length=1, max_length=64)]
     weights: list[float] = []
     merge_strategy: str | None = None  # "linear" (the default), "ties", "dare_linear" or "dare_ties", in any case
-    density: float = 0.0  # needed by all but "linear"
+    density: float = 0.0  # required by all but "linear"
     majority_sign_method: str | None = None  # "total" (the default) or "frequency"
 
 
 class Generate(ClientMessageBase, frozen=True):
-    """Start a stream: exactly one of `prompt`, `token_ids`, `messages`.
+    """Start a stream. Exactly one of `prompt`, `token_ids` and `messages` is given.
 
-    At most one of `adapter`, `adapters` (with a `combination`, if not their weighted sum) and `merged_adapters`.
-    Answered by `accepted`, then `delta`s, then `done`; or by one `error`.
+    At most one of `adapter`, `adapters` (with a `combination`, if not their weighted sum) and `merged_adapters` is
+    given. The answer is `accepted`, then `delta`s, then `done`; or one `error`, at any point.
     """
 
     request_id: RequestId
@@ -94,7 +95,7 @@ class Generate(ClientMessageBase, frozen=True):
     merged_adapters: MergedAdapters | None = None
     adapter_source: AdapterSource | None = None
     sampling: SamplingParams = SamplingParams()
-    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None  # None: as many as the context holds
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None  # None: to the end of the context
     n: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     seed: Seed | None = None  # None: the server draws one and reports it
     stop: Annotated[list[Annotated[str, msgspec.Meta(min_length=1)]], msgspec.Meta(max_length=16)] = []
@@ -102,39 +103,39 @@ class Generate(ClientMessageBase, frozen=True):
     ignore_eos: bool = False
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None  # alternatives per output token
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None  # likewise per prompt token
-    queue_timeout_s: Seconds | None = None  # until it first runs; None: the server's
-    timeout_s: Seconds | None = None  # until its end; None: the server's
-    speculation: SpeculationChoice | None = None  # None: the server's
-    mark_guessed: bool = False  # say in each delta which of its tokens were guessed
+    queue_timeout_s: Seconds | None = None  # until first scheduled; None: the server's setting
+    timeout_s: Seconds | None = None  # until its end; None: the server's setting
+    speculation: SpeculationChoice | None = None  # None: the server's setting
+    mark_guessed: bool = False  # fill in `Delta.guessed`
 
 
 class Cancel(ClientMessageBase, frozen=True):
-    """End a stream; it is answered by its `done` with finish reason `cancelled`."""
+    """End a stream. The answer is its `done`, with finish reason `cancelled`."""
 
     request_id: RequestId
 
 
 class Resume(ClientMessageBase, frozen=True):
-    """Go on with a stream after a reconnect. `have` maps each choice to the number of its tokens already received."""
+    """Continue a stream after a reconnect. `have` maps each choice to the number of its tokens already received."""
 
     request_id: RequestId
     have: dict[Count, Count] = {}
 
 
 class Ack(ClientMessageBase, frozen=True):
-    """Release a finished stream: the server forgets it."""
+    """Release a finished stream, which can then no longer be resumed."""
 
     request_id: RequestId
 
 
 class ListAdapters(ClientMessageBase, frozen=True, tag="adapter.list"):
-    """Ask for the adapters the caller may use, in order of registration."""
+    """Ask for the adapters that the caller may use, in order of registration."""
 
     request_id: RequestId
 
 
 class OpenAdapter(ClientMessageBase, frozen=True, tag="adapter.open"):
-    """Ask for one adapter by name; the answer's list is empty when there is none."""
+    """Ask for one adapter by name. The list in the answer is empty if there is none."""
 
     request_id: RequestId
     name: str
@@ -162,12 +163,12 @@ class ModelInfo(Wire, frozen=True):
 
 
 class Limits(Wire, frozen=True):
-    """What the server accepts on this connection."""
+    """Limits of the server on this connection."""
 
     max_frame_bytes: int
     max_streams: int  # unfinished streams per session
-    max_choices: int  # `n`
-    resume_window_s: float  # how long a session without a connection is kept
+    max_choices: int  # of `Generate.n`
+    resume_window_s: float  # time that a session without a connection is kept
 
 
 class Hello(ServerMessageBase, frozen=True):
@@ -182,9 +183,9 @@ class Hello(ServerMessageBase, frozen=True):
 
 
 class Accepted(ServerMessageBase, frozen=True):
-    """The request is valid and queued. `adapter_digest` is the version it will run with.
+    """The request is valid and queued. `adapter_digest` is the version that it runs with, None for the base.
 
-    Draft heads that the server uses for the base are not its matter: it is None for the base.
+    Draft heads that the server uses for the base are not reported here.
     """
 
     request_id: str
@@ -194,10 +195,10 @@ class Accepted(ServerMessageBase, frozen=True):
 
 
 class Progress(ServerMessageBase, frozen=True):
-    """What happens before the first token, for requests that have to wait: `preparing_adapter`."""
+    """The stage of a request that waits before its first token: `preparing_adapter`."""
 
     request_id: str
-    stage: str  # open: a newer server may know more stages
+    stage: str  # not a closed set: a newer server may have more stages
 
 
 class TopLogprob(Wire, frozen=True):
@@ -209,7 +210,7 @@ class TopLogprob(Wire, frozen=True):
 
 
 class TokenLogprob(Wire, frozen=True):
-    """The log-probability (natural log, of the model's unprocessed distribution) of a token and of alternatives."""
+    """The log-probability of a token, and of alternatives: natural log, of the model's unprocessed distribution."""
 
     token_id: int
     text: str
@@ -218,11 +219,12 @@ class TokenLogprob(Wire, frozen=True):
 
 
 class Delta(ServerMessageBase, frozen=True):
-    """New tokens of one choice; `index` is the offset of the first of them in its output.
+    """New tokens of one choice. `index` is the offset of the first of them in the output of the choice.
 
-    `text` is what they complete: it may be empty while a UTF-8 character or a possible stop string is open, and may
-    hold text of earlier tokens. Concatenated texts, with that of `ChoiceEnd`, are the choice's whole text. With
-    `Generate.mark_guessed`, `guessed` are the indices in the output of those tokens that came true in drafts.
+    `text` is the text that these tokens complete. It may be empty while a UTF-8 character or a possible stop string is
+    incomplete, and it may contain text of earlier tokens. The concatenated texts, with that of `ChoiceEnd`, are the
+    whole text of the choice. With `Generate.mark_guessed`, `guessed` are the indices in the output of those tokens that
+    were accepted from drafts.
     """
 
     request_id: str
@@ -235,7 +237,7 @@ class Delta(ServerMessageBase, frozen=True):
 
 
 class ChoiceEnd(Wire, frozen=True):
-    """How one choice ended. `text` is what was still held back when it did."""
+    """The end of one choice. `text` is the rest of its text, held back until now."""
 
     choice: int
     finish_reason: FinishReason
@@ -244,7 +246,7 @@ class ChoiceEnd(Wire, frozen=True):
 
 
 class Usage(Wire, frozen=True):
-    """Tokens of a request, all choices together; `num_cached_tokens` of the prompt came from the prefix cache."""
+    """Token counts of a request, all choices together; `num_cached_tokens` of the prompt were in the prefix cache."""
 
     num_prompt_tokens: int
     num_output_tokens: int
@@ -259,11 +261,11 @@ class Done(ServerMessageBase, frozen=True):
     choices: list[ChoiceEnd]
     usage: Usage
     timings: Timings
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # None for the first token, which nothing predicts
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # None for the first token: it has no prediction
 
 
 class Error(ServerMessageBase, frozen=True):
-    """A typed error (`descant_client.errors`). With a `request_id` it ends that stream or request, and only it."""
+    """A typed error (`descant_client.errors`). With a `request_id`, it ends that stream or request only."""
 
     code: str
     message: str
@@ -297,16 +299,19 @@ def encoder_for(subprotocol: str) -> Callable[[ClientMessage | ServerMessage], s
 
 
 def decode_client(frame: str | bytes) -> ClientMessage:
-    """Decode a client's frame, JSON if it is text, msgpack if binary. Raises InvalidRequest, which says where."""
+    """Decode a client's frame, JSON if it is text, msgpack if binary. Raises InvalidRequest, which names the field."""
     try:
         return _JSON_CLIENT.decode(frame) if isinstance(frame, str) else _MSGPACK_CLIENT.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        reason, _, path = str(exc).partition(" - at `")
-        raise InvalidRequest(path.rstrip("`") or "frame", reason) from exc
+        reason, path = reason_and_path(exc)
+        raise InvalidRequest(path or "frame", reason) from exc
 
 
 def request_id_of(frame: str | bytes) -> str | None:
-    """Return the request id of a frame that would not decode, so that its error can name the request."""
+    """Return the request id of a frame that cannot be decoded, so that its error can name the request.
+
+    Return None if the frame has none, or is not readable at all.
+    """
     try:
         return _decode_envelope(frame).request_id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -314,7 +319,7 @@ def request_id_of(frame: str | bytes) -> str | None:
 
 
 def decode_server(frame: str | bytes) -> ServerMessage | None:
-    """Decode a server's frame; None for a type of message this client does not know. Raises msgspec.DecodeError."""
+    """Decode a server's frame. Return None for an unknown type of message. Raises msgspec.DecodeError."""
     try:
         return _JSON_SERVER.decode(frame) if isinstance(frame, str) else _MSGPACK_SERVER.decode(frame)
     except msgspec.ValidationError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Generic, TypeVar
 
 import anyio
@@ -15,7 +16,7 @@ Answer = TypeVar("Answer")
 
 
 class Question(Generic[Answer]):
-    """One thing to ask; asked again after a reconnect, since asking changes nothing."""
+    """A request that changes nothing at the server, so that it can be sent again after a reconnect."""
 
     def __init__(self, question: ListAdapters | OpenAdapter | ListModels | AdapterChange, kind: type[Answer]) -> None:
         self._question = question
@@ -26,20 +27,20 @@ class Question(Generic[Answer]):
         self._connection: Connection | None = None
 
     async def ask(self, connection: Connection) -> Answer:
-        """Return the answer. Cancelling the wait forgets the question.
+        """Send the request and return the answer. Cancelling the wait abandons the question.
 
         Raises:
-            DescantError: what the server refused, or `ConnectionLost`.
+            DescantError: the server's refusal, or `ConnectionLost`.
         """
         self._connection = connection
         connection.add(self)
         try:
             await self._finished.wait()
         except BaseException:
-            self.forget()
+            self.abandon()
             raise
         if self._error is not None:
-            raise self._error
+            raise copy.copy(self._error)  # without the frames of the task that made it
         assert self._answer is not None, "finished without an answer"
         return self._answer
 
@@ -57,7 +58,7 @@ class Question(Generic[Answer]):
 
     @property
     def connection(self) -> Connection:
-        """Where it was asked."""
+        """Connection that carries the question."""
         assert self._connection is not None, "ask() comes first"
         return self._connection
 
@@ -83,8 +84,8 @@ class Question(Generic[Answer]):
         self._finished.set()
 
     def cancel(self) -> None:
-        """Nothing runs at the server that could be stopped."""
+        """Do nothing: the server runs nothing for a question that could be stopped."""
 
-    def forget(self) -> None:
-        """Nobody waits any more."""
+    def abandon(self) -> None:
+        """Ignore the answer. Called when the wait for it was cancelled."""
         self.connection.drop(self)

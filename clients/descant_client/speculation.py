@@ -1,4 +1,4 @@
-"""How far a request may run ahead of itself: `Speculation`. It makes answers come sooner and never changes a token."""
+"""The settings of speculative decoding: `Speculation`. They change the speed of an answer, never a token of it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ MAX_DEPTH = 32
 MAX_NODES = 64
 Rank = Annotated[int, msgspec.Meta(ge=0, lt=MAX_WIDTH)]
 Way = Annotated[list[Rank], msgspec.Meta(min_length=1, max_length=MAX_DEPTH)]
-"""A node of a tree: of each head on the way to it, which of its candidates, 0 for the likeliest."""
+"""A node of a draft tree, given by its path: for each head on it, the rank of a candidate, 0 for the likeliest."""
 
 
 class Speculation(Strict, frozen=True):
-    """What is guessed and how much of it is verified in one step.
+    """Sources of drafts, and limits of the draft verified in one step.
 
-    Guesses come from the text itself (what followed when its last `max_ngram` to `min_ngram` tokens stood in it
-    before; of a wide range, four lengths) and from draft heads: those of the adapter that `heads` names, else those of
-    the request's adapter, for the base those that the server names. What is worth verifying is decided step by step, by
-    how often guesses came true and what steps took; with `always` every guess is verified at any cost.
+    With `ngram`, drafts are tokens that followed an earlier occurrence of the text's last `max_ngram` to `min_ngram`
+    tokens (four lengths of a wide range). With `heads`, draft heads propose: those of the adapter that `heads` names,
+    else those of the request's adapter; for the base, those that the server's configuration names. Each step verifies
+    as much of its draft as pays, by the acceptance of earlier drafts and the measured cost of steps. With `always`,
+    every draft is verified whole, regardless of cost.
     """
 
     ngram: bool = True
     min_ngram: NgramLength = 2
     max_ngram: NgramLength = 4
     heads: bool | AdapterName = True
-    max_depth: Annotated[int, msgspec.Meta(ge=1, le=MAX_DEPTH)] = 16  # tokens guessed one after the other
-    max_width: Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)] = 2  # guesses for one place
-    max_nodes: Annotated[int, msgspec.Meta(ge=1, le=MAX_NODES)] = 64  # guessed tokens of one step
-    # Medusa's choices: what is made of the heads' candidates, whatever their likelihoods and max_width; None: the
-    # likeliest tree.
+    max_depth: Annotated[int, msgspec.Meta(ge=1, le=MAX_DEPTH)] = 16  # drafted tokens one after the other
+    max_width: Annotated[int, msgspec.Meta(ge=1, le=MAX_WIDTH)] = 2  # drafted tokens for one position
+    max_nodes: Annotated[int, msgspec.Meta(ge=1, le=MAX_NODES)] = 64  # drafted tokens of one step
+    # Medusa's choices: the tree made of the heads' candidates, regardless of their likelihoods and of max_width.
+    # None: the likeliest tree.
     tree: Annotated[list[Way], msgspec.Meta(min_length=1, max_length=MAX_NODES)] | None = None
     always: bool = False
 
     def contradiction(self) -> str | None:
-        """Return what cannot be in it; None: it is sound."""
+        """Return a sentence about a contradiction between the fields; None if there is none."""
         if self.min_ngram > self.max_ngram:
             return "min_ngram is greater than max_ngram."
         known = {(), *map(tuple, self.tree or ())}
@@ -53,15 +54,15 @@ class Speculation(Strict, frozen=True):
 
     @property
     def num_candidates(self) -> int:
-        """How many candidates of each head it has a use for."""
+        """Number of candidates that each draft head has to propose."""
         return self.max_width if self.tree is None else 1 + max(map(max, self.tree))
 
 
 SpeculationChoice = Literal["off", "auto"] | Speculation
-"""`auto` is what the server's configuration says, and `Speculation()` if that is `off` or `auto` itself."""
+"""`auto` is the server's configured choice, and `Speculation()` if that is `off` or `auto`."""
 
 
 def named_heads(choice: SpeculationChoice | None) -> str | None:
-    """Return the adapter whose draft heads are named, if any is."""
+    """Return the name of the adapter in `heads`; None if it names none."""
     heads = choice.heads if isinstance(choice, Speculation) else False
     return heads if isinstance(heads, str) else None

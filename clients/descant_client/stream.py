@@ -1,4 +1,4 @@
-"""One generation as the caller sees it: deltas to iterate, and the result they add up to."""
+"""One generation as the caller sees it: a stream of deltas, and the result made of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from descant_client.transcript import Transcript
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One of the `n` answers to a request. `logprobs` has one entry per token if they were asked for."""
+    """One of the `n` answers to a request. `logprobs` has one entry per token; None if they were not requested."""
 
     text: str
     token_ids: list[int]
@@ -26,7 +26,7 @@ class Result(msgspec.Struct, frozen=True):
     """A finished generation. `text`, `token_ids`, `finish_reason` and `logprobs` are those of `choices[0]`."""
 
     choices: list[Choice]
-    seed: int  # the given one, or the one the server drew: it makes the same answer again
+    seed: int  # the given one, or the one drawn by the server; the same request with it gives the same answer
     usage: Usage
     timings: Timings
     prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -34,31 +34,31 @@ class Result(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """The whole text of the first choice."""
+        """Whole text of the first choice."""
         return self.choices[0].text
 
     @property
     def token_ids(self) -> list[int]:
-        """The output tokens of the first choice."""
+        """Output tokens of the first choice."""
         return self.choices[0].token_ids
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Why the first choice ended."""
+        """Reason for the end of the first choice."""
         return self.choices[0].finish_reason
 
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
-        """The log-probabilities of the first choice's tokens; None if they were not asked for."""
+        """Log-probabilities of the first choice's tokens; None if they were not requested."""
         return self.choices[0].logprobs
 
 
 class Stream:
     """A running generation: iterate it for deltas, or await `result()` or `text()`.
 
-    It runs from the call of `Client.generate` on, whether it is read or not; a reader that is slow or absent delays
-    no other stream. Leaving an `async for` over it before its end (break, exception, cancellation) cancels the request
-    at the server, and so does cancelling `result()` or `text()`. Iterating again starts at the first delta.
+    It runs from the call of `Client.generate` on, whether it is read or not. A slow or absent reader delays no other
+    stream. Leaving an `async for` over it before its end (break, exception, cancellation) cancels the request at the
+    server, and so does cancelling `result()` or `text()`. Iterating again starts at the first delta.
     """
 
     def __init__(self, transcript: Transcript) -> None:
@@ -66,17 +66,17 @@ class Stream:
 
     @property
     def request_id(self) -> str:
-        """The id of this request, unique within its session."""
+        """Id of this request, unique within its session."""
         return self._transcript.request_id
 
     @property
     def seed(self) -> int | None:
-        """The seed in use; None until the server has accepted a request that gave none."""
+        """Seed in use; None for a request without one until the server has accepted it."""
         return self._transcript.seed
 
     @property
     def stage(self) -> str | None:
-        """What the request waits for (`protocol.Progress.stage`); None once tokens come."""
+        """Stage of the request before its first token (`protocol.Progress.stage`); None once tokens arrive."""
         return self._transcript.stage
 
     @property
@@ -85,23 +85,24 @@ class Stream:
         return self._transcript.is_finished
 
     def __aiter__(self) -> AsyncIterator[Delta]:
-        """Start a pass over all deltas; it raises what `result()` raises, after the deltas that came before."""
+        """Start a pass over all deltas. It yields the deltas received before a failure, then raises as `result()`."""
         return _Deltas(self._transcript, asyncio.get_running_loop())
 
     def listen(self, listener: Callable[[ServerMessage], None]) -> None:
-        """Call `listener` with every message for this request as it is read from the socket, for measuring.
+        """Call `listener` with every message for this request as it is read from the socket, for measurements.
 
-        It runs before any reader wakes, must neither wait nor raise, and after a reconnect may hear a message again.
+        The listener runs before any reader of the stream. It must neither wait nor raise. After a reconnect it may get
+        a message again.
         """
         self._transcript.listener = listener
 
     async def result(self) -> Result:
-        """Wait for the end and return everything.
+        """Wait for the end and return the result.
 
         Cancelling this call cancels the request at the server.
 
         Raises:
-            DescantError: what the server refused or failed with, or `ConnectionLost`.
+            DescantError: the server's refusal or failure, or `ConnectionLost`.
         """
         try:
             done = await self._transcript.finish()
@@ -111,18 +112,18 @@ class Stream:
         return self._add_up(done)
 
     async def text(self) -> str:
-        """Wait for the end and return the text of the first choice; otherwise as `result()`."""
+        """Wait for the end and return the text of the first choice. Cancelling and errors are as for `result()`."""
         return (await self.result()).text
 
     def cancel(self) -> None:
-        """Ask the server to end the request; returns at once and does nothing if it has ended.
+        """Ask the server to end the request, without waiting. Do nothing if it has ended.
 
-        The stream then ends as usual, with finish reason `cancelled` and the tokens so far.
+        The stream then ends with finish reason `cancelled` and the tokens so far.
         """
         self._transcript.cancel()
 
     async def aclose(self) -> None:
-        """Cancel the request, for `contextlib.aclosing`; does not wait for the server."""
+        """Cancel the request as `cancel` does, for `contextlib.aclosing`. Does not wait for the server."""
         self._transcript.cancel()
 
     def _add_up(self, done: Done) -> Result:
@@ -144,9 +145,9 @@ class Stream:
 
 
 class _Deltas:
-    """One pass over a stream's deltas. Dropped before the end, it cancels the request.
+    """One pass over a stream's deltas. Deleting it before the end cancels the request.
 
-    `async for` alone holds the iterator, so leaving the loop in any way drops it at once.
+    Only the `async for` refers to the iterator, so leaving the loop in any way deletes it at once.
     """
 
     def __init__(self, transcript: Transcript, loop: asyncio.AbstractEventLoop) -> None:
@@ -158,7 +159,7 @@ class _Deltas:
         return self
 
     async def __anext__(self) -> Delta:
-        """Return the next delta; cancelling the call loses none."""
+        """Return the next delta. Cancelling the call loses no delta."""
         delta = await self._transcript.delta_at(self._position)
         if delta is None:
             raise StopAsyncIteration
@@ -166,7 +167,7 @@ class _Deltas:
         return delta
 
     async def aclose(self) -> None:
-        """Cancel the request if it still runs."""
+        """Cancel the request if it has not ended."""
         self._transcript.cancel()
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""Streams in a terminal: one answer printed as it comes, voices side by side, and a conversation."""
+"""Streams in a terminal: one printed as it arrives, several side by side, and a conversation."""
 
 from __future__ import annotations
 
@@ -38,16 +38,18 @@ _HELP = """\
 
 
 def printable(text: str) -> str:
-    """Return text with control characters made visible: what a model writes must not steer the terminal."""
+    """Return text with its control characters made visible, so that a model's output cannot control the terminal."""
     return text.translate(_CONTROL)
 
 
 async def print_stream(stream: Stream, console: Console, *, shows_speculation: bool = False) -> Result:
-    """Print the first choice as it comes and further choices after it, each below a line with its number.
+    """Print the first choice as it arrives and further choices after it, each below a line with its number.
 
-    With `shows_speculation` tokens that came true in drafts are colored, and a line at the end says how many did; the
-    request asks for that by `mark_guessed` and `logprobs`. Cancelling cancels the request. Raises what the stream
-    raises.
+    With `shows_speculation`, tokens accepted from drafts are colored, and a line at the end gives their number. This
+    needs a request with `mark_guessed` and `logprobs`. Cancelling the call cancels the request.
+
+    Raises:
+        DescantError: the stream failed.
     """
     async for delta in stream:
         if delta.choice == 0 and shows_speculation:
@@ -65,7 +67,10 @@ async def print_stream(stream: Stream, console: Console, *, shows_speculation: b
 
 
 def _marked(delta: Delta) -> Text:
-    """The text of a delta, its guessed tokens colored; colored as a whole where it cannot be told token from token."""
+    """Return the text of a delta with its guessed tokens colored.
+
+    A text that is not the concatenation of its tokens' texts is colored as a whole.
+    """
     guessed, texts = set(delta.guessed or ()), [token.text for token in delta.logprobs or ()]
     if "".join(texts) != delta.text:
         return Text(printable(delta.text), style=_GUESSED_STYLE if guessed else "")
@@ -92,13 +97,13 @@ def _write(console: Console, text: str) -> None:
 
 
 class StatusLine:
-    """The line below the voices; whoever watches the server writes it."""
+    """The line below the columns of `side_by_side`; the last message is shown."""
 
     def __init__(self) -> None:
         self.messages: list[str] = []
 
     def say(self, message: str) -> None:
-        """Show a message from now on."""
+        """Add a message and show it in place of the one before."""
         self.messages.append(message)
 
 
@@ -109,10 +114,10 @@ async def side_by_side(
     status: StatusLine | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Result | DescantError]:
-    """Show streams next to each other while they grow; return how each ended, in the order given.
+    """Show labeled streams in columns while they grow. Return the result or error of each, in the given order.
 
-    Where the console is no terminal, everything is printed once at the end, without control codes. A voice that fails
-    shows its error and disturbs no other. TTFT counts from this call. Cancelling cancels all requests.
+    On a console that is no terminal, print everything once at the end, without control codes. A stream that fails shows
+    its error; the others go on. TTFT counts from this call. Cancelling the call cancels all requests.
     """
     status = status or StatusLine()
     columns = [_Voice(label, stream, clock) for label, stream in voices]
@@ -122,7 +127,7 @@ async def side_by_side(
                 group.start_soon(_animate, live, columns, status)
             async with anyio.create_task_group() as readers:
                 for voice in columns:
-                    readers.start_soon(voice.listen)
+                    readers.start_soon(voice.read)
             group.cancel_scope.cancel()
     console.print(_grid(columns, console, max_height=None))
     for message in status.messages:
@@ -131,7 +136,7 @@ async def side_by_side(
 
 
 class _Voice:
-    """One column: what a stream has said so far, and how fast."""
+    """One column: the text of a stream so far, and the times of its tokens."""
 
     def __init__(self, label: str, stream: Stream, clock: Callable[[], float]) -> None:
         self.label = label
@@ -140,25 +145,25 @@ class _Voice:
         self._clock = clock
         self._texts: list[str] = []
         self._num_tokens = 0
-        self._num_first_tokens = 0  # in the first delta: they say nothing about the rate
-        self._began = self._first = self._last = clock()
+        self._num_first_tokens = 0  # in the first delta: they do not count in the rate
+        self._began_s = self._first_token_s = self._last_token_s = clock()
 
-    async def listen(self) -> None:
+    async def read(self) -> None:
         try:
             async for delta in self._stream:
                 if delta.choice == 0:
-                    self._hear(delta)
+                    self._on_delta(delta)
             self.outcome = await self._stream.result()
         except DescantError as exc:
             self.outcome = exc
 
-    def _hear(self, delta: Delta) -> None:
+    def _on_delta(self, delta: Delta) -> None:
         self._texts.append(printable(delta.text))
         if not delta.token_ids:
             return
-        self._last = self._clock()
+        self._last_token_s = self._clock()
         if self._num_tokens == 0:
-            self._first = self._last
+            self._first_token_s = self._last_token_s
             self._num_first_tokens = len(delta.token_ids)
         self._num_tokens += len(delta.token_ids)
 
@@ -168,9 +173,10 @@ class _Voice:
         if self._num_tokens == 0 and self.outcome is None:
             return f"… {self._stream.stage or 'waiting'}".replace("_", " ")
         mark = "…" if self.outcome is None else f"✓ {self.outcome.finish_reason} ·"
-        footer = f"{mark} {self._num_tokens} tokens · TTFT {self._first - self._began:.2f} s"
-        if self._last > self._first:
-            footer += f" · {(self._num_tokens - self._num_first_tokens) / (self._last - self._first):.1f} tok/s"
+        footer = f"{mark} {self._num_tokens} tokens · TTFT {self._first_token_s - self._began_s:.2f} s"
+        if self._last_token_s > self._first_token_s:
+            rate = (self._num_tokens - self._num_first_tokens) / (self._last_token_s - self._first_token_s)
+            footer += f" · {rate:.1f} tok/s"
         return footer
 
     def panel(self, console: Console, width: int, max_height: int | None) -> Panel:
@@ -196,7 +202,7 @@ async def _animate(live: Live, columns: Sequence[_Voice], status: StatusLine) ->
 
 
 def _grid(voices: Sequence[_Voice], console: Console, max_height: int | None) -> RenderableType:
-    """Lay voices out in as few rows as the width allows, within `max_height` lines if it is given."""
+    """Lay columns out in as few rows as the width allows, within `max_height` lines if it is given."""
     num_columns = max(1, min(len(voices), console.width // _MIN_COLUMN_WIDTH))
     num_rows = math.ceil(len(voices) / num_columns)
     height = None if max_height is None else max(3, max_height // max(num_rows, 1))
@@ -219,10 +225,10 @@ async def chat(
     read_line: Callable[[str], str] = input,
     **options: Any,
 ) -> None:
-    """Converse until the user leaves or the connection is lost.
+    """Converse until the user leaves, the connection is lost or the server refuses the token.
 
-    `is_plain` sends each line as a prompt of its own, for base models without a chat template. `read_line` blocks in a
-    thread and raises EOFError at the end. `options` go to `Client.generate`.
+    `is_plain` sends each line as a prompt of its own, for base models without a chat template. `read_line` runs in a
+    thread, may block, and raises EOFError at the end of the input. `options` are passed to `Client.generate`.
     """
     conversation = _Conversation(client, adapter, console, is_plain, options)
     console.print(f"{client.hello.model.id} at your service. /help lists the commands.", highlight=False, markup=False)
@@ -235,7 +241,7 @@ async def chat(
             return
         try:
             if line.startswith("/"):
-                if not await conversation.obey(line):
+                if not await conversation.run_command(line):
                     return
             elif line.strip():
                 await conversation.answer(line)
@@ -246,7 +252,7 @@ async def chat(
 
 
 class _Conversation:
-    """What has been said, and the settings the commands change."""
+    """The messages so far, and the settings that commands change."""
 
     def __init__(
         self, client: Client, adapter: str | None, console: Console, is_plain: bool, options: dict[str, Any]
@@ -263,7 +269,7 @@ class _Conversation:
         return f"{self._adapter or 'base'}> "
 
     async def answer(self, line: str) -> None:
-        """Print the answer to a line. Ctrl-C ends the answer; what came of it stays in the conversation."""
+        """Print the answer to a line. Ctrl-C ends the answer; its text so far stays in the conversation."""
         messages = [*self._messages, ChatMessage("user", line)]
         stream = self._client.generate(line if self._is_plain else messages, adapter=self._adapter, **self._options)
         texts: list[str] = []
@@ -274,49 +280,52 @@ class _Conversation:
                     _write(self._console, delta.text)
         self._console.print()
         if scope.cancelled_caught:
-            self._say("(ended)")
+            self._print_note("(ended)")
         else:
             result = await stream.result()
             num_tokens = len(result.token_ids)
-            self._say(f"{num_tokens} tokens · TTFT {result.timings.ttft_s:.2f} s · seed {result.seed}")
+            self._print_note(f"{num_tokens} tokens · TTFT {result.timings.ttft_s:.2f} s · seed {result.seed}")
         if texts:
             self._messages = [*messages, ChatMessage("assistant", "".join(texts))]
 
-    async def obey(self, line: str) -> bool:
-        """Carry out a command; False for the one that leaves."""
+    async def run_command(self, line: str) -> bool:
+        """Carry out a command. Return False for `/quit`, True otherwise."""
         command, _, argument = line.strip().partition(" ")
         match command:
             case "/quit":
                 return False
             case "/adapter":
-                await self._choose(argument.strip())
+                await self._choose_adapter(argument.strip())
             case "/adapters":
                 for adapter in await self._client.adapters.list():
                     self._console.print(printable(adapter.name), highlight=False, markup=False)
             case "/seed" if not argument or argument.isdecimal():
                 self._options["seed"] = int(argument) if argument else None
             case "/seed":
-                self._say("A seed is a whole number, 0 or more.")
+                self._print_note("A seed is a whole number, 0 or more.")
             case "/new":
                 self._messages = []
             case _:
-                self._say(_HELP)
+                self._print_note(_HELP)
         return True
 
-    async def _choose(self, name: str) -> None:
+    async def _choose_adapter(self, name: str) -> None:
         is_reference = ":" in name or "/" in name  # only names are registered
         if name and not is_reference and await self._client.adapters.open(name) is None:
-            self._say(f"No adapter {name!r}; /adapters lists them.")
+            self._print_note(f"No adapter {name!r}; /adapters lists them.")
         else:
             self._adapter = name or None
 
-    def _say(self, message: str) -> None:
+    def _print_note(self, message: str) -> None:
         self._console.print(Text(printable(message), style="dim"))
 
 
 @contextmanager
 def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Let Ctrl-C do `act` on the event loop. Outside the main thread, which signals never reach, nothing changes."""
+    """Call `act` on the event loop at Ctrl-C, for the length of the block. Do nothing outside the main thread.
+
+    Python handles signals in the main thread only.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

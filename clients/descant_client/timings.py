@@ -1,4 +1,4 @@
-"""When a request got what, and what guessing saved it: `Timings`, a part of `protocol.Done`."""
+"""The times of a request and its counts of speculation: `Timings`, a part of `protocol.Done`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from descant_client.wire import Wire
 
 
 class Timings(Wire, frozen=True):
-    """Seconds, measured at the server: until first scheduled, until the first token, until the end."""
+    """Times in seconds from the arrival of a request, measured at the server, and counts.
+
+    `queue_s` is until first scheduled, `ttft_s` until the first token, `e2e_s` until the end.
+    """
 
     queue_s: float
     ttft_s: float
     e2e_s: float
     num_preemptions: int = 0
-    is_cold: bool = False  # it had to wait for its adapter to come to the device
-    num_drafts: int = 0  # steps that verified a guess
-    num_drafted: int = 0  # tokens guessed in them, one after the other
-    num_accepted: int = 0  # of these came true: so many steps were saved
+    is_cold: bool = False  # whether it waited for its adapter to be placed on the device
+    num_drafts: int = 0  # steps that verified a draft
+    num_drafted: int = 0  # tokens drafted in them, one after the other
+    num_accepted: int = 0  # drafted tokens that were accepted: the number of steps saved
 
     @property
     def acceptance_rate(self) -> float | None:
-        """The share of guessed tokens that came true; None: none were guessed."""
+        """Share of drafted tokens that were accepted; None if none were drafted."""
         return self.num_accepted / self.num_drafted if self.num_drafted else None
 
     @property
     def mean_accepted_length(self) -> float | None:
-        """Tokens that came true per verified guess; None: none was."""
+        """Number of accepted tokens per verified draft; None if none was verified."""
         return self.num_accepted / self.num_drafts if self.num_drafts else None

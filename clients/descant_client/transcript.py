@@ -1,8 +1,7 @@
-"""What has come of one generation, and what to say to the server about it.
+"""The protocol of one generation on the client's side.
 
-The transcript owns the protocol of one request: tokens counted so that none comes twice or is missing, resuming,
-cancelling, acknowledging. It owns no socket and no task: the connection hands it messages, and it hands messages to
-the connection through `send`, which never waits.
+Counts tokens so that none is repeated or missing, resumes, cancels and acknowledges. Owns no socket and no task: the
+connection passes messages in, and the transcript passes messages out through `send`, which never waits.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MAX_RESYNCS = 3  # in a row, without a fitting delta between them
 
 
 class Transcript:
-    """The receiver of one request's messages."""
+    """The receiver of one generation's messages: its deltas so far, and its end."""
 
     def __init__(self, request: Generate, send: Callable[[ClientMessage], None]) -> None:
         self.request = request
@@ -66,7 +65,7 @@ class Transcript:
         return self.request.seed if self.accepted is None else self.accepted.seed
 
     async def delta_at(self, position: int) -> Delta | None:
-        """Wait for delta number `position`; None if the stream ends before. Cancelling the wait changes nothing.
+        """Wait for delta number `position`. Return None if the stream ends before. Cancelling the wait changes nothing.
 
         Raises:
             DescantError: the stream failed before that delta.
@@ -79,7 +78,7 @@ class Transcript:
         return self.deltas[position]
 
     async def finish(self) -> Done:
-        """Wait for the end. Cancelling the wait changes nothing.
+        """Wait for the end and return its message. Cancelling the wait changes nothing.
 
         Raises:
             DescantError: the stream failed.
@@ -101,7 +100,7 @@ class Transcript:
         self._send(self.request)
 
     def reopen(self, *, is_same_session: bool, was_sent: bool) -> None:
-        """Go on after a reconnect. `was_sent`: the request may have reached the server on an earlier connection."""
+        """Continue after a reconnect. `was_sent`: the request may have reached the server on an earlier connection."""
         if not was_sent:
             self._send(self.request)
         elif is_same_session:
@@ -109,14 +108,14 @@ class Transcript:
         elif self.deltas:
             self.fail(StreamNotFound(self.request_id))
             return
-        else:  # nothing was seen of it; a seed already reported stays the seed
+        else:  # no token was received: start again, with the seed that the server has reported, if any
             self.is_answered = False
             self._send(msgspec.structs.replace(self.request, seed=self.seed))
         if self._is_cancelled:
             self._send(Cancel(self.request_id))
 
     def receive(self, message: ServerMessage) -> None:
-        """Take in one message for this request."""
+        """Apply one message for this request."""
         if self.is_finished:
             return
         if self.listener is not None:
@@ -124,7 +123,7 @@ class Transcript:
         match message:
             case Accepted():
                 self.accepted = message
-                self._is_resuming = False  # what follows begins where `resume` said
+                self._is_resuming = False  # the next delta begins at the position that `resume` gave
             case Progress():
                 self.stage = message.stage
             case Delta():
@@ -149,7 +148,7 @@ class Transcript:
     def _on_delta(self, delta: Delta) -> None:
         have = self._num_tokens[delta.choice]
         if delta.index < have and delta.index + len(delta.token_ids) <= have:
-            return  # a repetition of what is here
+            return  # these tokens were received before
         if delta.index != have:
             self._resync(f"Choice {delta.choice} has {have} tokens, its next delta starts at {delta.index}.")
             return
@@ -175,7 +174,7 @@ class Transcript:
 
     def _on_error(self, message: Error) -> None:
         was_lost = message.code == StreamNotFound.code and self._is_resuming and not self.is_answered
-        if was_lost and not self._is_cancelled:  # the drop swallowed the request itself
+        if was_lost and not self._is_cancelled:  # the request itself was lost with the connection
             self._is_resuming = False
             self._send(self.request)
         else:
@@ -183,7 +182,7 @@ class Transcript:
             self._send(Ack(self.request_id))
 
     def _resync(self, reason: str) -> None:
-        # Until the server has answered a `resume`, what it had sent before does not fit either.
+        # Messages sent before the answer to a `resume` do not fit either.
         if self._is_resuming:
             return
         if self._num_resyncs == _MAX_RESYNCS:
@@ -199,7 +198,7 @@ class Transcript:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise copy.copy(self._error)  # several tasks may raise it, each with its own traceback
+            raise copy.copy(self._error)  # several tasks may raise it, each with a traceback of its own
 
     def _notify(self) -> None:
         if self._changed is not None:

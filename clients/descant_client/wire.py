@@ -1,6 +1,6 @@
-"""What every message on the wire is made of: base classes and constrained values.
+"""Base classes and constrained values of the messages on the wire.
 
-Every integer has bounds within 64 bits: JSON has none, and msgpack, which the server's processes speak, knows no more.
+Every integer has bounds within 64 bits: JSON sets none, and msgpack, used between the server's processes, has 64.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ AdapterSource = Literal["local", "hub", "s3", "pbase"]
 
 
 class Wire(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Base of everything on the wire that is no message itself."""
+    """Base of all parts of messages."""
 
 
 class Strict(Wire, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Base of what clients send: an unknown field is refused by name."""
+    """Base of the parts that clients send: an unknown field is refused by name."""
 
 
 class ClientMessageBase(Strict, frozen=True, tag_field="type", tag=str.lower):
@@ -32,6 +32,12 @@ class ClientMessageBase(Strict, frozen=True, tag_field="type", tag=str.lower):
 
 class ServerMessageBase(Wire, frozen=True, tag_field="type", tag=str.lower):
     """Base of the server's messages; the tag is the class name in lower case."""
+
+
+def reason_and_path(error: Exception) -> tuple[str, str]:
+    """Split msgspec's text of a decoding error into the reason and the path of the field, empty if there is none."""
+    reason, _, path = str(error).partition(" - at `")
+    return reason, path.rstrip("`")
 
 
 class WeightedAdapter(Strict, frozen=True, array_like=True):

@@ -1,11 +1,11 @@
 """The public ops: contracts here, implementations by device.
 
-CPU tensors go to `cpu` (fast, and every row bitwise independent of what shares its batch), CUDA tensors to
-the Triton kernels where one exists and else to `reference`, the plain-torch specification of every op.
+CPU tensors go to the `cpu` modules (fast, and every row bitwise independent of the rest of its batch). CUDA tensors go
+to the Triton kernel where one exists, and else to `reference`, the plain-torch specification of every op.
 
 Shape letters: T packed tokens of all sequences, S sequences, G segments, R rank, H hidden size, Hq and Hkv heads,
-D head size, V vocabulary, N rows of logits. Ops allocate their result unless they say "in place".
-Shapes and dtypes are the caller's promise: a broken one is a bug, caught by `assert` at best.
+D head size, V vocabulary, N rows of logits. Ops allocate their result unless marked "in place".
+The caller guarantees shapes and dtypes. A wrong one is a bug, caught by `assert` at best.
 """
 
 import functools
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Lay a weight out for `linear`, once, at load. The result does not alias `weight` where it is packed.
+    """Lay out a weight for `linear`, once, at load. Where the result is packed it does not alias `weight`.
 
     Args:
       weight: `[out, in]`, float32, bfloat16 or float16. bias: `[out]` of the same dtype, or None.
@@ -57,7 +57,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """`x @ weight.T + bias`.
+    """Return `x @ weight.T + bias`.
 
     Args:
       x: `[T, in]` of the weight's dtype; T may be 0. Returns `[T, out]` of the same dtype.
@@ -79,13 +79,13 @@ def add_lora(
     Semantics, for segment g with slot s >= 0, slice j and module m = first_module + j, where ranks[s, m] > 0:
       A, B = PairLayout.of(ranks[s, m], in, out_j).views(arena, offsets[s, m]) → `[R, in]`, `[out_j, R]`
       y[indptr[g]:indptr[g+1], slice j] += (x[indptr[g]:indptr[g+1]] @ A.T) @ B.T
-    and where the module has a row scale, with what was added as delta (DoRA, Liu et al. 2024):
+    and where the module has a row scale, with delta for the added product (DoRA, Liu et al. 2024):
       y = scale * (y - bias + delta) + bias
 
     Args:
-      y: `[T, sum(out_sizes)]`, dtype of the model. x: `[T, in]`, same dtype. tables, segments: see there.
+      y: `[T, sum(out_sizes)]`, dtype of the model. x: `[T, in]`, same dtype. tables, segments: see their classes.
       first_module: index of slice 0 in the tables' second axis. out_sizes: width of each slice of y.
-      bias: `[sum(out_sizes)]` of the same dtype, already in y, None = zeros; only row scales need it.
+      bias: `[sum(out_sizes)]` of the same dtype, already added to y; None = zeros. Only row scales need it.
     Ranks are true ranks, 1 to any size, and may differ between adapters and slices. Products accumulate in float32.
     """
     if not segments.has_adapter:
@@ -102,19 +102,19 @@ def paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """Attention of new tokens over their sequences' paged cache: prefill, decode and tree verify alike.
+    """Return the attention of new tokens over their sequences' paged cache, for prefill, decode and tree verify.
 
     Semantics, for new token j of sequence s with n_s new tokens, p = context_lens[s] - n_s + j:
       out[row] = softmax(cap(scale * q[row] @ K.T)) @ V over positions max(0, p - window + 1) .. p, per head;
       cap(x) = soft_cap * tanh(x / soft_cap), or x; query head h reads kv head h // (Hq / Hkv). Tree nodes: see
-      `AttentionBatch`; positions then count along the node's own path, and the result is what plain decode of that
-      path gives.
+      `AttentionBatch`; positions then count along the node's own path, and the result equals that of plain decode of
+      this path.
 
     Args:
       q: `[T, Hq, D]`. k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype, the new tokens' keys and
       values already written. window: positions seen, the token itself included; None = all. soft_cap: None = none.
-    Returns `[T, Hq, D]` of q's dtype. Softmax and sums are float32. What lies in the cache outside a sequence's
-    visible positions, NaN included, never matters.
+    Returns `[T, Hq, D]` of q's dtype. Softmax and sums are float32. Cache content outside a sequence's visible
+    positions, NaN included, never affects the result.
     """
     return _implementation("attention", q).paged_attention(q, k_cache, v_cache, batch, scale, window, soft_cap)
 
@@ -131,12 +131,12 @@ def rope_write_kv(
 ) -> None:
     """Rotate queries and keys by position and store keys and values. In place on `q` and the caches.
 
-    Semantics, halves convention, x1 and x2 the halves of the first 2·d components of a head (the others stay):
+    Semantics, halves convention, x1 and x2 the halves of the first 2·d components of a head (the rest is unchanged):
       x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin, in float32; then, for slot = slot_mapping[t] >= 0,
       cache[slot // block_size, :, slot % block_size] = k[t].
 
     Args:
-      q: `[T, Hq, D]`. k, v: `[T, Hkv, D]`; what is in `k` afterwards is unspecified. cos, sin: `[T, d]` float32,
+      q: `[T, Hq, D]`. k, v: `[T, Hkv, D]`; the content of `k` afterwards is unspecified. cos, sin: `[T, d]` float32,
       d <= D / 2 (d = D / 2 rotates whole heads). k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype,
       contiguous. slot_mapping: `[T]` int64, no slot twice; -1 = do not store.
     """
@@ -162,10 +162,10 @@ def copy_blocks(cache: Tensor, src_blocks: Tensor, dst_blocks: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Root mean square norm over the last axis, after adding to the residual stream if one is given.
+    """Return the root mean square norm over the last axis, after adding to the residual stream if one is given.
 
     Semantics: with a residual, residual += x, in place, and then x = residual;
-      returns weight * (x * rsqrt(mean(x²) + eps)).to(dtype): inside in float32, the weight last, as Llama has it.
+      returns weight * (x * rsqrt(mean(x²) + eps)).to(dtype): the inner part in float32, the weight last, as in Llama.
 
     Args:
       x: `[..., H]`, any leading axes. weight: `[H]`. residual: like x, contiguous, or None.
@@ -174,7 +174,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up`, in the tensor's dtype.
+    """Return `silu(gate) * up`, in the tensor's dtype.
 
     Args:
       gate_up: `[T, 2 * I]`, gate first. Returns `[T, I]`.
@@ -183,7 +183,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def gelu_mul(gate_up: Tensor) -> Tensor:
-    """`gelu(gate) * up` with the tanh approximation (Hendrycks and Gimpel 2016), in the tensor's dtype.
+    """Return `gelu(gate) * up` with the tanh approximation (Hendrycks and Gimpel 2016), in the tensor's dtype.
 
     Args:
       gate_up: `[T, 2 * I]`, gate first. Returns `[T, I]`.
@@ -192,7 +192,7 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, choices: Tensor, output_indices: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel(0, 1) noise from a counter hash: a pure function of (seed, choice, output_index, token_id).
+    """Return Gumbel(0, 1) noise from a counter hash: a pure function of (seed, choice, output_index, token_id).
 
     Semantics, in wrapping unsigned 32-bit arithmetic, `>>` a logical shift:
       mix(x): x ^= x >> 16; x *= 0x7FEB352D; x ^= x >> 15; x *= 0x846CA68B; x ^= x >> 16
@@ -210,7 +210,7 @@ def gumbel_noise(seeds: Tensor, choices: Tensor, output_indices: Tensor, vocab_s
 def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
     """Sample one token per row: argmax(logits + noise) over the surviving tokens, a draw from softmax(logits).
 
-    Rows not `sampled` take no noise. Ties go to the lowest id.
+    Rows that are not `sampled` get no noise. Ties go to the lowest id.
 
     Args:
       logits: `[N, V]` float32, processed, excluded tokens -inf. noise: see `NodeNoise` and `gumbel_noise`.
@@ -222,16 +222,16 @@ def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
 def walk_tree(
     parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_tokens: Tensor, max_nodes: int | None = None
 ) -> Walk:
-    """Walk each sequence's draft tree as far as the target agrees with it.
+    """Walk each sequence's draft tree as far as the target's samples match it.
 
     Semantics: start at node 0; while the token sampled at the current node is a child's draft token, go to that
-    child (the lowest index, should two have it); emit the token sampled at every node visited.
+    child (the lowest index if two have it); emit the token sampled at every visited node.
 
     Args:
       parents: `[N]` int64, index of each node's parent among its sequence's nodes, smaller than its own; -1 for node 0.
-      cu_nodes: `[S + 1]` int64, no sequence empty. draft_tokens: `[N]` int64, that of node 0 (the last known token)
+      cu_nodes: `[S + 1]` int64, no sequence empty. draft_tokens: `[N]` int64; that of node 0 (the last known token)
       is ignored. sampled_tokens: `[N]` int64. max_nodes: width of the result; no sequence has more nodes. None reads
-      it from `cu_nodes`, which waits for the device (so never inside a CUDA graph).
+      it from `cu_nodes`, which blocks until the device is done (so never inside a CUDA graph).
     """
     if max_nodes is None:
         max_nodes = max(cu_nodes.diff().tolist(), default=0)
@@ -257,8 +257,8 @@ def _implementation(topic: str, tensor: Tensor) -> ModuleType:
 
 @functools.cache
 def _triton_module(topic: str) -> ModuleType | None:
-    """The module of Triton kernels on a topic; imported on first use, so that a CPU server needs no Triton."""
+    """Return the module of Triton kernels for a topic. Imported on first use, so a CPU server needs no Triton."""
     if topic not in _TRITON_TOPICS or importlib.util.find_spec("triton") is None:
         return None
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns of every kernel unless somebody chose
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns about every kernel if this is not set
     return importlib.import_module(f"descant_kernels.{topic}")

@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not say so.
-"""`paged_attention` on a GPU: how the work is cut into programs. The kernels are in `attention_kernels`."""
+# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not allow that.
+"""The launch of `paged_attention` on a GPU: the cut of the work into programs. Kernels: `attention_kernels`."""
 
 import torch
 import triton
@@ -10,21 +10,21 @@ from descant_kernels.attention_kernels import LOG2_E, attend_kernel, join_splits
 from descant_kernels.batch import AttentionBatch
 
 SPLIT = 256
-"""Positions per split. Like the size of a chunk it determines the bits: never to be derived from the batch.
+"""Positions per split. Like the chunk size it determines the bits, so it must never depend on the batch.
 
-For one sequence of 512 positions 256 take 0.7 times as long as 512, for 32 of 1,024 1.04 times."""
+One sequence of 512 positions takes 0.7 times as long with 256 as with 512; 32 sequences of 1,024 take 1.04 times."""
 CHUNK_BYTES = 2**14
-"""Size of a chunk's keys, and again of its values, in shared memory."""
+"""Size of a chunk's keys in shared memory, and again of its values."""
 MIN_ROWS = 16
 """Rows of a tile where sequences have few queries (the smallest `tl.dot`)."""
 MAX_ROWS = 128
-"""Rows of a tile where they have many: a prompt of 2,048 takes 0.6 times as long as with 64."""
+"""Rows of a tile where sequences have many queries: a prompt of 2,048 takes 0.6 times as long as with 64."""
 QUERY_BYTES = 2**15
-"""Most bytes of a tile's queries, which with two stages of chunks fill the shared memory of an RTX."""
+"""Maximum bytes of a tile's queries. Together with two stages of chunks they fill the shared memory of an RTX."""
 ENOUGH_PROGRAMS = 512
-"""With so many programs splits are no longer spread: a few for every multiprocessor of a large GPU."""
+"""Number of programs from which splits are no longer spread: a few per multiprocessor of a large GPU."""
 MAX_PARTIAL_FLOATS = 2**26
-"""Most floats of weighted values that wait to be joined; with more, splits are not spread."""
+"""Maximum floats of weighted values in partial results; with more, splits are not spread."""
 
 
 def paged_attention(
@@ -96,18 +96,18 @@ def paged_attention(
 
 
 def _max_context_len(batch: AttentionBatch) -> int:
-    """A bound on the contexts, from the host alone: it sizes the grid, and programs beyond a row's context return."""
+    """Return a bound on the contexts, from host data alone. It sizes the grid; surplus programs return at once."""
     return max(batch.host_context_lens)
 
 
 def _tile_rows(group: int, num_tokens: int, num_sequences: int, room: int) -> int:
-    """Rows of a tile: queries of one sequence times the query heads that share a key-value head."""
+    """Return the rows of a tile: queries of one sequence times the query heads that share a key-value head."""
     few = triton.next_power_of_2(max(group, MIN_ROWS))
     return few if triton.cdiv(num_tokens, num_sequences) * group <= few else max(few, min(MAX_ROWS, room))
 
 
 def _is_spread(num_splits: int, num_programs: int, num_floats: int) -> bool:
-    """Whether every split has a program of its own. Changes no bits."""
+    """Return whether every split has a program of its own. The choice changes no bits."""
     return num_splits > 1 and num_programs < ENOUGH_PROGRAMS and num_splits * num_floats <= MAX_PARTIAL_FLOATS
 
 
@@ -116,7 +116,7 @@ def _chunk_size(block_d: int, dtype: torch.dtype) -> int:
 
 
 def _tree_arguments(batch: AttentionBatch) -> tuple[tuple[Tensor, Tensor], int]:
-    """Ancestors and prefixes, or tensors in their places, and the depth of the deepest tree."""
+    """Return ancestors and prefixes, or placeholder tensors, and the depth of the deepest tree."""
     if batch.ancestors is None or batch.prefix_lens is None:
         return (batch.context_lens, batch.context_lens), 0
     return (batch.ancestors.contiguous(), batch.prefix_lens), batch.ancestors.shape[1]

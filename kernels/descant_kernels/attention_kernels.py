@@ -1,30 +1,31 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not say so.
+# Triton turns launch arguments into constexpr and numbers into tensors; its annotations do not allow that.
 """Triton kernels of `paged_attention`: one kernel for prefill, decode and tree verify, and one that joins splits.
 
 A program takes a tile: consecutive queries of one sequence, with all query heads that share a key-value head as its
 rows. A row's positions are cut into splits of SPLIT by absolute position. Each split has a softmax of its own, chunk
-by chunk, and the splits are then joined in order (flash decoding, Dao et al. 2023). Whether one program takes all
-splits of its tile or every split has a program of its own therefore changes no operation on a row, and no more does
-what shares its batch; only the number of a tile's rows may change how `tl.dot` multiplies.
+by chunk, and the splits are then joined in order (flash decoding, Dao et al. 2023). So the operations on a row are the
+same whether one program takes all splits of its tile or each split has its own program, and they do not depend on the
+rest of the batch. Only the number of rows in a tile may change how `tl.dot` multiplies.
 
-Positions count along a row's own path. A tree's nodes share the chunks below their tree as other queries do; the
-chunks that reach into the tree are read once per node, through the node's ancestors, and count for its rows alone.
+Positions count along a row's own path. A tree's nodes share the chunks below their tree, as other queries do. Chunks
+that reach into the tree are read once per node, through the node's ancestors, and apply to that node's rows only.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the kernels compute powers of two
-_LOWEST = tl.constexpr(-1e38)  # finite, so that of a chunk of which a row sees nothing all weights are exactly 0
+_LOWEST = tl.constexpr(-1e38)  # finite, so that all weights of a chunk that is hidden from a row are exactly 0
 _BEYOND = tl.constexpr(2**30)  # above every position
 
 
 @triton.jit
 def _find_sequence(cu_seqlens_ptr, num_sequences, tile, TILE: tl.constexpr, SPARE: tl.constexpr):
-    """The last sequence s whose first tile, cu_seqlens[s] // TILE + SPARE * s, is at or before `tile`.
+    """Return the last sequence s with its first tile, cu_seqlens[s] // TILE + SPARE * s, at or before `tile`.
 
-    With one tile to spare per sequence no two share one, whatever their lengths, and the grid needs only shapes.
+    One spare tile per sequence ensures that no two sequences share a tile, for any lengths, and that the size of the
+    grid depends on shapes only.
     """
     count = 0
     for start in range(0, num_sequences, 128):
@@ -38,7 +39,7 @@ def _find_sequence(cu_seqlens_ptr, num_sequences, tile, TILE: tl.constexpr, SPAR
 def _path_positions(
     tokens, mask, end, context_len, prefix, ancestors_ptr, max_depth, HAS_TREES: tl.constexpr, BLOCK_DEPTH: tl.constexpr
 ):
-    """Each query's position along its own path; -1 where masked."""
+    """Return each query's position along its own path; -1 where masked."""
     positions = context_len - end + tokens
     if HAS_TREES:
         depth = tl.arange(0, BLOCK_DEPTH)[None, :]
@@ -51,13 +52,13 @@ def _path_positions(
 
 @triton.jit
 def _lowest_seen(positions, WINDOW: tl.constexpr):
-    """The lowest position that a query sees."""
+    """Return the lowest position that each query sees."""
     return tl.maximum(positions - (WINDOW - 1), 0) if WINDOW else positions * 0
 
 
 @triton.jit
 def _join(m, total, acc, split_m, split_total, split_acc):
-    """Add a split to a running softmax; exact where either has seen nothing. `fma`: the same rounding everywhere."""
+    """Add a split to a running softmax; exact where either is empty. `fma` fixes the rounding on every device."""
     new_m = tl.maximum(m, split_m)
     old_factor = tl.exp2(m - new_m)
     new_factor = tl.exp2(split_m - new_m)
@@ -68,7 +69,7 @@ def _join(m, total, acc, split_m, split_total, split_acc):
 
 @triton.jit
 def _add_chunk(
-    # Running softmax of the split, queries and where they are
+    # Running softmax of the split; queries and their positions
     m,
     total,
     acc,
@@ -76,7 +77,7 @@ def _add_chunk(
     positions,
     lowest,
     highest,
-    # The chunk: positions along the path, and where in the sequence's cache they are
+    # The chunk: positions along the path, and the same positions in the sequence's cache
     path,
     cached,
     # The cache
@@ -96,7 +97,7 @@ def _add_chunk(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add one chunk of keys and values. What no row may see is never loaded."""
+    """Add one chunk of keys and values. Positions that no row sees are never loaded."""
     dim = tl.arange(0, BLOCK_D)
     seen = (path >= lowest) & (path <= highest) & (cached >= 0)
     block = tl.load(table_ptr + cached // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
@@ -106,7 +107,7 @@ def _add_chunk(
     v = tl.load(v_cache_ptr + line[:, None] + dim[None, :], mask=mask, other=0.0)
 
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if HAS_CAP:  # cap * tanh(x) = cap - 2 * cap / (exp(2 * x) + 1), and from exp2(126) on that is cap
+    if HAS_CAP:  # cap * tanh(x) = cap - 2 * cap / (exp(2 * x) + 1), which equals cap from exp2(126) on
         exponential = tl.exp2(tl.minimum(scores * (2.0 / soft_cap), 126.0))
         scores = (soft_cap - 2.0 * soft_cap / (exponential + 1.0)) * LOG2_E
     visible = seen[None, :] & (path[None, :] <= positions[:, None])
@@ -164,7 +165,10 @@ def attend_kernel(
     BLOCK_DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows of one tile and key-value head over all splits, or, if SPREAD, over one split, stored to be joined."""
+    """Attend with the rows of one tile and key-value head over all splits; if SPREAD, store one split for joining.
+
+    Grid: (tiles, key-value heads, splits if SPREAD else 1).
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = _find_sequence(cu_seqlens_ptr, num_sequences, tile, TILE, 1)
@@ -202,7 +206,7 @@ def attend_kernel(
     mask = row_mask[:, None] & (dim < HEAD_DIM)[None, :]
     q = tl.load(q_ptr + row_start[:, None] + dim[None, :], mask=mask, other=0.0)
     table_ptr = tables_ptr + sequence.to(tl.int64) * table_stride
-    tree_start = _BEYOND  # from this position on every node has chunks of its own
+    tree_start = _BEYOND  # position from which every node has chunks of its own
     if HAS_TREES:
         tree_start = tl.where(prefix >= 0, prefix // CHUNK * CHUNK, _BEYOND)
 
@@ -246,7 +250,7 @@ def attend_kernel(
         tl.store(partial_total_ptr + out_row, total, mask=row_mask)
         tl.store(partial_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], acc, mask=mask)
     else:
-        attended = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # rows that are only padding have seen nothing
+        attended = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # the total of a padding row is 0
         tl.store(out_ptr + out_row[:, None] * HEAD_DIM + dim[None, :], attended.to(q.dtype), mask=mask)
 
 
@@ -276,7 +280,7 @@ def join_splits_kernel(
     BLOCK_DEPTH: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
 ):
-    """out[token, heads of one key-value head] = their splits joined in order."""
+    """Store out[token, heads of one key-value head], joined from their splits in order."""
     token = tl.program_id(0)
     sequence = _find_sequence(cu_seqlens_ptr, num_sequences, token, 1, 0)
     end = tl.load(cu_seqlens_ptr + sequence + 1)

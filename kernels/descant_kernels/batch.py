@@ -1,8 +1,8 @@
-"""What ops are given about a batch: immutable, built once per step, shared by every layer.
+"""The batch arguments of the ops: immutable, built once per step and shared by every layer.
 
-Each class holds device tensors for kernels and host copies of the same integers for CPU paths and
-launchers, so that no op ever reads a scalar back from the device. `memo` fields let an op keep what it
-derived from the batch (gather indices, masks) for the next layer; they die with the batch.
+Each class holds device tensors for kernels and host copies of the same integers for CPU paths and launchers, so that
+no op reads a scalar back from the device. In a `memo` field an op keeps data derived from the batch (gather indices,
+masks) for the next layer. A memo belongs to one object: `dataclasses.replace` makes a new, empty one.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 16
-"""Most rows of one segment that one Triton program handles (the smallest `tl.dot`)."""
+"""Maximum rows of one segment that one Triton program handles (the smallest `tl.dot`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """A weight in the layout its device multiplies fastest. Made by `pack_linear`, opaque to others."""
+    """A weight in the layout that its device multiplies fastest. Made by `pack_linear`; opaque to callers."""
 
     product: Callable[[Tensor], Tensor]  # [n, in] -> [n, out], bias included
-    padded_rows: Callable[[int], int]  # row count -> the one at least as large that the product is given
-    dtype: torch.dtype  # of the rows `linear` takes and gives
+    padded_rows: Callable[[int], int]  # row count -> row count to pad to, at least as large
+    dtype: torch.dtype  # of the rows that `linear` takes and returns
     in_features: int
     out_features: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
-    """Runs of packed rows that use one adapter slot.
+    """Runs of packed rows that use one adapter slot each.
 
-    Rows `indptr[g]:indptr[g + 1]` use `slots[g]`; -1 = no adapter. `indptr[0] == 0`, never decreasing;
-    rows from `indptr[G]` on use no adapter. `tiles` cuts the segments that have an adapter into runs of at most
-    `TILE_ROWS` rows, each `(first row, number of rows, slot)`: one Triton program each. Whoever pads
-    `tiles` to a fixed number does so with `(0, 0, 0)`: nothing is done for it.
+    Rows `indptr[g]:indptr[g + 1]` use `slots[g]`; -1 = no adapter. `indptr[0] == 0`, never decreasing; rows from
+    `indptr[G]` on use no adapter. `tiles` cuts the segments that have an adapter into runs of at most `TILE_ROWS`
+    rows, each `(first row, number of rows, slot)`, for one Triton program each. Pad `tiles` to a fixed number with
+    `(0, 0, 0)`, which is skipped.
     """
 
     indptr: Tensor  # [G + 1] int32
@@ -43,11 +43,11 @@ class Segments:
     tiles: Tensor  # [num_tiles, 3] int32
     host_indptr: tuple[int, ...]
     host_slots: tuple[int, ...]
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, lengths: Sequence[int], slots: Sequence[int], device: torch.device | str = "cpu") -> "Segments":
-        """Segments of `lengths[g]` rows each, in packed order."""
+        """Return segments of `lengths[g]` rows each, in packed order."""
         assert len(lengths) == len(slots), "one slot per segment"
         indptr = (0, *accumulate(lengths))
         tiles = [
@@ -66,18 +66,18 @@ class Segments:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether any row uses an adapter; if not, LoRA may be skipped altogether."""
+        """Whether any row uses an adapter. If not, LoRA may be skipped altogether."""
         return self.tiles.shape[0] > 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraTables:
-    """Where every resident adapter's matrices lie in the arena.
+    """The places of all resident adapters' matrices in the arena.
 
     Module `m` of slot `s` has rank `ranks[s, m]` (0 = untouched) and its A and B (scaling folded in) at element
-    `offsets[s, m]` of `arena`, a multiple of 64, laid out as `pair.PairLayout` says: both transposed. A module with
-    `row_scales[s, m] >= 0` has its row scale `[out]` at that element. Make a new object when a slot changes: CPU paths
-    keep what they derived in `memo`.
+    `offsets[s, m]` of `arena`, a multiple of 64, in the layout of `pair.PairLayout`: both transposed. A module with
+    `row_scales[s, m] >= 0` has its row scale `[out]` at that element. Make a new object when a slot changes, because
+    CPU paths keep derived data in `memo`.
     """
 
     arena: Tensor  # [N] dtype of the model
@@ -87,7 +87,7 @@ class LoraTables:
     host_offsets: list[list[int]]
     host_ranks: list[list[int]]
     host_row_scales: list[list[int]]
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -97,7 +97,7 @@ class LoraTables:
         ranks: list[list[int]],
         row_scales: list[list[int]] | None = None,
     ) -> "LoraTables":
-        """Tables on the arena's device from host lists `[num_slots][num_modules]`; no row scales by default."""
+        """Return tables on the arena's device from host lists `[num_slots][num_modules]`; by default no row scales."""
         row_scales = row_scales or [[-1] * len(slot) for slot in ranks]
         return cls(
             arena=arena,
@@ -112,12 +112,12 @@ class LoraTables:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionBatch:
-    """Which cached positions each packed query row sees.
+    """The cached positions that each packed query row sees.
 
     Sequence `s` owns rows `cu_seqlens_q[s]:cu_seqlens_q[s + 1]` and `context_lens[s]` cached positions (new tokens
     included); position `p` lies in block `block_tables[s, p // block_size]`. Entries past the context are ignored.
 
-    Tree verify: sequence `s` with `prefix_lens[s] >= 0` is a tree whose node rows see positions
+    Tree verify: sequence `s` with `prefix_lens[s] >= 0` is a tree: its node rows see positions
     `[0, prefix_lens[s])` and then the cache positions in their row of `ancestors`, in depth order, the node itself
     last, padded with -1. `prefix_lens[s] == -1` means plain causal; its rows of `ancestors` are ignored.
     """
@@ -130,7 +130,7 @@ class AttentionBatch:
     ancestors: Tensor | None = None  # [T, max_depth] int32
     prefix_lens: Tensor | None = None  # [S] int32
     host_prefix_lens: tuple[int, ...] | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    memo: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -142,7 +142,7 @@ class AttentionBatch:
         ancestors: Tensor | None = None,
         prefix_lens: Sequence[int] | None = None,
     ) -> "AttentionBatch":
-        """A batch from host integers; ragged block tables are padded with block 0."""
+        """Return a batch from host integers; ragged block tables are padded with block 0."""
         assert len(query_lens) == len(context_lens) == len(block_tables), "one entry per sequence"
         assert (ancestors is None) == (prefix_lens is None), "a tree needs both ancestors and prefix_lens"
         width = max((len(blocks) for blocks in block_tables), default=0)
@@ -162,7 +162,7 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NodeNoise:
-    """What determines the noise of each row of logits: a row is one node (position to sample at)."""
+    """The inputs of the noise of each row of logits. A row is one node: a position to sample at."""
 
     seeds: Tensor  # [N] int64, the 64 bits of the request's seed
     choices: Tensor  # [N] int64
@@ -179,7 +179,7 @@ class NodeNoise:
         sampled: Sequence[bool],
         device: torch.device | str = "cpu",
     ) -> "NodeNoise":
-        """Noise from host integers; a seed is any integer, taken modulo 2**64."""
+        """Return the noise inputs from host integers; a seed is any integer, taken modulo 2**64."""
         signed = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds]
         return cls(
             seeds=torch.tensor(signed, dtype=torch.int64).to(device),
@@ -192,11 +192,11 @@ class NodeNoise:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Walk:
-    """How far each sequence's draft tree was accepted.
+    """The accepted path of each sequence's draft tree.
 
     The first `counts[s]` entries of row `s` are valid, the rest -1. `nodes` are indices into the sequence's own
-    nodes, root first: their KV is kept. `tokens` are what the target sampled at them: the tokens to emit, of which
-    the last is not in the cache yet.
+    nodes, root first: their KV is kept. `tokens` are those that the target sampled at these nodes: the tokens to emit,
+    of which the last is not in the cache yet.
     """
 
     counts: Tensor  # [S] int64, at least 1

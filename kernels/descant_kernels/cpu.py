@@ -1,7 +1,7 @@
 """CPU paths of norm, rotation, activation and cache writes: every row bitwise independent of the rest of its batch.
 
-A vectorized function whose tail is computed by other code than its body would break that: so `exp` is used where
-`silu`, `sigmoid` and `tanh` differ in their tails.
+Vectorized `silu`, `sigmoid` and `tanh` compute the tail of a tensor by other code than its body, so their bits depend
+on the place in the tensor. They are therefore built from `exp`, which gives the same bits everywhere.
 """
 
 import math

@@ -1,12 +1,12 @@
 """CPU path of `paged_attention`: decode, prefill, chunked prefill and tree verify give a row the same bits.
 
-A row's positions are cut into chunks of CHUNK by absolute position. Each chunk gives its own maximum, sum of
-exponentials and weighted values, always over CHUNK columns, hidden ones counting exactly nothing; chunks are then
-combined one after another. So neither the chunking of the prompt nor the batch can change an operand or an order.
+A row's positions are cut into chunks of CHUNK by absolute position. Each chunk has its own maximum, sum of exponentials
+and weighted values, always over CHUNK columns, of which hidden ones contribute exactly 0. Chunks are then combined one
+after another. So neither chunked prefill nor the batch can change an operand or an order.
 
-Work is laid out as *tiles* (queries of one sequence that share their keys) times chunks, ordered by the ordinal of
-the chunk within its tile: the tiles that have a k-th chunk are then always the first ones, and everything but the
-combination runs over all pairs at once. What does not depend on the layer is planned once per batch.
+Work is laid out as pairs of *tiles* (queries of one sequence that share their keys) and chunks, ordered by the ordinal
+of the chunk within its tile. The tiles that have a k-th chunk are then always the first ones, and all steps but the
+combination run over all pairs at once. The plan does not depend on the layer and is made once per batch.
 """
 
 import itertools
@@ -20,42 +20,42 @@ from torch import Tensor
 from descant_kernels.batch import AttentionBatch
 
 CHUNK = 128
-"""Positions per chunk. Part of what determines the bits: never to be derived from the batch."""
+"""Positions per chunk. It determines the bits, so it must never depend on the batch."""
 
 BMM_ROWS = 8
 """Multiple to which the rows (and the head size) of a batched float32 product are padded."""
 
 TILE_TOKENS = (1, 8, 32, 64, 128)
-"""Queries per tile: a run of new tokens is cut into the smallest of these that holds it, or the largest."""
+"""Queries per tile: a run of new tokens takes the smallest of these sizes that holds it, or several of the largest."""
 
 WAVE_FLOATS = 2**23
-"""About how many floats of keys, values and scores are held at once."""
+"""Approximate number of floats of keys, values and scores in memory at once."""
 
 LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Up to `TILE_TOKENS[-1]` consecutive queries of a sequence, or one node of a tree."""
+    """A run of up to `TILE_TOKENS[-1]` consecutive queries of a sequence, or one node of a tree."""
 
     sequence: int
     first_row: int
     num_rows: int
     first_position: int  # of the first query, along its own path
-    prefix: int  # -1 = plain; else where the tree starts
+    prefix: int  # -1 = no tree; else the position at which the tree starts
 
     def first_chunk(self, window: int | None) -> int:
-        """The chunk of the lowest position that any query sees."""
+        """Return the chunk of the lowest position that any query sees."""
         return 0 if window is None else max(0, self.first_position - window + 1) // CHUNK
 
     def num_chunks(self, window: int | None) -> int:
-        """Chunks from the first to that of the last query."""
+        """Return the number of chunks from the first one to that of the last query."""
         return (self.first_position + self.num_rows - 1) // CHUNK + 1 - self.first_chunk(window)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wave:
-    """Pairs of tile and chunk that are computed at once, ordered by ordinal, then tile."""
+    """The pairs of tile and chunk that are computed at once, ordered by ordinal, then tile."""
 
     tile_of_pair: Tensor | None  # [U]; None = pair u is tile u
     keys: Tensor  # [U * Hkv * n] rows to gather from the cache seen as [..., CHUNK / n * D]
@@ -67,12 +67,12 @@ class Wave:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """Tiles of like size and kind, ordered by falling number of chunks."""
+    """The tiles of one size and kind, ordered by falling number of chunks."""
 
     tokens: int
     gather: Tensor  # [num_tiles * tokens] rows of q
     rows: Tensor  # rows of the output, in order
-    kept: Tensor | None  # which gathered rows they are; None = all
+    kept: Tensor | None  # indices of these among the gathered rows; None = all
     waves: tuple[Wave, ...]
 
 
@@ -97,7 +97,7 @@ def paged_attention(
 
 
 def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, scale: float, soft_cap: float | None) -> Tensor:
-    """Attention of a plan's queries: `[len(plan.rows), Hq, D]` float32."""
+    """Return the attention of a plan's queries: `[len(plan.rows), Hq, D]` float32."""
     num_heads, head_dim = q.shape[1:]
     kv_heads = k_cache.shape[1]
     group = num_heads // kv_heads
@@ -119,7 +119,7 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan, scale: floa
 def _chunk_sums(
     queries: Tensor, k_cache: Tensor, v_cache: Tensor, tokens: int, wave: Wave, soft_cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum `[U, Hkv, M, 1]`, sum of exponentials `[U, Hkv, M, 1]` and weighted values `[U, Hkv, M, D]`."""
+    """Return maximum `[U, Hkv, M, 1]`, sum of exponentials `[U, Hkv, M, 1]` and weighted values `[U, Hkv, M, D]`."""
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     if wave.tile_of_pair is not None:
         queries = queries.index_select(0, wave.tile_of_pair)
@@ -129,7 +129,7 @@ def _chunk_sums(
     keys = k_cache.view(rows, row_size).index_select(0, wave.keys).view(-1, CHUNK, head_dim).float()
     values = v_cache.view(rows, row_size).index_select(0, wave.keys).view(-1, head_dim).float()
     if wave.unseen_values is not None:
-        # Zero times what lies there must be zero, whatever it is.
+        # Weight 0 times a hidden value must be 0 even if the cache holds NaN there.
         values.index_fill_(0, wave.unseen_values, 0.0)
     values = values.view(-1, CHUNK, head_dim)
     if padded_dim != head_dim:
@@ -140,7 +140,7 @@ def _chunk_sums(
         scores.mul_(2.0 / soft_cap).exp_().add_(1.0).reciprocal_().mul_(-2.0 * soft_cap).add_(soft_cap)
     by_token = scores.view(num_pairs, kv_heads, num_rows // tokens, tokens, CHUNK)
     by_token.masked_fill_(wave.hidden, -torch.inf)
-    # Clamped so that a chunk of which a row sees nothing has finite terms: all its weights are exactly 0.
+    # Clamped so that the terms of a chunk that is hidden from a row stay finite: all its weights are exactly 0.
     highest = scores.amax(dim=-1, keepdim=True).clamp_(min=LOWEST)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
@@ -258,7 +258,7 @@ def _make_wave(
 
 
 def _gather_rows(batch: AttentionBatch, tiles: list[Tile], positions: Tensor, k_cache: Tensor) -> tuple[Tensor, bool]:
-    """Cache rows `[U * Hkv * n]` of the given positions `[U, CHUNK]`: whole blocks where a chunk is made of them."""
+    """Return the cache rows `[U * Hkv * n]` of positions `[U, CHUNK]`, and whether they are whole blocks."""
     _, kv_heads, block_size, _ = k_cache.shape
     heads = torch.arange(kv_heads)[:, None]
     tables = batch.block_tables[torch.tensor([tile.sequence for tile in tiles])].long()  # [U, max_blocks]
@@ -274,7 +274,7 @@ def _gather_rows(batch: AttentionBatch, tiles: list[Tile], positions: Tensor, k_
 
 
 def _path_positions(ancestors: Tensor, tiles: list[Tile], positions: Tensor) -> Tensor:
-    """Cache positions of the given positions along each node's own path."""
+    """Return the cache positions of positions along each node's own path."""
     prefixes = torch.tensor([tile.prefix for tile in tiles])[:, None]
     nodes = ancestors[torch.tensor([tile.first_row for tile in tiles])].long()  # [U, max_depth]
     depths = (positions - prefixes).clamp(0, nodes.shape[1] - 1)

@@ -1,12 +1,12 @@
 """CPU path of `linear`: the fastest product this CPU has for the dtype, with every row bitwise independent of the rest.
 
-What makes a row's bits depend on its neighbors is a product that picks another kernel for another number of rows. So
-rows are padded to counts at which the kernels are measured to agree; `probe` repeats the measurement at start.
+A row's bits depend on its neighbors if the product uses another kernel for another number of rows. So rows are padded
+to counts at which the kernels were measured to agree; `probe` repeats the measurement at start.
 
-- oneDNN with its own weight layout: float32 everywhere, bfloat16 on CPUs that compute with it.
+- oneDNN with its own weight layout: float32 everywhere, bfloat16 on CPUs that compute in it.
 - FBGEMM with float16 weights and float32 rows: models in bfloat16 or float16 on other CPUs. It reads two bytes per
-  weight and computes in float32, where a plain product in such a dtype is an order of magnitude slower.
-- The plain product where neither exists, or where a bfloat16 weight would lose by being written as float16.
+  weight and computes in float32; a plain product in these dtypes is an order of magnitude slower.
+- The plain product where neither exists, or where a bfloat16 weight would lose precision as float16.
 """
 
 import functools
@@ -19,10 +19,10 @@ from torch import Tensor
 from descant_kernels.batch import PackedLinear
 
 ONEDNN_MIN_ROWS = 2
-"""Fewest rows from which a packed oneDNN product gives a row the same bits at any row count."""
+"""Minimum rows from which a packed oneDNN product gives a row the same bits at any row count."""
 
 ONEDNN_ROW_STEP = 16
-"""Larger packed products are padded to multiples of this: oneDNN compiles and keeps code for each number of rows."""
+"""Multiple to which larger packed products are padded: oneDNN compiles and keeps code for each number of rows."""
 
 FBGEMM_ROW_STEPS = (1, 2, 3, 4, 6, 8, 12, 14, 16)
 """Row multiples to try: FBGEMM cuts rows into runs of up to 6 (AVX2) or 14 (AVX-512), each a kernel of its own."""
@@ -30,12 +30,13 @@ FBGEMM_ROW_STEPS = (1, 2, 3, 4, 6, 8, 12, 14, 16)
 PLAIN_ROW_STEP = {torch.float32: 8, torch.bfloat16: 2, torch.float16: 1}
 """Multiple to which the rows of a plain product are padded."""
 
-_PROBED_ROWS = 252  # more than the 120 that FBGEMM takes at a time
+_PROBED_ROWS = 252  # more than the 120 rows that FBGEMM takes at a time
 _PROBED_SHAPES = ((48, 64), (259, 900))  # whole and ragged blocks of columns, one and several blocks of features
 
 _HALF_MAX = 65504.0
 _HALF_LEAST_LARGEST = 2.0**-9
-"""float16 is off by at most 2**-25 where bfloat16 reaches further down: 2**-16 of a largest weight of this size."""
+"""Least magnitude of the largest weight for which float16 is precise enough. Weights below the range of float16 are off
+by at most 2**-25, which is 2**-16 of a largest weight of this size."""
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
@@ -58,7 +59,7 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 Product = tuple[Callable[[Tensor], Tensor], Callable[[int], int]]
-"""The product, and to how many rows its argument must be padded."""
+"""The product, and the function from a row count to the row count that its argument must be padded to."""
 
 
 def _onednn(weight: Tensor, bias: Tensor | None) -> Product | None:
@@ -91,7 +92,7 @@ def _fbgemm(weight: Tensor, bias: Tensor | None) -> Product | None:
 
 
 def _survives_as_half(weight: Tensor) -> bool:
-    """Whether float16 has the weights: bfloat16 reaches further up, and further down."""
+    """Return whether float16 can hold the weights: the range of bfloat16 is larger at both ends."""
     if weight.dtype is torch.float16 or weight.numel() == 0:
         return True
     largest = max(-weight.amin().item(), weight.amax().item())
@@ -99,14 +100,14 @@ def _survives_as_half(weight: Tensor) -> bool:
 
 
 def _fbgemm_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Float32 rows times float16 weights, float32 sums."""
+    """Return the product of float32 rows with float16 weights, with float32 sums."""
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
 @functools.cache
 def fbgemm_row_step(num_threads: int) -> int | None:
-    """The smallest multiple of rows at which FBGEMM's float16 product is row-invariant; None = none, or no FBGEMM."""
+    """Return the smallest row multiple at which FBGEMM's float16 product is row-invariant; None = none or no FBGEMM."""
     generator = torch.Generator().manual_seed(num_threads)
     try:
         products = [
@@ -114,12 +115,12 @@ def fbgemm_row_step(num_threads: int) -> int | None:
             for shape in _PROBED_SHAPES
         ]
         return next((step for step in FBGEMM_ROW_STEPS if all(_agrees(*one, step) for one in products)), None)
-    except RuntimeError:  # this build or CPU has none
+    except RuntimeError:  # this build or CPU has no FBGEMM
         return None
 
 
 def _agrees(product: Callable[[Tensor], Tensor], x: Tensor, step: int) -> bool:
-    """Whether the first rows get the same bits at every multiple of `step`."""
+    """Return whether the first rows get the same bits at every multiple of `step`."""
     whole = product(x[: _multiple(step, _PROBED_ROWS - step + 1)])
     return all(torch.equal(product(x[:count]), whole[:count]) for count in range(step, whole.shape[0], step))
 

@@ -1,14 +1,14 @@
-"""CPU path of `add_lora`: weighted sums of the runs in which A and B lie in the arena.
+"""CPU path of `add_lora`: weighted sums of runs of A and B, read in place from the arena.
 
-Shrink is, per row, the sum over input features of x[k] times a run of A; expand the sum over ranks of h[r] times runs
-of B. Both are `embedding_bag`: it reads the arena in place and in its own dtype, at true ranks, with no loop over
-adapters and no copy of their matrices. And as it adds up each sum by itself, one term after another in float32,
-a row's bits depend on nothing else in the batch. h and the update are rounded to the arena's dtype, as they are where
-A and B are two linear layers.
+Shrink is, per row, the sum over input features of x[k] times a run of A. Expand is the sum over ranks of h[r] times
+runs of B. Both are `embedding_bag`, which reads the arena in place, in its own dtype and at true ranks, without a loop
+over adapters and without a copy of their matrices. It computes each sum separately, one term after another in float32,
+so a row's bits depend on nothing else in the batch. h and the update are rounded to the arena's dtype, as in two linear
+layers A and B.
 
-Which runs a sum takes is a table of indices. Slots whose versions have the same ranks have the same tables but for
-where they begin; layers differ in where in a version they lie: that is where the view of the arena begins. So tables
-are made once for a batch, not once per layer, and kept while the same adapters meet.
+An index table lists the runs of each sum. Slots with versions of equal ranks have the same table, shifted by the
+start of the version. Layers differ only in their place within a version, which is the start of the view of the arena.
+So a table is made once per batch, not once per layer, and is kept while the same adapters share batches.
 """
 
 import math
@@ -24,29 +24,29 @@ from descant_kernels.batch import LoraTables, Segments
 from descant_kernels.pair import ALIGNMENT, PairLayout
 
 TILE = 64
-"""Most rows of one call: long segments then share their tables."""
+"""Maximum rows of one call: long segments then share their tables."""
 
 TABLE_BYTES = 64 * 2**20
-"""Most bytes of index tables that are kept."""
+"""Maximum bytes of index tables that are kept."""
 
 NUM_TABLES = 1024
-"""Most index tables that are kept: enough for every group of projections and shape of adapter of a mixed step."""
+"""Maximum index tables that are kept: enough for all groups of projections and adapter shapes of a mixed step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One slice of y that adapters of a shape touch."""
+    """One slice of y that adapters of one shape touch."""
 
-    column: int  # where it begins in y
-    distance: int  # from the first such slice's pair to this one's, in elements
+    column: int  # its first column in y
+    distance: int  # from the pair of the first touched slice to that of this one, in elements
     layout: PairLayout
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sums:
-    """Runs to add up, of `width` elements each, counted from where a view of the arena begins, and their weights.
+    """Runs to sum, of `width` elements each and numbered from the start of a view of the arena, with their weights.
 
-    The weights of all sums, one after the other, are rows of a matrix `chunk` wide: `sources` says which.
+    The weights of all sums, one after the other, are rows of a matrix `chunk` wide; `sources` lists these rows.
     """
 
     width: int
@@ -58,32 +58,39 @@ class Sums:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
-    """What rows of one tile need done to one group of slices, in whichever layer."""
+    """The sums that add the update of one tile's rows to one group of slices, the same in every layer."""
 
     shrink: Sums
     expand: Sums
-    columns: tuple[tuple[int, int, int], ...]  # of y from which on, of the update likewise, and how many
+    columns: tuple[tuple[int, int, int], ...]  # first column in y, first column in the update, number of columns
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SliceGroup:
+    """The touched slices of a group of projections. Compared by identity: equal slices share one object per tables."""
+
+    slices: tuple[Slice, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Rows of y, as consecutive as may be, whose slots have the same shape."""
+    """Rows of y with adapters of one shape; a `slice` where the rows are consecutive."""
 
     rows: Tensor | slice
-    origins: tuple[int, ...]  # where each row's version begins in the arena
-    updates: dict[int, Update] = field(default_factory=dict[int, Update])  # by the identity of the slices
+    origins: tuple[int, ...]  # first element of each row's version in the arena
+    updates: dict[SliceGroup, Update] = field(init=False, default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The touched slices of one layer's group of projections, and the arena from its first pair on."""
+    """The touched slices of one layer's group of projections, and a view of the arena from its first pair on."""
 
-    slices: tuple[Slice, ...]
+    touched: SliceGroup
     view: Tensor
-    runs: dict[int, Tensor] = field(default_factory=dict[int, Tensor])  # the view as runs, by their width
+    runs: dict[int, Tensor] = field(init=False, default_factory=dict)  # the view as runs, by width
 
     def as_runs(self, width: int) -> Tensor:
-        """The view as `[N, width]`."""
+        """Return the view as `[N, width]`."""
         if width not in self.runs:
             self.runs[width] = self.view[: self.view.shape[0] // width * width].view(-1, width)
         return self.runs[width]
@@ -91,11 +98,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What versions of the same ranks share: per module, the rank and the distance from where the version begins."""
+    """The layout that versions of equal ranks share: per module, the rank and the distance from the version's start."""
 
     ranks: tuple[int, ...]
     distances: tuple[int, ...]
-    groups: dict[int, Group] = field(default_factory=dict[int, Group], compare=False)  # by their first module
+    groups: dict[int, Group] = field(init=False, default_factory=dict, compare=False)  # by their first module
 
 
 def add_lora(
@@ -112,10 +119,11 @@ def add_lora(
         group = shape.groups.get(first_module)
         if group is None:
             group = shape.groups[first_module] = _group(tables, shape, first_module, x.shape[1], out_sizes)
-        for tile in tiles if group.slices else ():
-            update = tile.updates.get(id(group.slices))
+        touched = group.touched
+        for tile in tiles if touched.slices else ():
+            update = tile.updates.get(touched)
             if update is None:
-                update = tile.updates[id(group.slices)] = _cache.of(group.slices, tile.origins)
+                update = tile.updates[touched] = _cache.of(touched.slices, tile.origins)
             h = _weighted_sums(group, x[tile.rows], update.shrink)
             delta = _weighted_sums(group, h, update.expand)
             _add(y, delta.view(len(tile.origins), -1), update, tile)
@@ -124,8 +132,11 @@ def add_lora(
 
 
 def _weighted_sums(group: Group, weights: Tensor, sums: Sums) -> Tensor:
-    """The sums, `[num_sums, width]`: of shrink, x @ A.T of all slices side by side, each as wide as its rows of A; of
-    expand, h @ B.T likewise."""
+    """Return the sums, `[num_sums, width]`.
+
+    For shrink they are x @ A.T of all slices side by side, each padded to the width of its rows of A; for expand,
+    h @ B.T likewise.
+    """
     if sums.sources is not None:
         weights = weights.reshape(-1, sums.chunk).index_select(0, sums.sources)
     # The positional flags: no scaling by frequency, mode 0 = sum, no sparse gradient.
@@ -151,7 +162,7 @@ def _scale(
     out_sizes: tuple[int, ...],
     bias: Tensor | None,
 ) -> None:
-    """Apply row scales to rows that have their update already."""
+    """Apply row scales to rows that already have their update."""
     for (start, end), slot in zip(pairwise(segments.host_indptr), segments.host_slots, strict=True):
         column = 0
         for module, out_size in enumerate(out_sizes, first_module):
@@ -172,11 +183,11 @@ def _has_row_scales(tables: LoraTables, segments: Segments) -> bool:
     return segments.memo[key]
 
 
-# ---- which rows, which slices, which runs ---------------------------------------------------------------------------
+# ---- tiles, slices and runs -----------------------------------------------------------------------------------------
 
 
 def _tiles(tables: LoraTables, segments: Segments) -> list[tuple[Shape, list[Tile]]]:
-    """The batch's rows that have an adapter, by the shape of it; the same for every layer."""
+    """Return the batch's rows that have an adapter, by the adapter's shape. The same for every layer."""
     tiles = segments.memo.get(tables)
     if tiles is None:
         rows: dict[Shape, list[tuple[int, int]]] = {}
@@ -198,7 +209,7 @@ def _tile(rows: list[tuple[int, int]]) -> Tile:
 
 
 def _shape(tables: LoraTables, slot: int) -> tuple[Shape, int]:
-    """The shape of the version in a slot, one object for all that are equal, and where it begins."""
+    """Return the shape of the version in a slot, one object for equal shapes, and the version's first element."""
     key = ("shape", slot)
     if key not in tables.memo:
         ranks, offsets = tables.host_ranks[slot], tables.host_offsets[slot]
@@ -218,13 +229,12 @@ def _group(tables: LoraTables, shape: Shape, first_module: int, in_size: int, ou
             first = distance if first is None else first
             slices.append(Slice(column, distance - first, PairLayout.of(rank, in_size, out_size)))
         column += out_size
-    # The same object wherever they are equal: tiles find by it what they have to do.
-    touched = tables.memo.setdefault(("slices", tuple(slices)), tuple(slices))
-    return Group(touched, tables.arena[first or 0 :])
+    key = tuple(slices)
+    return Group(tables.memo.setdefault(("slices", key), SliceGroup(key)), tables.arena[first or 0 :])
 
 
 class UpdateCache:
-    """Updates by what they are made for, the least recently used going first. They outlive adapters and batches."""
+    """Updates by slices and origins. The least recently used is evicted first. Entries outlive adapters and batches."""
 
     def __init__(self, max_bytes: int, max_entries: int) -> None:
         self._max_bytes = max_bytes
@@ -236,7 +246,7 @@ class UpdateCache:
         return len(self._updates)
 
     def of(self, slices: tuple[Slice, ...], origins: tuple[int, ...]) -> Update:
-        """Return the update of rows whose versions begin at `origins`."""
+        """Return the update of rows with versions that start at `origins`."""
         key = (slices, origins)
         update = self._updates.get(key)
         if update is None:
@@ -261,7 +271,7 @@ def _num_bytes(update: Update) -> int:
 
 
 def _shrink_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
-    """Per row and slice, a_stride / width sums of one run per input feature, all with the row of x as weights."""
+    """Return, per row and slice, a_stride / width sums of one run per input feature, weighted by the row of x."""
     in_size, width = slices[0].layout.in_size, math.gcd(ALIGNMENT, *(slice_.layout.a_stride for slice_ in slices))
     parts = [
         slice_.distance // width + _grid(slice_.layout.a_stride // width, slice_.layout.in_size) for slice_ in slices
@@ -270,7 +280,7 @@ def _shrink_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
 
 
 def _expand_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
-    """Per row and slice, b_stride / width sums of one run per rank, all with that slice's part of h as weights."""
+    """Return, per row and slice, b_stride / width sums of one run per rank, weighted by the slice's part of h."""
     layouts = [slice_.layout for slice_ in slices]
     width = math.gcd(ALIGNMENT, *(layout.b_stride for layout in layouts))
     chunk = math.gcd(*(layout.rank for layout in layouts), *(layout.a_stride for layout in layouts))
@@ -284,7 +294,7 @@ def _expand_sums(slices: tuple[Slice, ...], begins: Tensor) -> Sums:
 
 
 def _columns(slices: tuple[Slice, ...]) -> tuple[tuple[int, int, int], ...]:
-    """Where in y and in the update the slices are; neighbors that adjoin in both are one."""
+    """Return the columns of the slices in y and in the update. Slices that adjoin in both are merged."""
     columns: list[tuple[int, int, int]] = []
     of_delta = 0
     for slice_ in slices:
@@ -298,14 +308,14 @@ def _columns(slices: tuple[Slice, ...]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _grid(num_sums: int, num_terms: int) -> Tensor:
-    """Runs of the sums over the rows of a matrix `num_sums` runs wide: `[num_sums, num_terms]`."""
+    """Return the runs of sums over the rows of a matrix `num_sums` runs wide: `[num_sums, num_terms]`."""
     return torch.arange(num_sums)[:, None] + torch.arange(num_terms) * num_sums
 
 
 def _all_rows(
     width: int, parts: list[Tensor], begins: Tensor, chunk: int, sources: list[Tensor], chunks_per_row: int
 ) -> Sums:
-    """From the runs and sources of the first row, if its version began at 0, to those of all."""
+    """Return the sums of all rows from the runs and sources of one row with a version that starts at 0."""
     num_rows = begins.shape[0]
     runs = torch.cat([part.flatten() for part in parts])
     lengths = torch.cat([torch.full((part.shape[0],), part.shape[1]) for part in parts])

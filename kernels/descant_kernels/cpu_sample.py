@@ -1,4 +1,4 @@
-"""CPU paths of sampling: noise only for the tokens that can win, and the tree walk."""
+"""CPU paths of sampling: `sample_nodes`, with noise only for the tokens that can win, and `walk_tree`."""
 
 import itertools
 
@@ -9,14 +9,15 @@ from descant_kernels.batch import NodeNoise, Walk
 from descant_kernels.reference import MIX_1, MIX_2, TOKEN_STRIDE, node_keys
 
 NEAR = 2.0
-"""How far below the best logit those lie whose scores are computed first."""
+"""Distance below the best logit within which scores are computed first."""
 
 MOST_NOISE = 17.0
-"""More than any noise, 16.636, by enough for the rounding of large scores: what is further below a score has lost."""
+"""Upper bound on the noise, 16.636, with a margin for the rounding of large scores: no logit further below a score can
+win."""
 
 
 def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
-    """See `descant_kernels.sample_nodes`. A row that holds a NaN gives some valid id."""
+    """See `descant_kernels.sample_nodes`. A row that holds a NaN gets an unspecified valid id."""
     best = logits.argmax(dim=-1)
     if not noise.any_sampled or len(best) == 0:
         return best
@@ -33,7 +34,7 @@ def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
 
 
 def _scores(logits: Tensor, contends: Tensor, keys: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, token id and logit plus noise of each token that contends."""
+    """Return row, token id and score (logit plus noise) of each contending token."""
     rows, token_ids = contends.nonzero(as_tuple=True)
     a, b = (key[rows] for key in keys)
     return rows, token_ids, logits[rows, token_ids].add_(_gumbel(token_ids.int(), a, b))
@@ -44,7 +45,7 @@ def _highest_of(rows: Tensor, scores: Tensor, num_rows: int) -> Tensor:
 
 
 def _gumbel(token_ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`gumbel_noise` of single tokens, in wrapping int32: shifts are arithmetic, so what they drag in is masked."""
+    """Return `gumbel_noise` of single tokens, in wrapping int32. Arithmetic shifts copy the sign, so it is masked."""
     x = token_ids.mul_(_signed(TOKEN_STRIDE)).add_(a)
     x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(MIX_1)).add_(b)
     x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(MIX_2))
@@ -68,7 +69,7 @@ def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_t
     edges = list(zip(parents.tolist(), draft_tokens.tolist(), strict=True))
     paths: list[list[int]] = []
     for start, end in itertools.pairwise(bounds):
-        # Later entries win in a dict, so go backwards: of two children alike the lowest index counts.
+        # Later entries of a dict win, so iterate backwards: of two equal children the lowest index counts.
         child = {edges[node]: node - start for node in range(end - 1, start, -1)}
         path = [0]
         while (node := child.get((path[-1], sampled[start + path[-1]]))) is not None:

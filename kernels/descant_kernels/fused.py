@@ -1,8 +1,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
-# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not allow that.
 """Triton kernels of `rms_norm`, `silu_mul` and `gelu_mul`: each reads its input once and writes its result once.
 
-How a row is computed depends on its width alone, never on how many rows there are.
+The operations on a row depend on its width alone, never on the number of rows.
 """
 
 import torch
@@ -11,26 +11,26 @@ import triton.language as tl
 from torch import Tensor
 
 NORM_TILE = 1024
-"""Elements of a program that normalizes short rows: it takes as many rows as fit."""
+"""Elements per program that normalizes short rows: it takes as many rows as fit."""
 MAX_NORM_BLOCK = 16_384
-"""Widest row that a program keeps in registers; a wider one it reads twice."""
+"""Widest row that a program keeps in registers. Wider rows are read twice."""
 ACTIVATION_BLOCK = 1024
 
 
 @triton.jit
 def _add_rounded(x, residual):
-    """The sum in the stream's dtype: it is rounded before it is normalized."""
+    """Return the sum in the residual stream's dtype: it is rounded before normalization."""
     return (residual.to(tl.float32) + x.to(tl.float32)).to(residual.dtype)
 
 
 @triton.jit
 def _times_weight(x, scale, weight):
-    """weight * (x * scale).to(dtype): each of the two products rounded, as the contract has it."""
+    """Return weight * (x * scale).to(dtype), each of the two products rounded, as the contract demands."""
     normalized = (x.to(tl.float32) * scale).to(x.dtype)
     return (weight.to(tl.float32) * normalized.to(tl.float32)).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # else the number of rows would choose among compiled variants
+@triton.jit(do_not_specialize=["num_rows"])  # else the number of rows would select a compiled variant
 def _rms_norm_kernel(
     # Pointers
     x_ptr,
@@ -50,7 +50,7 @@ def _rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[row] = weight * normalized(x[row] + residual[row]), the sum stored to residual. ROWS rows per program."""
+    """Store out[row] = weight * normalized(x[row] + residual[row]), and the sum to residual. ROWS rows per program."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < num_rows) & (column < size)
@@ -85,7 +85,7 @@ def _wide_rms_norm_kernel(
     NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As `_rms_norm_kernel`, one row per program, block by block: first the sum of squares, then the products."""
+    """Compute as `_rms_norm_kernel`, one row per program, in blocks: first the sum of squares, then the products."""
     row = tl.program_id(0).to(tl.int64)
     x_row_ptr = x_ptr + (row // inner_rows) * x_outer_stride + (row % inner_rows) * x_inner_stride
     residual_row_ptr = residual_ptr + row * size
@@ -101,7 +101,7 @@ def _wide_rms_norm_kernel(
     scale = tl.rsqrt(tl.sum(squares, axis=0) / size + eps)
     if HAS_RESIDUAL:
         x_row_ptr = residual_row_ptr
-        tl.debug_barrier()  # a thread may read what another of this program stored
+        tl.debug_barrier()  # a thread may read values that another thread of this program stored
     for block in range(NUM_BLOCKS):
         column = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_row_ptr + column, mask=column < size, other=0.0)
@@ -142,7 +142,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def _three_axes(x: Tensor) -> Tensor:
-    """`[outer, inner, size]` with contiguous rows: a view where there is one, so also of heads in a packed qkv."""
+    """Return x as `[outer, inner, size]` with contiguous rows: a view where possible, as of heads in a packed qkv."""
     x = x if x.dim() > 1 else x[None]
     x = x.unsqueeze(1) if x.dim() == 2 else x.flatten(0, -3)
     return x if x.stride(2) == 1 else x.contiguous()
@@ -161,7 +161,7 @@ def _gated_product_kernel(
     IS_GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[row] = activation(gate_up[row, :size]) * gate_up[row, size:], one block of columns."""
+    """Store out[row] = activation(gate_up[row, :size]) * gate_up[row, size:], one block of columns per program."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size

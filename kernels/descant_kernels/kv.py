@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
-# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not allow that.
 """Triton kernels of `rope_write_kv` and `move_kv`.
 
 `rope_write_kv` is one launch: a program rotates a few query heads of one token in place, or rotates and stores a few
-of its key heads and stores their values. `move_kv` is two: all positions are read before any is written.
+of its key heads and stores their values. `move_kv` is two launches: all positions are read before any is written.
 """
 
 import torch
@@ -17,7 +17,7 @@ PROGRAM_SIZE = 1024
 
 @triton.jit
 def _rotate(x_ptr, cos, sin, offset, mask, HALF: tl.constexpr):
-    """The two rotated halves, rounded once; each product is rounded in float32, as the reference does."""
+    """Return the two rotated halves, rounded once. Each product is rounded in float32, as in the reference."""
     x1 = tl.load(x_ptr + offset, mask=mask)
     x2 = tl.load(x_ptr + offset + HALF, mask=mask)
     wide1, wide2 = x1.to(tl.float32), x2.to(tl.float32)
@@ -52,7 +52,7 @@ def _rope_write_kv_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Programs (token, 0 .. n) take HEADS key-value heads each, the others HEADS query heads."""
+    """Rotate and store. Programs (token, 0 .. n) take HEADS key-value heads each, the others HEADS query heads."""
     KV_PROGRAMS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -100,7 +100,7 @@ def _copy_positions_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Between moved[m, 0 keys | 1 values, head] and the cache at slots[m]: one program per m and block of elements."""
+    """Copy between moved[m, 0 keys | 1 values, head] and the cache at slots[m]. Grid: (m, blocks of elements)."""
     m = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + m)
     if slot < 0:
@@ -123,7 +123,7 @@ def _copy_positions_kernel(
 def rope_write_kv(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """See `descant_kernels.rope_write_kv`; `k` is left as it is."""
+    """See `descant_kernels.rope_write_kv`; `k` is not changed."""
     assert all(t.is_contiguous() for t in (k_cache, v_cache, cos, sin)), "these are used through flat pointers"
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "heads must be contiguous"
     num_tokens, q_heads, head_dim = q.shape
@@ -148,7 +148,7 @@ def rope_write_kv(
 
 
 def move_kv(k_cache: Tensor, v_cache: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """See `descant_kernels.move_kv`. A move to -1 is none, so that moves may be padded."""
+    """See `descant_kernels.move_kv`. A move to -1 is skipped, so moves may be padded."""
     assert all(cache.is_contiguous() for cache in (k_cache, v_cache)), "caches are used through flat pointers"
     num_moves, (_, kv_heads, block_size, head_dim) = src_slots.shape[0], k_cache.shape
     if num_moves == 0:

@@ -1,18 +1,18 @@
 # pyright: reportArgumentType=false
-# Triton turns launch arguments into constexpr; its annotations do not say so.
-"""The Triton programs of `add_lora`. Each takes one tile: rows of one segment, which share an adapter and its ranks.
+# Triton turns launch arguments into constexpr; its annotations do not allow that.
+"""The Triton kernels of `add_lora`. A program takes one tile: rows of one segment, which share an adapter and ranks.
 
-However the work is cut, a row's sums are made in one order: its input features in parts of `part_size`, one block of
-`BLOCK_K` after another, the parts then one after another; its ranks one block after another, in blocks that its own
-adapter's rank decides. So whether parts are spread over programs (`_shrink_kernel` with several planes), taken by one
-(one plane) or taken again for each block of columns (`_fused_kernel`), the same numbers are added in the same order.
-There are no atomics, and nothing needs to be zero beforehand.
+The order of a row's sums does not depend on how the work is cut. Input features are summed in parts of `part_size`, one
+block of `BLOCK_K` after another, and the parts one after another. Ranks are summed one block after another; the size of
+the blocks depends on the adapter's own rank. So the same numbers are added in the same order whether parts are spread
+over programs (`shrink_kernel` with several planes), computed by one program (one plane) or computed again for each
+block of columns (`fused_kernel`). There are no atomics, and no memory needs to be zeroed first.
 
-Padding in the arena may hold anything: that of A only gets into ranks, that of B into columns, that nobody keeps. So
-loads are masked where padding ends, not where it begins: then masks keep to whole vectors.
+Padding in the arena may hold any values: padding of A only reaches ranks, and padding of B only columns, that are
+discarded. So loads are masked at the end of the padding, not at its start: the masks then cover whole vectors.
 
-What a program loads that hangs on nothing it has computed (table entries, y, B) it asks for first, before it looks
-whether there is work: on an H100 the wait for memory is most of a small batch's time.
+A program first issues the loads that do not depend on computed values (table entries, y, B), before it checks whether
+it has work. On an H100 the latency of memory is most of a small batch's time.
 """
 
 import triton
@@ -25,8 +25,9 @@ _OUT_STEP = tl.constexpr(OUT_STEP)
 _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 BLOCK_R = tl.constexpr(64)
-"""Ranks in a block of an adapter whose rank is above `SMALL_RANK`, and those of one below."""
+"""Ranks in a block of an adapter with a rank above `SMALL_RANK`."""
 SMALL_RANK = tl.constexpr(16)
+"""Ranks in the single block of an adapter of at most this rank."""
 
 
 @triton.jit
@@ -54,16 +55,16 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h[plane, slice, rows] = x[rows] @ A.T over the plane's `program_size` features.
+    """Store h[plane, slice, rows] = x[rows] @ A.T over the plane's `program_size` features.
 
-    Grid (tiles, slices * programs that share the blocks of ranks, planes).
+    Grid: (tiles, slices * programs that share the blocks of ranks, planes).
     """
     tile = tl.program_id(0)
     slice_index = tl.program_id(1) % num_slices
     rank_program = tl.program_id(1) // num_slices
     plane = tl.program_id(2)
     rows, num_rows, entry = _rows_and_entry(tiles_ptr, tile, num_modules, first_module + slice_index, BLOCK_M)
-    if num_rows == 0:  # a place for a tile that this batch has not, in a CUDA graph
+    if num_rows == 0:  # padding: in a CUDA graph the grid has room for more tiles than the batch has
         return
     m_mask = _up_to(num_rows, BLOCK_M)
     rank = tl.load(ranks_ptr + entry)
@@ -111,7 +112,7 @@ def expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y[rows, slice] += (sum over planes of h[plane, slice, rows]) @ B.T. Grid (tiles, blocks of columns)."""
+    """Compute y[rows, slice] += (sum over planes of h[plane, slice, rows]) @ B.T. Grid: (tiles, blocks of columns)."""
     tile = tl.program_id(0)
     slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
     rows, num_rows, entry = _rows_and_entry(tiles_ptr, tile, num_modules, first_module + slice_index, BLOCK_M)
@@ -165,7 +166,7 @@ def fused_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y[rows, slice] += (x[rows] @ A.T) @ B.T, h made again for each block of columns. Grid as `expand_kernel`."""
+    """Compute y[rows, slice] += (x[rows] @ A.T) @ B.T, with h per block of columns. Grid: as `expand_kernel`."""
     tile = tl.program_id(0)
     slice_index, n, out_size, column = _columns(columns_ptr, tl.program_id(1), OUT_MULTIPLE, BLOCK_N)
     rows, num_rows, entry = _rows_and_entry(tiles_ptr, tile, num_modules, first_module + slice_index, BLOCK_M)
@@ -192,12 +193,12 @@ def fused_kernel(
     _add(y_ptrs, y, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr + column, HAS_BIAS)
 
 
-# ---- where things are -----------------------------------------------------------------------------------------------
+# ---- addresses ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _rows_and_entry(tiles_ptr, tile, num_modules, module, BLOCK_M: tl.constexpr):
-    """Rows of the tile `[BLOCK_M, 1]`, how many of them exist, and the entry of its slot's module in the tables."""
+    """Return the tile's rows `[BLOCK_M, 1]`, the number that exist, and the table entry of its slot's module."""
     rows = tl.load(tiles_ptr + tile * 3).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
     num_rows = tl.load(tiles_ptr + tile * 3 + 1)
     slot = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int64)
@@ -211,7 +212,7 @@ def _up_to(num_rows, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _columns(columns_ptr, block, OUT_MULTIPLE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The slice of a block of columns, its columns in the slice, the slice's width and first column in y."""
+    """Return the slice of a block of columns, the columns within the slice, and the slice's width and start in y."""
     slice_index = tl.load(columns_ptr + block * 4)
     first = tl.load(columns_ptr + block * 4 + 1) * BLOCK_N
     out_size = tl.load(columns_ptr + block * 4 + 2) * OUT_MULTIPLE
@@ -221,7 +222,7 @@ def _columns(columns_ptr, block, OUT_MULTIPLE: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def _b(arena_ptr, offset_ptr, rank, in_size):
-    """Where B begins, as `pair.PairLayout` says."""
+    """Return the address of B, as laid out by `pair.PairLayout`."""
     a_size = tl.cdiv(rank, _RANK_STEP) * _RANK_STEP * in_size
     return arena_ptr + tl.multiple_of(tl.load(offset_ptr), _ALIGNMENT) + tl.cdiv(a_size, _ALIGNMENT) * _ALIGNMENT
 
@@ -243,7 +244,7 @@ def _shrink(
     RANKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x @ A.T over features `[k_start, k_end)`, each part summed by itself: `[BLOCK_M, RANKS]` float32."""
+    """Return x @ A.T over features `[k_start, k_end)`, each part summed separately: `[BLOCK_M, RANKS]` float32."""
     a_stride = tl.cdiv(rank, _RANK_STEP) * _RANK_STEP
     r = r_start + tl.arange(0, RANKS)[None, :]
     h = tl.zeros((BLOCK_M, RANKS), dtype=tl.float32)
@@ -262,7 +263,7 @@ def _shrink(
 
 @triton.jit
 def _load_b(b_ptr, n, r_start, rank, out_size, RANKS: tl.constexpr):
-    """B.T of a block of ranks and columns."""
+    """Return B.T of a block of ranks and columns."""
     b_stride = tl.cdiv(out_size, _OUT_STEP) * _OUT_STEP
     r = r_start + tl.arange(0, RANKS)
     b_mask = (r < rank)[:, None] & (n < b_stride)[None, :]
@@ -271,7 +272,7 @@ def _load_b(b_ptr, n, r_start, rank, out_size, RANKS: tl.constexpr):
 
 @triton.jit
 def _expand(delta, h, b, r_start, rank, RANKS: tl.constexpr):
-    """delta + h @ B.T over a block of ranks. What h has beyond the rank is no number that counts."""
+    """Return delta + h @ B.T over a block of ranks. Values of h beyond the rank are masked."""
     r = r_start + tl.arange(0, RANKS)
     h = tl.where((r < rank)[None, :], h, 0.0)
     return tl.dot(h.to(b.dtype), b, delta, input_precision="ieee")
@@ -287,7 +288,7 @@ def _store_h(h_ptrs, h, m_mask, r_start, rank, RANKS: tl.constexpr):
 def _load_h(
     h_ptrs, plane_stride, m_mask, r_start, rank, PLANES: tl.constexpr, BLOCK_M: tl.constexpr, RANKS: tl.constexpr
 ):
-    """The sum of the planes, in order: `[BLOCK_M, RANKS]` float32."""
+    """Return the sum of the planes, in order: `[BLOCK_M, RANKS]` float32."""
     r = r_start + tl.arange(0, RANKS)[None, :]
     mask = m_mask & (r < tl.cdiv(rank, _RANK_STEP) * _RANK_STEP)
     h = tl.zeros((BLOCK_M, RANKS), dtype=tl.float32)
@@ -298,7 +299,7 @@ def _load_h(
 
 @triton.jit
 def _add(y_ptrs, y, delta, m_mask, n, out_size, arena_ptr, scale_start, bias_ptr, HAS_BIAS: tl.constexpr):
-    """Add to y and scale, in float32, rounding once."""
+    """Add delta to y and apply the row scale, in float32, rounding once."""
     n_mask = n < out_size
     mask = m_mask & n_mask[None, :]
     result = y.to(tl.float32) + delta

@@ -1,9 +1,8 @@
-"""How one module's A and B lie in the arena, in every dtype and on every device.
+"""The layout of one module's A and B in the arena, the same in every dtype and on every device.
 
-Both are stored transposed: A as `[in, R]`, B as `[R, out]`. So what belongs to one input feature, and one rank's part
-of the output, are runs of memory: CPU paths add such runs up where they lie, and Triton loads them coalesced. Rows are
-padded to `RANK_STEP` and `OUT_STEP` elements, so that a run can be read in whole vectors; what is in the padding never
-matters.
+Both are stored transposed: A as `[in, R]`, B as `[R, out]`. The ranks of one input feature, and the outputs of one
+rank, are then runs of memory: CPU paths sum such runs in place, and Triton loads them coalesced. Rows are padded to
+`RANK_STEP` and `OUT_STEP` elements, so that a run can be read in whole vectors. The content of the padding is ignored.
 """
 
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 ALIGNMENT = 64
-"""In elements: where A and B may begin. The arena itself is aligned to as many bytes at least."""
+"""Alignment of A and B in elements. The arena itself is aligned to at least as many bytes."""
 
 RANK_STEP = 8
 OUT_STEP = 16
@@ -19,7 +18,7 @@ OUT_STEP = 16
 
 @dataclass(frozen=True, slots=True)
 class PairLayout:
-    """Strides and places in elements, relative to where the pair begins."""
+    """Strides and offsets in elements, relative to the start of the pair."""
 
     rank: int
     in_size: int
@@ -31,7 +30,7 @@ class PairLayout:
 
     @classmethod
     def of(cls, rank: int, in_size: int, out_size: int) -> "PairLayout":
-        """Layout of a pair of true rank `rank`; of size 0 if that is 0."""
+        """Return the layout of a pair of true rank `rank`; rank 0 has size 0."""
         a_stride = padded(rank, RANK_STEP)
         b_stride = padded(out_size, OUT_STEP)
         b_start = padded(in_size * a_stride, ALIGNMENT)
@@ -39,7 +38,7 @@ class PairLayout:
         return cls(rank, in_size, out_size, a_stride, b_start, b_stride, size)
 
     def views(self, flat: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """A `[R, in]` and B `[out, R]` of the pair at element `offset` of a flat tensor, as views of it."""
+        """Return A `[R, in]` and B `[out, R]` of the pair at element `offset` of a flat tensor, as views of it."""
         a = flat[offset : offset + self.in_size * self.a_stride].view(self.in_size, self.a_stride)
         b_offset = offset + self.b_start
         b = flat[b_offset : b_offset + self.rank * self.b_stride].view(self.rank, self.b_stride)

@@ -1,6 +1,6 @@
-"""Start-up self test: are a row's bits independent of the other rows on this machine?
+"""Self test at start: whether a row's bits are independent of the other rows on this machine.
 
-Runs the very products that the CPU paths run, on rows alone, in few and in many. Takes a fraction of a second.
+It runs the products of the CPU paths on single rows, few rows and many rows, and takes a fraction of a second.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,30 +14,30 @@ from descant_kernels.cpu_linear import linear, pack_linear
 
 NUM_ROWS = 136
 SHAPES = ((896, 4864), (4864, 896), (64, 48), (37, 51), (128, 259), (1024, 1024))
-"""(in, out): large, long, small, odd, ragged and square weights."""
+"""Weight shapes (in, out): large, long, small, odd, ragged and square."""
 COUNTS = (1, 2, 3, 4, 7, 17, 33, 100)
 HEAD_DIMS = (16, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
 class Invariance:
-    """What was measured: whether `linear` and the batched products of attention give a row the same bits always."""
+    """The result of the probe: whether a row always gets the same bits."""
 
     dtype: torch.dtype
-    linear: bool
-    attention: bool
+    linear: bool  # for `linear`
+    attention: bool  # for the batched products of attention
 
     @property
     def ok(self) -> bool:
-        """Whether both do."""
+        """Whether both are row-invariant."""
         return self.linear and self.attention
 
 
 def probe_invariance(dtype: torch.dtype, shapes: Iterable[tuple[int, int]] = ()) -> Invariance:
-    """Measure on this machine with the current thread count.
+    """Run the probe on this machine with the current thread count.
 
     Args:
-      dtype: of the model. shapes: further `(in, out)` weight shapes to try, those of the model at hand.
+      dtype: of the model. shapes: further `(in, out)` weight shapes to try, such as those of the served model.
     """
     generator = torch.Generator().manual_seed(0)
     is_linear = all(_linear_agrees(shape, dtype, generator) for shape in dict.fromkeys((*SHAPES, *shapes)))

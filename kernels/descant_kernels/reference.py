@@ -1,6 +1,6 @@
-"""Every op in plain torch, slow and obvious: the specification the fast paths are held to.
+"""Every op in plain torch, slow and obvious: the specification that the fast paths are tested against.
 
-Contracts are in `descant_kernels.__init__`. Runs on any device; loops over tokens, scalars read back at will.
+Contracts are in `descant_kernels.__init__`. The ops run on any device, loop over tokens and read scalars back.
 """
 
 import itertools
@@ -21,7 +21,7 @@ SEED_SALT_B = 0x85EBCA6B
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """See `descant_kernels.pack_linear`; keeps the weight as it is."""
+    """See `descant_kernels.pack_linear`. The weight is not changed."""
     out_features, in_features = weight.shape
     return PackedLinear(lambda x: F.linear(x, weight, bias), int, weight.dtype, in_features, out_features)
 
@@ -88,7 +88,7 @@ def paged_attention(
 
 
 def visible_positions(batch: AttentionBatch, sequence: int, row: int, window: int | None) -> list[int]:
-    """Cache positions that a query row sees, in the order in which they count."""
+    """Return the cache positions that a query row sees, in path order."""
     last_row = int(batch.cu_seqlens_q[sequence + 1])
     prefix = -1 if batch.prefix_lens is None else int(batch.prefix_lens[sequence])
     if batch.ancestors is not None and prefix >= 0:
@@ -112,7 +112,7 @@ def rope_write_kv(
 
 
 def move_kv(k_cache: Tensor, v_cache: Tensor, src_slots: Tensor, dst_slots: Tensor) -> None:
-    """See `descant_kernels.move_kv`. Advanced indexing reads all before it writes."""
+    """See `descant_kernels.move_kv`. Advanced indexing reads all positions before it writes."""
     block_size = k_cache.shape[2]
     for cache in (k_cache, v_cache):
         moved = cache[src_slots // block_size, :, src_slots % block_size]
@@ -129,7 +129,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
 
 def rope(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate heads `[T, n, D]` in place, as `descant_kernels.rope_write_kv` says."""
+    """Rotate heads `[T, n, D]` in place, as specified by `descant_kernels.rope_write_kv`."""
     half = cos.shape[1]
     cos, sin = cos[:, None].float(), sin[:, None].float()
     x1, x2 = heads[..., :half].float(), heads[..., half : 2 * half].float()
@@ -150,7 +150,7 @@ def gelu_mul(gate_up: Tensor) -> Tensor:
 
 
 def mix_32(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers, held in int64, that spreads every input bit over all output bits.
+    """Apply a bijection of 32-bit integers, held in int64, that spreads every input bit over all output bits.
 
     The multipliers are those of the public-domain "lowbias32" (Chris Wellons, Hash Prospector).
     """
@@ -160,7 +160,7 @@ def mix_32(x: Tensor) -> Tensor:
 
 
 def node_keys(seeds: Tensor, choices: Tensor, output_indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The two 32-bit words, `a` and `b` of the contract, that all tokens of a node share; int64 `[N]` each."""
+    """Return the two 32-bit words that all tokens of a node share, `a` and `b` of the contract; int64 `[N]` each."""
     low, high = seeds & LOW_32_BITS, (seeds >> 32) & LOW_32_BITS
     a = mix_32((low + SEED_SALT_A) & LOW_32_BITS)
     b = mix_32((high + SEED_SALT_B) & LOW_32_BITS)

@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not say so.
+# Triton turns launch arguments into constexpr and takes options such as num_warps; its annotations do not allow that.
 """Triton kernels of `sample_nodes` and `walk_tree`. Nothing is read back from the device.
 
 The vocabulary is cut into splits of one fixed size. A program finds the best token of one row's split, noise included;
-a second launch takes the best of the splits. Maxima and lowest ids do not depend on the order in which programs run.
+a second launch finds the best of the splits. Maxima and lowest ids do not depend on the order in which programs run.
 """
 
 import torch
@@ -15,7 +15,7 @@ from descant_kernels import reference
 from descant_kernels.batch import NodeNoise, Walk
 
 SPLIT_SIZE = 1024
-"""Tokens per program: a vocabulary of 128,000 keeps a whole GPU busy even for one row."""
+"""Tokens per program: with a vocabulary of 128,000, one row occupies a whole GPU."""
 
 _MIX_1 = tl.constexpr(reference.MIX_1)
 _MIX_2 = tl.constexpr(reference.MIX_2)
@@ -27,7 +27,7 @@ _NO_ID = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _mix(x):
-    """`mix` of the contract, on uint32."""
+    """Return `mix` of the contract, on uint32."""
     x = (x ^ (x >> 16)) * _MIX_1
     x = (x ^ (x >> 15)) * _MIX_2
     return x ^ (x >> 16)
@@ -35,7 +35,7 @@ def _mix(x):
 
 @triton.jit
 def _node_keys(seed, choice, output_index):
-    """`a` and `b` of the contract from int64 scalars: the words that all tokens of a row share."""
+    """Return `a` and `b` of the contract from int64 scalars: the words that all tokens of a row share."""
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     choice, output_index = choice.to(tl.uint32), output_index.to(tl.uint32)
     a = _mix(_mix(_mix(_mix(low + _SEED_SALT_A) + high) + choice) + output_index)
@@ -45,7 +45,7 @@ def _node_keys(seed, choice, output_index):
 
 @triton.jit
 def _uniform(token_ids, a, b):
-    """`u` of the contract: 24 bits, exact in float32."""
+    """Return `u` of the contract: 24 bits, exact in float32."""
     x = token_ids.to(tl.uint32) * _TOKEN_STRIDE + a
     x = (x ^ (x >> 16)) * _MIX_1 + b
     x = (x ^ (x >> 15)) * _MIX_2
@@ -55,7 +55,7 @@ def _uniform(token_ids, a, b):
 
 @triton.jit
 def _gumbel(token_ids, a, b):
-    """Noise of the tokens. `tl.log` is within one unit in the last place also where `u` is next to 1."""
+    """Return the noise of tokens. `tl.log` is accurate to one unit in the last place, also for `u` next to 1."""
     return -tl.log(-tl.log(_uniform(token_ids, a, b)))
 
 
@@ -76,20 +76,20 @@ def _best_of_split_kernel(
     # Meta
     BLOCK: tl.constexpr,
 ):
-    """scores[row, split], ids[row, split] = the best score in the split and the lowest token that has it."""
+    """Store to scores[row, split] the best score in the split, and to ids[row, split] the lowest token that has it."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     token_ids = split * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row * logits_stride + token_ids, mask=token_ids < vocab_size, other=float("-inf"))
     score = tl.where(logits == logits, logits, float("-inf"))  # a NaN never wins
     best = tl.max(score, axis=0)
-    # Filters leave most splits of a row without a survivor: those need no noise, like greedy rows.
+    # Filters exclude all tokens of most splits: like greedy rows, those need no noise.
     if tl.load(sampled_ptr + row) & (best > float("-inf")):
         seed, choice = tl.load(seeds_ptr + row), tl.load(choices_ptr + row)
         a, b = _node_keys(seed, choice, tl.load(output_indices_ptr + row))
         score += _gumbel(token_ids, a, b)
         best = tl.max(score, axis=0)
-    # The split's first token is in the vocabulary, so the lowest id is too, even if all are -inf.
+    # The split's first token is in the vocabulary, so the lowest id is too, even if all scores are -inf.
     partial = row * tl.num_programs(1) + split
     tl.store(scores_ptr + partial, best)
     tl.store(ids_ptr + partial, tl.min(tl.where(score == best, token_ids, _NO_ID), axis=0))
@@ -106,7 +106,7 @@ def _best_of_row_kernel(
     # Meta
     BLOCK: tl.constexpr,
 ):
-    """out[row] = the token of the best split, the lowest of equals."""
+    """Store to out[row] the token of the best split, the lowest of equals."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, BLOCK)
     mask = split < num_splits
@@ -117,7 +117,7 @@ def _best_of_row_kernel(
 
 
 def sample_nodes(logits: Tensor, noise: NodeNoise) -> Tensor:
-    """See `descant_kernels.sample_nodes`. NaNs count as -inf; a row without any number gives token 0."""
+    """See `descant_kernels.sample_nodes`. NaN counts as -inf; a row without any number gets token 0."""
     assert logits.stride(1) == 1 or logits.shape[1] == 1, "a row of logits must be contiguous"
     num_rows, vocab_size = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
@@ -152,7 +152,7 @@ def _walk_tree_kernel(
     # Meta
     BLOCK: tl.constexpr,
 ):
-    """One sequence: the nodes visited and the tokens sampled at them, padded with -1 up to the width."""
+    """Walk one sequence's tree. Store the visited nodes and the tokens sampled there, padded with -1 to the width."""
     sequence = tl.program_id(0).to(tl.int64)
     start = tl.load(cu_nodes_ptr + sequence)
     num_nodes = tl.load(cu_nodes_ptr + sequence + 1) - start
@@ -161,13 +161,13 @@ def _walk_tree_kernel(
     parents = tl.load(parents_ptr + start + lane, mask=is_node, other=-1)
     draft_tokens = tl.load(draft_tokens_ptr + start + lane, mask=is_node, other=-1)
     count = 0
-    node = tl.where(num_nodes > 0, 0, BLOCK)  # BLOCK = there is none; a padding sequence has no nodes
+    node = tl.where(num_nodes > 0, 0, BLOCK)  # BLOCK = no node; a padding sequence has none
     while node < BLOCK:
         token = tl.load(sampled_tokens_ptr + start + node)
         tl.store(nodes_ptr + sequence * width + count, node)
         tl.store(tokens_ptr + sequence * width + count, token)
         count += 1
-        # A child comes after its parent, so the walk ends whatever the input.
+        # A child comes after its parent, so the walk ends for any input.
         is_next = is_node & (lane > node) & (parents == node) & (draft_tokens == token)
         node = tl.min(tl.where(is_next, lane, BLOCK), axis=0)
     tl.store(counts_ptr + sequence, count)
@@ -181,7 +181,7 @@ def walk_tree(parents: Tensor, cu_nodes: Tensor, draft_tokens: Tensor, sampled_t
     """See `descant_kernels.walk_tree`. A padding sequence, one without nodes, has count 0.
 
     Args:
-      max_nodes: width of the result; no sequence has more nodes. The host knows it, so nothing is read back.
+      max_nodes: width of the result; no sequence has more nodes. It comes from the host, so nothing is read back.
     """
     num_sequences, device = cu_nodes.shape[0] - 1, parents.device
     walk = Walk(

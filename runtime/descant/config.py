@@ -1,6 +1,6 @@
-"""The server's settings: TOML to frozen Structs. An unknown key is an error that names it.
+"""The server's configuration: TOML to frozen Structs. An unknown key is an error that names it.
 
-Nothing here is read from the environment. Sizes are bytes, durations seconds.
+No setting is read from the environment. Sizes are in bytes, durations in seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from descant.contract.engine import Dtype, EngineKind
 from descant.sources.grammar import NAME
 from descant_client.errors import ConfigInvalid
 from descant_client.speculation import Speculation, SpeculationChoice
+from descant_client.wire import reason_and_path
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -30,63 +31,63 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ServerConfig(Section, frozen=True):
-    """The one listener and what a connection may do."""
+    """The listener, and limits of connections, sessions and streams."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     max_frame_bytes: Positive = 4 * MiB
-    max_sessions: Positive = 1024  # of one principal; beyond, those without a connection go, the oldest first
+    max_sessions: Positive = 1024  # of one principal; beyond, its oldest one without a connection is dropped
     max_streams: Positive = 1024  # unfinished streams per session
     max_choices: Positive = 16  # `n` of one request
-    stream_buffer_bytes: Positive = 64 * 1024  # unsent output per stream before it is parked
-    resume_window_s: NonNegative = 60.0  # how long a session without a connection, or a finished stream, is kept
-    drain_s: NonNegative = 30.0  # how long running streams may take to finish at shutdown
+    stream_buffer_bytes: Positive = 64 * 1024  # unsent output of a stream, beyond which its sequences are parked
+    resume_window_s: NonNegative = 60.0  # time for which a session without a connection, or a finished stream, is kept
+    drain_s: NonNegative = 30.0  # time that running streams get to finish at shutdown
 
 
 class ModelConfig(Section, frozen=True):
-    """The base model and the memory it is given."""
+    """The base model and its memory."""
 
     path: str | None = None  # a directory or a Hub id; None: the embedded demo model
     revision: str | None = None  # of a Hub id
     engine: EngineKind = "model"
     dtype: Dtype | None = None  # None: the checkpoint's
     device: Literal["cpu", "cuda"] = "cpu"
-    kv_bytes: Positive | None = None  # None: 256 MiB on a CPU, what is left of a GPU's memory_fraction
-    memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9  # of a GPU's memory, all together
+    kv_bytes: Positive | None = None  # None: 256 MiB on a CPU, the rest of memory_fraction on a GPU
+    memory_fraction: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9  # of a GPU's memory, for everything together
     num_threads: Positive | None = None  # None: one for small models, torch's choice for others
-    dummy_tokens_per_s: NonNegative = 50.0  # per sequence, with the dummy engine; 0: as fast as it goes
+    dummy_tokens_per_s: NonNegative = 50.0  # per sequence, with the dummy engine; 0: no limit
 
 
 class SchedulingConfig(Section, frozen=True):
-    """Budgets of one step."""
+    """Budgets of a step, queues, time limits and speculation."""
 
     max_num_seqs: Positive = 256
     max_num_batched_tokens: Positive = 1024
     cache_scope: Literal["principal", "shared"] = "principal"
-    speculation: SpeculationChoice = "auto"  # of requests that do not say
-    max_executor_restarts: Positive = 5  # lives in a row that complete no step
-    max_queued: Positive = 4096  # sequences of one principal that wait for their turn; more are refused
-    queue_timeout_s: Seconds | None = None  # until a request first runs, unless it says otherwise
-    timeout_s: Seconds | None = None  # until a request has ended, unless it says otherwise
+    speculation: SpeculationChoice = "auto"  # for requests without a choice of their own
+    max_executor_restarts: Positive = 5  # consecutive lives that complete no step
+    max_queued: Positive = 4096  # waiting sequences of one principal; more are refused
+    queue_timeout_s: Seconds | None = None  # until a request first runs; a request may set a shorter one
+    timeout_s: Seconds | None = None  # until a request has ended; a request may set a shorter one
 
 
 class AdapterEntry(Section, frozen=True):
-    """An adapter registered at start; `--adapter NAME=REF` adds one."""
+    """An adapter that is registered at start. `--adapter NAME=REF` adds one."""
 
     name: str
     ref: str
 
 
 class AdapterConfig(Section, frozen=True):
-    """Adapters: what is registered, what may be read, how much memory they get."""
+    """Adapters: registered names, limits, memory, and the directories that may be read."""
 
     memory_bytes: Positive = 256 * MiB  # on the device
     num_slots: Positive = 64  # adapters resident at once
-    host_bytes: Annotated[int, msgspec.Meta(ge=0)] = 512 * MiB  # in host memory, ready for the device
+    host_bytes: Annotated[int, msgspec.Meta(ge=0)] = 512 * MiB  # cache of versions in host memory
     store_bytes: Positive = 64 * 1024 * MiB  # on disk
     max_pinned_share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5  # of device memory and of slots
-    max_names: Positive = 10_000  # of one principal's own
-    # Of the store and of what may be pinned, for one principal's own; None: half with API keys, without them all.
+    max_names: Positive = 10_000  # of one principal
+    # Share of the store and of the pin budget for one principal; None: 0.5 with API keys, 1 without.
     max_owner_share: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     max_rank: Positive = 1024
     max_draft_heads: Positive = 16
@@ -96,18 +97,18 @@ class AdapterConfig(Section, frozen=True):
 
 
 class KeyConfig(Section, frozen=True):
-    """An API key: its SHA-256, never itself. `descant key NAME` makes one."""
+    """An API key, given by its SHA-256. `descant key NAME` makes one."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     roots: list[str] = []  # local directories this principal may name
     is_admin: bool = False  # may change shared adapters
-    weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0  # of its share of the device against others'
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0  # share of the device relative to other principals
     max_queued: Positive | None = None  # None: `scheduling.max_queued`
 
 
 class Config(Section, frozen=True):
-    """Everything a server is started with."""
+    """The whole configuration of a server."""
 
     data_dir: str = platformdirs.user_data_dir("descant", appauthor=False)
     server: ServerConfig = ServerConfig()
@@ -130,16 +131,16 @@ def load_config(path: Path) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise ConfigInvalid(str(path), str(exc)) from exc
     except msgspec.ValidationError as exc:
-        reason, _, where = str(exc).partition(" - at `")
-        raise ConfigInvalid(where.rstrip("`") or str(path), reason) from exc
+        reason, key = reason_and_path(exc)
+        raise ConfigInvalid(key or str(path), reason) from exc
 
 
 def check_config(config: Config) -> None:
-    """Check what spans several keys.
+    """Check rules that span several keys.
 
     Raises:
-        ConfigInvalid: reachable from other machines without API keys, two keys or adapters of one name, an adapter
-            under a name that no request can say, or a way to speculate that cannot be.
+        ConfigInvalid: the server is reachable from other machines without API keys, two keys or adapters have one
+            name, an adapter's name is invalid, or the speculation settings contradict themselves.
     """
     if not config.keys and not is_loopback(config.server.host):
         raise ConfigInvalid(
@@ -167,7 +168,7 @@ def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a listener on `host`."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name may lead anywhere
+    except ValueError:  # a host name may resolve to any address
         return False
 
 

@@ -1,4 +1,4 @@
-"""`descant.local()`: a server of its own for one program, and a client of it."""
+"""`descant.local()`: a server inside one program, and a client of it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ async def local(
 ) -> AsyncIterator[Client]:
     """Serve `model` (a directory or Hub id; None: the demo model) to this program alone and yield a client.
 
-    `adapters` maps names to references. The server lives in this event loop and its two child processes, on a free
-    loopback port, and ends with the block; nothing of it is kept.
+    `adapters` maps names to references. The server runs in this event loop and in two child processes. It listens on a
+    free loopback port and ends with the block. Its data are deleted.
 
     Raises:
         ModelInvalid, SourceUnavailable: the model cannot be served.

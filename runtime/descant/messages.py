@@ -1,8 +1,7 @@
-"""What actors say to each other, grouped by receiver; one closed union per receiver.
+"""Messages between the actors of the server process, grouped by receiver, with one closed union per receiver.
 
-Messages to the executor and the worker cross a socket and are pure data; those inside the server process may carry
-live objects (a `Sequence` with its sink). What the wire says is in `descant_client.protocol`, what a step says in
-`scheduling.plan`.
+They may carry live objects, such as a `Sequence` with its sink. Messages to the child processes are pure data, in
+`contract.executor` and `contract.worker`. The client's protocol is in `descant_client.protocol`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from descant_client.wire import AdapterSource, WeightedAdapter
 
 
 class Authenticate(Ask[Principal], frozen=True):
-    """Who sends this API key? Reply: Principal. Refused with Unauthorized."""
+    """Authenticate a client by its API key. Reply: Principal. Refused with Unauthorized."""
 
     key: str | None
 
@@ -33,7 +32,7 @@ AuthMessage = Authenticate
 
 
 class FetchAdapter(Ask[Path], frozen=True):
-    """Where are the files of this adapter? Reply: its directory. `roots` limits where a path may lead."""
+    """Find the directory of an adapter. Reply: its path. It must be below one of `roots` (None: no limit)."""
 
     adapter: str  # as the user wrote it, for errors
     path: str
@@ -41,7 +40,7 @@ class FetchAdapter(Ask[Path], frozen=True):
 
 
 class FetchModel(Ask[Path], frozen=True):
-    """Where are the files of this base model? Downloads a Hub id. Reply: its directory."""
+    """Find the directory of a base model, downloading a Hub id. Reply: its path."""
 
     model: str
     revision: str | None = None
@@ -59,10 +58,10 @@ class AdapterList(Message, frozen=True):
 
 
 class ResolveAdapters(Ask[AdapterVersion | None], frozen=True):
-    """Which version is this combination of adapters?
+    """Resolve a combination of adapters to one version.
 
-    Reply: AdapterVersion, prepared and on disk, and held by the lease; or None if the base alone is meant, because
-    its members are disabled.
+    Reply: AdapterVersion, prepared, on disk and held by the lease; or None for the base alone, if every member is
+    disabled.
     """
 
     members: tuple[WeightedAdapter, ...]
@@ -70,54 +69,54 @@ class ResolveAdapters(Ask[AdapterVersion | None], frozen=True):
     lease: Lease
     combination: Combination = Combination()
     source: AdapterSource | None = None  # of the members
-    heads: str | None = None  # the adapter whose draft heads it shall have, in place of its own
+    heads: str | None = None  # adapter whose draft heads replace its own
 
 
 class ListRegistered(Ask[AdapterList], frozen=True):
-    """Which adapters may this principal use? Reply: AdapterList, in order of registration."""
+    """List the adapters that a principal may use. Reply: AdapterList, in order of registration."""
 
     principal: Principal
     name: str | None = None  # only this one
 
 
 class ChangeAdapter(Ask[AdapterList], frozen=True):
-    """Do this to an adapter for this principal. Reply: AdapterList of it as it is now, empty once it is destroyed."""
+    """Change an adapter for a principal. Reply: AdapterList of it after the change, empty if it is destroyed."""
 
     principal: Principal
     change: AdapterChange
 
 
 class VersionFailed(Message, frozen=True):
-    """The device could not take this version: its stored file is to be made again before it is next used."""
+    """The device could not load this version. Its file is made again before it is next used."""
 
     digest: str
 
 
-class VersionFree(Message, frozen=True):
-    """The last request that used this version has ended."""
+class VersionUnused(Message, frozen=True):
+    """The last lease on this version was released."""
 
     digest: str
 
 
-RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFailed | VersionFree
+RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFailed | VersionUnused
 
 # ---- scheduler -----------------------------------------------------------------------------------
 
 
 class Submit(Ask[None], frozen=True):
-    """Run these sequences: the choices of one request. Refused with InvalidRequest if they can never fit."""
+    """Run these sequences, the choices of one request. Refused with InvalidRequest if they can never fit."""
 
     sequences: tuple[Sequence, ...]
 
 
 class CancelRequest(Message, frozen=True):
-    """End every sequence of this request; each sink hears of it. Unknown requests are no error."""
+    """End every sequence of a request, and tell their sinks. Unknown requests are ignored."""
 
     request_key: str
 
 
 class Unpark(Message, frozen=True):
-    """The sinks of these sequences have room again."""
+    """Let parked sequences run again: their sinks have room."""
 
     sequence_ids: tuple[int, ...]
 
@@ -129,19 +128,19 @@ class ExecutorUp(Message, frozen=True):
 
 
 class ExecutorDown(Message, frozen=True):
-    """The executor died; every row it had is gone."""
+    """The executor died and lost every row."""
 
     reason: str
 
 
 class PinVersions(Message, frozen=True):
-    """These versions, and no others, are to be on the device always."""
+    """Keep exactly these versions on the device."""
 
     versions: tuple[AdapterVersion, ...]
 
 
 class ForgetVersion(Message, frozen=True):
-    """No request will name this version again: let go of what is kept of it once nothing uses it."""
+    """No request can name this version any more: drop it once no sequence uses it."""
 
     digest: str
 
@@ -152,7 +151,7 @@ SchedulerMessage = Submit | CancelRequest | Unpark | ExecutorUp | ExecutorDown |
 
 
 class Drain(Message, frozen=True):
-    """Take no new requests; `reason` is told to whoever asks."""
+    """Refuse new requests with `reason`."""
 
     reason: str
 

@@ -1,7 +1,7 @@
 """An open-loop load generator over the client: requests drawn from a seed, latencies, a report.
 
-`await run(clients, Plan(...))` returns a `Report`. TTFT and end-to-end time count from the scheduled arrival, so what
-the generator sends late counts, and is told apart as lateness.
+`await run(clients, Plan(...))` returns a `Report`. TTFT and end-to-end time count from the scheduled arrival. They so
+include the delay of requests that the generator sends late, which is also reported by itself, as lateness.
 """
 
 from __future__ import annotations

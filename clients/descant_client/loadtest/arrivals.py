@@ -1,7 +1,7 @@
-"""When requests arrive: processes of an open loop, and the closed loop.
+"""Arrival processes: those of an open loop, and the closed loop.
 
-An open loop sends on a schedule drawn beforehand, whatever the server does. Each process yields the gaps, in seconds,
-before each request; the first gap comes before the first request.
+An open loop sends on a schedule drawn beforehand, independent of the server. A process yields the gaps before requests,
+in seconds; the first gap comes before the first request.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ MIN_CV, MAX_CV = 1e-3, 1e3
 class Gamma(msgspec.Struct, frozen=True, tag=True):
     """Gamma-distributed gaps: `rate` requests per second on average, coefficient of variation `cv`.
 
-    cv 1 is a Poisson process, larger is burstier (shape 1/cv², scale cv²/rate, as in S-LoRA's traces and vLLM's
-    `--burstiness`, which is 1/cv²).
+    cv 1 is a Poisson process, a larger cv is burstier. The shape is 1/cv² and the scale cv²/rate, as in S-LoRA's
+    traces; vLLM's `--burstiness` is the shape.
     """
 
     rate: float
     cv: float = 1.0
 
-    def gaps(self, rng: Random) -> Iterator[float]:
+    def gaps_s(self, rng: Random) -> Iterator[float]:
         """Yield gaps without end."""
         shape, scale = 1.0 / self.cv**2, self.cv**2 / self.rate
         while True:
@@ -42,28 +42,28 @@ class Steady(msgspec.Struct, frozen=True, tag=True):
 
     rate: float
 
-    def gaps(self, rng: Random) -> Iterator[float]:
+    def gaps_s(self, rng: Random) -> Iterator[float]:
         """Yield gaps without end."""
         return repeat(1.0 / self.rate)
 
 
 class AtOnce(msgspec.Struct, frozen=True, tag=True):
-    """Every request at the start."""
+    """All requests at the start."""
 
-    def gaps(self, rng: Random) -> Iterator[float]:
+    def gaps_s(self, rng: Random) -> Iterator[float]:
         """Yield gaps without end."""
         return repeat(0.0)
 
 
 class Closed(msgspec.Struct, frozen=True, tag=True):
-    """The closed loop: `concurrency` requests in flight; each that ends lets the next one start.
+    """The closed loop: `concurrency` requests in flight; the next one is sent when one ends.
 
-    There is no schedule: a request arrives when it is sent, so a slow server is also asked for less.
+    There is no schedule: a request arrives when it is sent, so a slow server gets fewer requests.
     """
 
     concurrency: int
 
-    def gaps(self, rng: Random) -> Iterator[float]:
+    def gaps_s(self, rng: Random) -> Iterator[float]:
         """Yield gaps without end."""
         return repeat(0.0)
 
@@ -72,14 +72,14 @@ Arrivals = Gamma | Steady | AtOnce | Closed
 
 
 def arrivals_of(rate: float, cv: float = 1.0) -> Arrivals:
-    """Return the process of a rate and a coefficient of variation: cv 0 is steady, an infinite rate all at once."""
+    """Return the process of a rate and a coefficient of variation: steady for cv 0, all at once for rate infinity."""
     if rate == math.inf:
         return AtOnce()
     return Gamma(rate, cv) if cv else Steady(rate)
 
 
 def check_arrivals(arrivals: Arrivals) -> None:
-    """Check the numbers of a process. Raises ConfigInvalid, which says what is right."""
+    """Check the numbers of a process. Raises ConfigInvalid, which states the valid range."""
     match arrivals:
         case Gamma(rate, _) | Steady(rate) if not MIN_RATE <= rate < math.inf:
             reason = f"{rate:g} is not a number of requests per second above 0, from {MIN_RATE:g} (or inf)."

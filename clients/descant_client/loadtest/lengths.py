@@ -1,4 +1,4 @@
-"""How long prompts and answers are, in tokens: distributions, and the words for them."""
+"""Distributions of the lengths of prompts and answers in tokens, and their notation on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Constant(msgspec.Struct, frozen=True, tag=True):
 
 
 class Uniform(msgspec.Struct, frozen=True, tag=True):
-    """Every whole number from `low` to `high`, both included, equally likely."""
+    """Every whole number from `low` to `high`, both included, with equal probability."""
 
     low: int
     high: int
@@ -37,9 +37,9 @@ class Uniform(msgspec.Struct, frozen=True, tag=True):
 
 
 class Lognormal(msgspec.Struct, frozen=True, tag=True):
-    """`median` times e to the power of a normal variable of deviation `sigma`: rounded, at least 1, at most `maximum`.
+    """`median` times e to the power of a normal variable of deviation `sigma`, rounded, at least 1, at most `maximum`.
 
-    What exceeds `maximum` becomes it; None: `MAX_TOKENS`.
+    A larger value becomes `maximum`. None: `MAX_TOKENS`.
     """
 
     median: float
@@ -56,10 +56,10 @@ Lengths = Constant | Uniform | Lognormal
 
 
 def parse_lengths(text: str, key: str) -> Lengths:
-    """Return the distribution that `text` names.
+    """Return the distribution described by `text`, such as `uniform:8:64`.
 
     Raises:
-        ConfigInvalid: at `key`; it says what is right.
+        ConfigInvalid: the text or a number in it is not valid. The error names `key` and states the valid forms.
     """
     lengths = _parse(text)
     if lengths is None:

@@ -1,7 +1,8 @@
-"""Percentiles, defined once: linear interpolation between the two closest ranks.
+"""Percentiles by linear interpolation between the two closest ranks.
 
-Of n values in order, x_0 to x_(n-1), the q-th percentile lies at position p = q/100 * (n-1): x_p where p is whole,
-else on the straight line between its neighbors. NumPy's default, and `statistics.quantiles(method="inclusive")`.
+Of n values in order, x_0 to x_(n-1), the q-th percentile is at position p = q/100 * (n-1): x_p if p is whole, else
+interpolated linearly between the neighbors of p. This is NumPy's default, and
+`statistics.quantiles(method="inclusive")`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import msgspec
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """A sample in short; durations are seconds."""
+    """Size, mean, percentiles and maximum of a sample. Durations are in seconds."""
 
     num: int
     mean: float
@@ -26,7 +27,7 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 def percentile(ordered: Sequence[float], q: float) -> float:
-    """Return the q-th percentile, 0 <= q <= 100, of values in ascending order, of which there is at least one."""
+    """Return the q-th percentile, 0 <= q <= 100, of at least one value. The values are in ascending order."""
     position = q / 100 * (len(ordered) - 1)
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)

@@ -1,4 +1,4 @@
-"""What a load test does: its parameters, all in one value that the result repeats."""
+"""The parameters of a load test, all in one value, which is part of the report."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from descant_client.loadtest.arrivals import Arrivals, AtOnce, Closed, Gamma, ch
 from descant_client.loadtest.lengths import Lengths, Lognormal, Uniform, check_lengths
 from descant_client.loadtest.popularity import Popularity, PowerLaw, check_popularity
 
-MAX_TEMPERATURE = 100.0  # the wire's
+MAX_TEMPERATURE = 100.0  # the limit of `protocol.SamplingParams`
 NOTHING_LEFT = "it takes the whole test; nothing is left to measure."
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The parameters of a load test. The same plan against the same model is the same requests, byte for byte.
+    """The parameters of a load test. The same plan against the same model gives the same requests, byte for byte.
 
-    Sending ends at whichever of `num_requests` and `duration_s` comes first. The first `warmup_requests` requests, and
-    those that arrive in the first `warmup_s` seconds, are sent and not measured. Prompts are random token ids, or
-    `prompts` in turn. The end of sequence is ignored, so that an answer has exactly the length drawn for it; one that
-    ends before, at the end of the model's context, has failed.
+    Sending ends at the earlier of `num_requests` and `duration_s`. The first `warmup_requests` requests, and those that
+    arrive in the first `warmup_s` seconds, are sent but not measured. Prompts are random token ids, or `prompts` in
+    turn. The end of sequence is ignored, so that an answer has exactly the length drawn for it. An answer that ends
+    before, at the end of the model's context, counts as failed.
     """
 
     arrivals: Arrivals = Gamma(rate=8.0)
@@ -31,7 +31,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     warmup_s: float = 0.0
     adapters: list[str] = []  # the most popular first; empty: the base model only
     popularity: Popularity = PowerLaw()
-    base_share: float = 0.0  # of the requests: without an adapter
+    base_share: float = 0.0  # share of the requests without an adapter
     prompt_tokens: Lengths = Uniform(8, 64)
     prompts: list[str] = []
     output_tokens: Lengths = Lognormal(32.0, 0.5, 512)
@@ -42,7 +42,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     slo_tpot_s: float | None = None
 
     def is_warmup(self, index: int, arrived_s: float) -> bool:
-        """Return whether request number `index`, that arrived so long after the start, is not measured."""
+        """Return whether request number `index`, which arrived `arrived_s` after the start, is not measured."""
         return index < self.warmup_requests or arrived_s < self.warmup_s
 
 
@@ -50,7 +50,7 @@ def check_plan(plan: Plan) -> None:
     """Check all parameters.
 
     Raises:
-        ConfigInvalid: naming the parameter and what is right.
+        ConfigInvalid: a parameter is not valid. The error names it and states the valid values.
     """
     check_arrivals(plan.arrivals)
     check_popularity(plan.popularity)

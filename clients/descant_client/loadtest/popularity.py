@@ -1,4 +1,4 @@
-"""Which adapter a request asks for."""
+"""Distributions of requests over adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from descant_client.errors import ConfigInvalid
 class PowerLaw(msgspec.Struct, frozen=True, tag=True):
     """S-LoRA's power law: of n adapters in order, P(one of the first k) = (k/n)^alpha.
 
-    alpha 1 is uniform; smaller is more skewed toward the first (of 200 adapters the first gets 20 % at 0.3, 59 % at
-    0.1). The same draw as `benchmarks/trace.py` of S-LoRA: floor(n * u^(1/alpha)) of a uniform u.
+    alpha 1 is uniform; a smaller alpha favors the first adapters (of 200 adapters, the first gets 20 % at 0.3 and 59 %
+    at 0.1). The draw is that of `benchmarks/trace.py` of S-LoRA: floor(n * u^(1/alpha)) of a uniform u.
     """
 
     alpha: float = 1.0
@@ -30,7 +30,7 @@ class PowerLaw(msgspec.Struct, frozen=True, tag=True):
 
 
 class Distinct(msgspec.Struct, frozen=True, tag=True):
-    """Each adapter in turn, so that equal ones are as far apart as can be."""
+    """Each adapter in turn, so that requests for one adapter are as far apart as possible."""
 
     def choices(self, num_adapters: int, rng: Random) -> Iterator[int]:
         """Yield positions below `num_adapters` without end."""
@@ -41,17 +41,17 @@ Popularity = PowerLaw | Distinct
 
 
 def check_popularity(popularity: Popularity) -> None:
-    """Check the number of a law. Raises ConfigInvalid, which says what is right."""
+    """Check the exponent of a power law. Raises ConfigInvalid, which states the valid range."""
     if isinstance(popularity, PowerLaw) and not 0 < popularity.alpha < math.inf:
         reason = f"{popularity.alpha:g} is no exponent: 1 is uniform, towards 0 the first adapter gets everything."
         raise ConfigInvalid("alpha", reason)
 
 
 def matching(names: Sequence[str], pattern: str) -> list[str]:
-    """Return the names that a shell pattern such as `demo-*` fits, in their order.
+    """Return the names that match a shell pattern such as `demo-*`, in their order.
 
     Raises:
-        ConfigInvalid: none does.
+        ConfigInvalid: no name matches.
     """
     fitting = [name for name in names if fnmatchcase(name, pattern)]
     if not fitting:

@@ -1,4 +1,4 @@
-"""What is measured of one request, and of all of them while the test runs."""
+"""The measurements of one request, and the running totals of a test."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SHORT = "short"  # the code of an answer with fewer tokens than planned
 
 
 class Record(msgspec.Struct, kw_only=True):
-    """The life of one request. Times are seconds since the start of the test, at the client.
+    """The measurements of one request. Times are in seconds since the start of the test, taken at the client.
 
-    `delivered_s` are the times at which tokens came, `delivered_tokens` how many came at each. `finish_reason` is set
-    if the answer ended, `error_code` if the request failed; with neither, the test ended first.
+    `delivered_s` are the times of the deliveries of tokens, `delivered_tokens` the number of tokens in each.
+    `finish_reason` is set if the answer ended, `error_code` if the request failed; with neither, the test ended first.
     """
 
     index: int
-    arrived_s: float  # on schedule; in the closed loop: when it was sent
+    arrived_s: float  # the scheduled time; in the closed loop, the time of sending
     sent_s: float
     adapter: str | None = None
     key: int = 0
@@ -43,12 +43,12 @@ class Record(msgspec.Struct, kw_only=True):
 
     @property
     def is_completed(self) -> bool:
-        """Whether the whole answer came."""
+        """Whether the whole answer was received."""
         return self.finish_reason is not None and self.failure is None
 
     @property
     def failure(self) -> tuple[str, str] | None:
-        """What went wrong, as a code and a sentence: an error, or an answer that was cut off; None: nothing so far."""
+        """Code and sentence of an error, or of an answer that was cut off; None if there is no failure so far."""
         if self.error_code is not None:
             return self.error_code, self.error or ""
         if self.finish_reason not in (None, "length", "stop"):
@@ -60,24 +60,24 @@ class Record(msgspec.Struct, kw_only=True):
 
     @property
     def lateness_s(self) -> float:
-        """How long after its time the request was sent: the generator's own delay."""
+        """Time from the scheduled arrival to sending: the delay of the generator itself."""
         return self.sent_s - self.arrived_s
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token, from the scheduled arrival; None before there is one."""
+        """Time to first token, from the scheduled arrival; None before the first token."""
         return self.delivered_s[0] - self.arrived_s if self.delivered_s else None
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first; None below two tokens."""
+        """Mean time per output token after the first; None for fewer than two tokens."""
         if self.num_output_tokens < 2:
             return None
         return (self.delivered_s[-1] - self.delivered_s[0]) / (self.num_output_tokens - 1)
 
     @property
     def e2e_s(self) -> float | None:
-        """Time from the scheduled arrival to the end; None before it."""
+        """Time from the scheduled arrival to the end; None before the end."""
         return None if self.ended_s is None else self.ended_s - self.arrived_s
 
     def gaps_s(self) -> list[float]:
@@ -86,7 +86,7 @@ class Record(msgspec.Struct, kw_only=True):
 
 
 class Tally:
-    """How a running test stands, for whoever shows it. `ttfts_s` holds one entry per request that has a token."""
+    """The running totals of a test, for display. `ttfts_s` has one entry per request with a token."""
 
     def __init__(self) -> None:
         self.num_planned = 0
@@ -98,17 +98,17 @@ class Tally:
 
     @property
     def num_in_flight(self) -> int:
-        """Requests sent and not ended."""
+        """Number of requests sent and not ended."""
         return self.num_sent - self.num_completed - self.num_failed
 
 
 class Recorder:
-    """Hears the messages of one request and notes when they came. The cost per token is a look at the clock."""
+    """Records the arrival times of the messages of one request. The cost per message is one reading of the clock."""
 
     def __init__(
         self, request: PlannedRequest, arrived_s: float, is_first_use: bool, tally: Tally, now_s: Callable[[], float]
     ) -> None:
-        """`now_s` is the time since the start of the test."""
+        """Start a record. `now_s` returns the time since the start of the test, in seconds."""
         self._request = request
         self._arrived_s = arrived_s
         self._is_first_use = is_first_use
@@ -125,12 +125,12 @@ class Recorder:
         self._error: tuple[str, str] | None = None
 
     def on_sent(self) -> None:
-        """Note that the request was handed to the connection."""
+        """Record that the request was handed to the connection."""
         self._sent_s = self._now_s()
         self._tally.num_sent += 1
 
-    def hear(self, message: ServerMessage) -> None:
-        """Note one message; what a reconnect repeats is left out."""
+    def on_message(self, message: ServerMessage) -> None:
+        """Record one message. Tokens repeated after a reconnect are left out."""
         now_s = self._now_s()
         if type(message) is Delta:
             if message.index == self._num_tokens and message.token_ids:
@@ -141,11 +141,11 @@ class Recorder:
             self._done, self._ended_s = message, now_s
 
     def on_answered(self) -> None:
-        """Note that nothing more will come of the answer."""
+        """Record that the answer has ended."""
         self._count()
 
     def on_failed(self, code: str, sentence: str) -> None:
-        """Note that the request failed, even if its end was heard before."""
+        """Record that the request failed, even if its `done` was recorded before."""
         self._ended_s = self._now_s()
         self._done, self._error = None, (code, sentence)
         self._count()
@@ -157,7 +157,7 @@ class Recorder:
             self._tally.num_failed += 1
 
     def record(self, is_warmup: bool) -> Record:
-        """Return what has been noted."""
+        """Return the record so far."""
         done, accepted = self._done, self._accepted
         code, sentence = self._error or (None, None)
         return Record(

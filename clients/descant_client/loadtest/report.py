@@ -1,4 +1,4 @@
-"""The result of a load test, as it is written to a file."""
+"""The report of a load test, and its form in a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA_VERSION = 1
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Where the load came from."""
+    """The machine that sent the load."""
 
     python: str
     platform: str
@@ -28,7 +28,7 @@ class Machine(msgspec.Struct, frozen=True):
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
-    """What the server said of itself."""
+    """The server, as described by its hello."""
 
     server: str
     protocol: str
@@ -37,7 +37,7 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
 
 class WorkloadInfo(msgspec.Struct, frozen=True):
-    """What was drawn. Two tests with one digest send the same requests at the same times."""
+    """The requests drawn from the plan. Tests with equal digests send the same requests at the same times."""
 
     digest: str
     num_requests: int
@@ -53,16 +53,16 @@ class ClassSummary(msgspec.Struct, frozen=True):
 
 
 class KeySummary(msgspec.Struct, frozen=True):
-    """The summary of one API key's requests. Keys are numbered as they were given and never written."""
+    """The summary of the requests of one API key. Keys are numbered in the given order and never written."""
 
     key: int
     summary: Summary
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything known after a load test. Times are seconds, `started_at` is UTC in ISO 8601.
+    """The result of a load test. Times are in seconds; `started_at` is UTC in ISO 8601.
 
-    `is_complete` is False if the test was interrupted: what was in flight counts as unfinished.
+    `is_complete` is False if the test was interrupted. Requests then in flight count as unfinished.
     """
 
     schema: int = SCHEMA_VERSION
@@ -88,7 +88,7 @@ def build_report(
     started_at: str,
     is_complete: bool,
 ) -> Report:
-    """Return the report of records, with the records in it."""
+    """Return the report of a test, with its records in it."""
     measured = [one for one in records if not one.is_warmup]
     objectives = Objectives(plan.slo_ttft_s, plan.slo_tpot_s)
     window_s = window_of(measured)

@@ -1,4 +1,4 @@
-"""Sending the requests of a plan and measuring what comes back."""
+"""Sends the requests of a plan and measures the answers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ async def run(
 ) -> Report:
     """Send the plan's requests through the clients, wait for all answers, and return the report with all records.
 
-    `clients[i]` belongs to key number `i % plan.num_keys`; a key's requests go to its clients in turn. A request that
-    fails is counted, and the rest goes on. Setting `stop` ends the test: open requests are cancelled, and the report
-    tells what there is. Cancelling does the same without a report. `tally` is kept up to date throughout.
+    `clients[i]` belongs to key number `i % plan.num_keys`; the requests of a key go to its clients in turn. A request
+    that fails is counted, and the test goes on. Setting `stop` ends the test: open requests are cancelled, and the
+    report is that of an incomplete test. Cancelling the call cancels them too, without a report. `tally` is kept up to
+    date during the test.
 
     Raises:
-        ConfigInvalid: the plan is not sound, its answers do not fit into the model's context, nothing of it is
+        ConfigInvalid: the plan is not valid, its answers do not fit into the model's context, no request of it is
             measured, or a key has no client.
     """
     if len(clients) < plan.num_keys:
@@ -63,7 +64,7 @@ async def run(
 
 
 class _Run:
-    """One run of a plan: its start, who sends what, and what has been noted."""
+    """One run of a plan: its start time, the clients of each key, and the recorders of the requests sent."""
 
     def __init__(
         self,
@@ -83,17 +84,17 @@ class _Run:
         self._is_closed_loop = isinstance(plan.arrivals, Closed)
         self._room = anyio.Semaphore(plan.arrivals.concurrency if isinstance(plan.arrivals, Closed) else 0)
         self._used: set[str] = set()
-        self._noted: list[tuple[Recorder, bool]] = []  # with whether it is warm-up
-        self._start = clock()
+        self._noted: list[tuple[Recorder, bool]] = []  # and whether the request is warm-up
+        self._started_s = clock()
 
     def records(self) -> list[Record]:
-        """Return what has been noted of every request that was sent, in order."""
+        """Return the records of all requests sent, in order."""
         return [recorder.record(is_warmup) for recorder, is_warmup in self._noted]
 
     async def carry_out(self, workload: Sequence[PlannedRequest], stop: anyio.Event) -> None:
-        """Send everything and wait for the answers, or until `stop` is set."""
+        """Send all requests and wait for the answers, or until `stop` is set."""
         self._tally.num_planned = len(workload)
-        self._start = self._clock()
+        self._started_s = self._clock()
         async with anyio.create_task_group() as outer:
             outer.start_soon(_cancel_when, stop, outer)
             async with anyio.create_task_group() as answers:
@@ -102,7 +103,7 @@ class _Run:
             outer.cancel_scope.cancel()
 
     def _now_s(self) -> float:
-        return self._clock() - self._start
+        return self._clock() - self._started_s
 
     async def _send_on_time(self, workload: Sequence[PlannedRequest], answers: TaskGroup) -> None:
         for request in workload:
@@ -118,7 +119,7 @@ class _Run:
             self._send(request, self._now_s(), answers)
 
     def _send(self, request: PlannedRequest, arrived_s: float, answers: TaskGroup) -> None:
-        """Hand a request to its connection, without waiting, and let a task await the answer."""
+        """Hand a request to its connection without waiting, and start a task that waits for the answer."""
         is_first_use = request.adapter is not None and request.adapter not in self._used
         if request.adapter is not None:
             self._used.add(request.adapter)
@@ -133,7 +134,7 @@ class _Run:
             ignore_eos=True,
             temperature=self._plan.temperature,
         )
-        stream.listen(recorder.hear)
+        stream.listen(recorder.on_message)
         recorder.on_sent()
         answers.start_soon(self._await_end, stream, recorder)
 

@@ -1,4 +1,4 @@
-"""Arithmetic: from records to numbers."""
+"""The arithmetic from records to summaries."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Kind = TypeVar("Kind", str, int)
 
 
 class Objectives(msgspec.Struct, frozen=True):
-    """What a request must meet to count as good; None: nothing."""
+    """The latency limits of a good request; None: no limit."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
 
     def are_met(self, record: Record) -> bool:
-        """Return whether a request completed within every objective; one token has no TPOT, and meets it."""
+        """Return whether a request completed within every limit. A single token has no TPOT and so meets its limit."""
         if not record.is_completed:
             return False
         pairs = ((record.ttft_s, self.ttft_s), (record.tpot_s, self.tpot_s))
@@ -31,7 +31,7 @@ class Objectives(msgspec.Struct, frozen=True):
 
 
 class ErrorCount(msgspec.Struct, frozen=True):
-    """How often one error came, and the sentence of the first."""
+    """The number of errors with one code, and the sentence of the first of them."""
 
     code: str
     num: int
@@ -39,10 +39,10 @@ class ErrorCount(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The measured requests of a test, or some of them. Latencies are of the completed ones.
+    """The numbers of the measured requests of a test, or of a group of them. Latencies are of completed requests.
 
-    The window is from the first arrival to the last end. Rates are over it; in a group of requests, over the whole
-    test's, so that groups add up.
+    The window is from the first arrival to the last end. Rates are over the window; those of a group are over the
+    window of the whole test, so that the groups add up.
     """
 
     num_requests: int
@@ -50,13 +50,13 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     num_failed: int
     num_unfinished: int  # the test ended first
     window_s: float
-    requests_per_s: float  # completed ones
-    output_tokens_per_s: float  # all tokens that came, of failed requests too
+    requests_per_s: float  # completed requests
+    output_tokens_per_s: float  # all tokens received, those of failed requests included
     num_output_tokens: int
     num_cached_tokens: int  # of prompts, from the prefix cache
     num_preemptions: int
     tokens_per_delivery: float | None  # above 1, ITL is between chunks and not between tokens
-    goodput_per_s: float | None  # requests that met all objectives; None: there are none
+    goodput_per_s: float | None  # requests within all objectives; None: the test has no objectives
     slo_attainment: float | None  # their share of all requests
     ttft_s: Spread | None
     tpot_s: Spread | None
@@ -68,7 +68,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def window_of(records: Sequence[Record]) -> float:
-    """Return the seconds from the first arrival to the last end, or the last token of what has not ended."""
+    """Return the seconds from the first arrival to the last end. An unfinished request ends at its last token."""
     if not records:
         return 0.0
     ends = [one.ended_s if one.ended_s is not None else (one.delivered_s or [one.sent_s])[-1] for one in records]
@@ -76,7 +76,7 @@ def window_of(records: Sequence[Record]) -> float:
 
 
 def summarize(records: Sequence[Record], objectives: Objectives, window_s: float) -> Summary:
-    """Return the summary of measured records (no warm-up among them) over a window of `window_s` seconds."""
+    """Return the summary of measured records, without those of the warm-up, over a window of `window_s` seconds."""
     completed = [one for one in records if one.is_completed]
     failed = [one for one in records if one.failure is not None]
     num_tokens = sum(one.num_output_tokens for one in records)
@@ -108,9 +108,9 @@ def summarize(records: Sequence[Record], objectives: Objectives, window_s: float
 
 
 def adapter_class(record: Record) -> str:
-    """Return `base` (no adapter), `cold` (the test's first request for its adapter) or `warm` (any later one).
+    """Return `base` (no adapter), `cold` (the first request of the test for its adapter) or `warm` (any later one).
 
-    A warm request may still wait: for the load that the cold one before it began, or for one after an eviction.
+    A warm request may still wait for a load: the one that the cold request began, or one after an eviction.
     """
     if record.adapter is None:
         return BASE

@@ -1,4 +1,4 @@
-"""A load test in a terminal: how it stands while it runs, and its report as tables."""
+"""A load test in a terminal: its totals while it runs, and its report as tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REFRESH_S = 0.25
 async def showing(
     tally: Tally, console: Console, *, clock: Callable[[], float] = time.monotonic
 ) -> AsyncIterator[None]:
-    """Show how a test stands for the length of a block; nothing at all where the console is no terminal."""
+    """Show the totals of a test for the length of the block. Show nothing on a console that is no terminal."""
     if not console.is_terminal:
         yield
         return
@@ -37,7 +37,7 @@ async def showing(
 
 
 def status_line(tally: Tally, elapsed_s: float) -> str:
-    """Return one line about a running test. Sorts `tally.ttfts_s` in place, which is cheap the second time."""
+    """Return one line about a running test. Sorts `tally.ttfts_s` in place, so that the next sort is cheap."""
     tally.ttfts_s.sort()
     ttft = ""
     if tally.ttfts_s:
@@ -68,9 +68,9 @@ def print_report(report: Report, console: Console) -> None:
 
 
 async def _refresh(live: Live, tally: Tally, clock: Callable[[], float]) -> None:
-    began = clock()
+    began_s = clock()
     while True:
-        live.update(Text(status_line(tally, clock() - began)), refresh=True)
+        live.update(Text(status_line(tally, clock() - began_s)), refresh=True)
         await anyio.sleep(_REFRESH_S)
 
 

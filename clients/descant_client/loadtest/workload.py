@@ -16,9 +16,9 @@ from descant_client.loadtest.plan import NOTHING_LEFT, Plan, check_plan
 
 
 class PlannedRequest(msgspec.Struct, frozen=True):
-    """One request to send: `at_s` seconds after the start, with the key of that number.
+    """One request, to be sent `at_s` seconds after the start with key number `key`.
 
-    Random token ids are an array of unsigned ints, which takes a tenth of a list.
+    Random token ids are an array of unsigned ints, which takes a tenth of the memory of a list.
     """
 
     index: int
@@ -33,10 +33,10 @@ class PlannedRequest(msgspec.Struct, frozen=True):
 def draw_workload(plan: Plan, vocab_size: int) -> list[PlannedRequest]:
     """Return all requests in order of arrival. A pure function of its arguments.
 
-    Each aspect is drawn from a generator of its own, so that two plans that differ in one aspect agree in the others.
+    Each aspect is drawn from a generator of its own, so that plans that differ in one aspect agree in the others.
 
     Raises:
-        ConfigInvalid: the plan is not sound.
+        ConfigInvalid: the plan is not valid.
     """
     check_plan(plan)
     prompts, adapters = _prompts(plan, vocab_size), _adapters(plan)
@@ -56,12 +56,12 @@ def draw_workload(plan: Plan, vocab_size: int) -> list[PlannedRequest]:
 
 
 def check_workload(plan: Plan, workload: Sequence[PlannedRequest], max_context: int) -> None:
-    """Check that something of what was drawn is measured, and that answers to drawn prompts fit into the context.
+    """Check that at least one request is measured, and that answers to random prompts fit into the context.
 
-    What is measured in the closed loop shows only when requests are sent.
+    The closed loop is not checked for measured requests: its arrival times are known only when requests are sent.
 
     Raises:
-        ConfigInvalid: naming the parameter.
+        ConfigInvalid: a parameter does not fit. The error names it.
     """
     if not workload:
         raise ConfigInvalid("duration", "no request arrives before it ends; nothing is left to measure.")
@@ -74,7 +74,7 @@ def check_workload(plan: Plan, workload: Sequence[PlannedRequest], max_context: 
 
 
 def digest_of(workload: Sequence[PlannedRequest]) -> str:
-    """Return the SHA-256 of everything that is sent and when, in hex: equal digests, equal workloads."""
+    """Return the SHA-256, in hex, of all requests and their times: equal digests mean equal workloads."""
     digest = hashlib.sha256()
     for one in workload:
         prompt = one.prompt if isinstance(one.prompt, str) else one.prompt.tolist()
@@ -88,18 +88,24 @@ def _rng(plan: Plan, aspect: str) -> Random:
 
 
 def _arrivals(plan: Plan) -> Iterator[tuple[int, float]]:
-    """Yield each request's number and time, in whole microseconds: a logarithm's last bit is each machine's own."""
+    """Yield the number and time of each request.
+
+    Times are rounded to microseconds, because the last bit of a logarithm differs between machines.
+    """
     at_s = 0.0
-    gaps = plan.arrivals.gaps(_rng(plan, "arrivals"))
+    gaps_s = plan.arrivals.gaps_s(_rng(plan, "arrivals"))
     for index in count() if plan.num_requests is None else range(plan.num_requests):
-        at_s += next(gaps)
+        at_s += next(gaps_s)
         if plan.duration_s is not None and at_s >= plan.duration_s:
             return
         yield index, round(at_s, 6)
 
 
 def _prompts(plan: Plan, vocab_size: int) -> Iterator[str | array[int]]:
-    """Yield prompts; of token ids the middle three quarters of the vocabulary, as special tokens are at its ends."""
+    """Yield prompts: those of the plan in turn, or random token ids.
+
+    Ids are of the middle three quarters of the vocabulary, because special tokens are at its ends.
+    """
     if plan.prompts:
         yield from cycle(plan.prompts)
     lengths, ids = _rng(plan, "prompt length"), _rng(plan, "prompt")

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import anyio
 
@@ -28,6 +28,7 @@ from descant.actor.errors import ActorFailed, ActorStopped
 from descant.actor.mailbox import Reply
 from descant.actor.ref import Ref
 from descant_client.errors import DescantError
+from descant_client.task_groups import first_leaf
 
 logger = logging.getLogger(__name__)
 
@@ -161,13 +162,6 @@ class Cell:
 
 def failure_of(name: str, failure: BaseException) -> ActorFailed:
     """Return the ActorFailed that askers of `name` get; one that `name` itself raised keeps its data."""
-    if isinstance(failure, ActorFailed) and failure.data()["actor"] == name:
+    if isinstance(failure, ActorFailed) and failure.actor == name:
         return ActorFailed(**failure.data())
     return ActorFailed(name, f"{type(failure).__name__}: {failure}")
-
-
-def first_leaf(exc: BaseException) -> BaseException:
-    """Return the first exception that is no group, of a group and the groups in it."""
-    while isinstance(exc, BaseExceptionGroup):
-        exc = cast("BaseExceptionGroup[BaseException]", exc).exceptions[0]
-    return exc

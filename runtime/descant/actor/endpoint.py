@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -91,3 +91,11 @@ class Endpoint(Actor[Any]):
 
     def _failure(self, reason: str, *, exit_status: int | None = None, killed_by: str | None = None) -> ActorFailed:
         return ActorFailed(self._remote.name, reason, exit_status=exit_status, signal=killed_by)
+
+
+class Placement(Protocol):
+    """Where the lives of a remote actor run."""
+
+    def endpoint(self, remote: Remote[Any], watchers: Watchers) -> Endpoint:
+        """Return the endpoint of the next life."""
+        ...

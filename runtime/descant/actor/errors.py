@@ -1,4 +1,4 @@
-"""Errors between actors. The gateway translates them before anything reaches a client."""
+"""Errors between actors, inside the server. A client gets `InternalError` in their place."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from descant_client.errors import DescantError
 class ActorError(DescantError):
     """Base of what can go wrong between two actors; never sent to a client as it is."""
 
+    actor: str
+
     code = "actor_error"
     http_status = 503
-    fields = ("actor",)
     sentence = "Actor {actor} failed."
 
 
@@ -24,31 +25,47 @@ class ActorStopped(ActorError):
 class ActorFailed(ActorError):
     """The actor crashed while it owed the reply; `exit_status` and `signal` are set if it was a process."""
 
+    reason: str
+    exit_status: int | None = None
+    signal: str | None = None
+
     code = "actor_failed"
-    fields = ("actor", "reason", "exit_status", "signal")
     sentence = "Actor {actor} crashed: {reason}"
 
 
 class AskTimeout(ActorError):
     """No reply before the asker's deadline; the message may still be handled."""
 
+    message: str
+    timeout_s: float
+
     code = "ask_timeout"
     http_status = 504
-    fields = ("actor", "message", "timeout_s")
     sentence = "Actor {actor} did not answer {message} within {timeout_s} s."
 
 
 class MailboxFull(ActorError):
     """The mailbox is full and the sender may not wait."""
 
+    size: int
+
     code = "mailbox_full"
-    fields = ("actor", "size")
     sentence = "The mailbox of actor {actor} is full ({size} messages)."
 
 
 class Escalated(ActorError):
     """An actor crashed too often, or refused to start; it will not be started again."""
 
+    reason: str
+
     code = "actor_escalated"
-    fields = ("actor", "reason")
     sentence = "Actor {actor} cannot be kept running: {reason}"
+
+
+class CannotFork(DescantError):
+    """The launcher process refuses to serve. Children start from nothing."""
+
+    reason: str
+
+    code = "cannot_fork"
+    sentence = "The launcher cannot fork children: {reason}"

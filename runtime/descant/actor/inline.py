@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import msgspec
 
-from descant.actor.endpoint import Endpoint
+from descant.actor.endpoint import Endpoint, Remote, Watchers
+from descant.actor.remote_child import find_factory
 from descant_client.errors import DescantError
+
+
+class Inline(msgspec.Struct, frozen=True):
+    """Placement: the handler runs on this event loop, for tests. Messages still go through msgpack."""
+
+    def endpoint(self, remote: Remote[Any], watchers: Watchers) -> Endpoint:
+        """Return the endpoint of the next life."""
+        return InlineEndpoint(remote, watchers)
 
 
 class InlineEndpoint(Endpoint):
@@ -16,8 +24,7 @@ class InlineEndpoint(Endpoint):
 
     async def on_start(self) -> None:
         program = self._remote.program
-        module, _, name = program.factory.partition(":")
-        self._handler = getattr(importlib.import_module(module), name)(program.config, self._notify)
+        self._handler = find_factory(program.factory)(program.config, self._notify)
         self._begin_life()
 
     async def on_receive(self, message: Any) -> Any:

@@ -8,13 +8,12 @@ import logging
 import math
 import signal
 import socket
-import subprocess
-import sys
 from typing import Any
 
 import anyio
 import msgspec
 
+from descant.actor.child_process import ChildProcess, StartChild, execute
 from descant.actor.endpoint import Endpoint, Remote, Watchers
 from descant.actor.frames import HEADER, Frame, Kind, Refusal, Start, decode_frame, encode_frame
 from descant_client.errors import DescantError, InternalError, from_wire
@@ -36,14 +35,30 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
         return max(math.ceil(self.allowance_s / self.interval_s), 1)
 
 
+class InProcess(msgspec.Struct, frozen=True, kw_only=True):
+    """Placement: each life of the remote actor is a child process.
+
+    `exit_grace_s` is the time for the message in hand and `Handler.close` at a stop, before SIGKILL.
+    """
+
+    start_child: StartChild = execute
+    heartbeat: Heartbeat = Heartbeat()
+    exit_grace_s: float = 5.0
+
+    def endpoint(self, remote: Remote[Any], watchers: Watchers) -> Endpoint:
+        """Return the endpoint of the next life."""
+        return ProcessEndpoint(remote, watchers, self)
+
+
 class ProcessEndpoint(Endpoint):
     """One process, its two sockets, and the asks it has not answered."""
 
-    def __init__(self, remote: Remote[Any], watchers: Watchers, heartbeat: Heartbeat, exit_grace_s: float) -> None:
+    def __init__(self, remote: Remote[Any], watchers: Watchers, placement: InProcess) -> None:
         super().__init__(remote, watchers)
-        self.stop_grace_s = exit_grace_s + 5.0
-        self._heartbeat = heartbeat
-        self._exit_grace_s = exit_grace_s
+        self.stop_grace_s = placement.exit_grace_s + 5.0
+        self._start_child = placement.start_child
+        self._heartbeat = placement.heartbeat
+        self._exit_grace_s = placement.exit_grace_s
         self._started = anyio.Event()
         self._last_words: str | None = None  # why it dies, if anybody said so
         self._asks: dict[int, asyncio.Future[Any]] = {}
@@ -53,7 +68,7 @@ class ProcessEndpoint(Endpoint):
         self._sockets = contextlib.ExitStack()
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: ChildProcess | None = None
 
     async def on_start(self) -> None:
         await self._launch()
@@ -90,8 +105,7 @@ class ProcessEndpoint(Endpoint):
 
     def kill(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            self._process.kill()
 
     async def _launch(self) -> None:
         ours, theirs = socket.socketpair()
@@ -101,8 +115,7 @@ class ProcessEndpoint(Endpoint):
         with theirs, their_pulse:
             self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=READ_LIMIT)
             fds = (theirs.fileno(), their_pulse.fileno())
-            command = (sys.executable, "-m", "descant.actor.remote_child", self._remote.program.factory, *map(str, fds))
-            self._process = await asyncio.create_subprocess_exec(*command, stdin=subprocess.DEVNULL, pass_fds=fds)
+            self._process = await self._start_child(self._remote.program.factory, fds)
         self.pid = self._process.pid
 
     async def _send(self, frame: bytearray) -> None:
@@ -166,18 +179,19 @@ class ProcessEndpoint(Endpoint):
         raise await self._obituary()
 
     async def _obituary(self) -> DescantError:
-        """Reap the process and return what it died of."""
+        """Wait for the end of the process and return its cause."""
         status = await self._wait_for_exit(self._exit_grace_s)
         if self._death is None:
-            killed_by = signal.Signals(-status).name if status < 0 else None
-            reason = self._last_words or (f"killed by {killed_by}" if killed_by else f"exit status {status}")
+            killed_by = signal.Signals(-status).name if status is not None and status < 0 else None
+            known = f"killed by {killed_by}" if killed_by else f"exit status {status}"
+            reason = self._last_words or ("exit status unknown" if status is None else known)
             self._death = self._failure(reason, exit_status=None if killed_by else status, killed_by=killed_by)
         return self._death
 
-    async def _wait_for_exit(self, grace_s: float) -> int:
-        """Return the status, after SIGKILL if it takes longer; 0 if there never was a process."""
+    async def _wait_for_exit(self, grace_s: float) -> int | None:
+        """Return the exit status, after SIGKILL if it takes longer; None if it cannot be known."""
         if self._process is None:
-            return 0
+            return None
         with anyio.move_on_after(grace_s):
             return await self._process.wait()
         self.kill()

@@ -1,7 +1,7 @@
 """An actor in a child process behind an ordinary `Ref`.
 
 The parent's side: an actor (the endpoint) that owns the process. Each of its lives is one process; crash,
-restart and escalation are those of any actor under a `Supervisor`. The frames are in `remote_child`.
+restart and escalation are those of any actor under a `Supervisor`. The frames are in `frames`.
 
     starting    from spawn, or from the death of the process before, until the factory returned: messages queue
     up          messages go out at once, in order; the process handles them in order
@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-from descant.actor.endpoint import Endpoint, Program, Remote, Watchers
-from descant.actor.inline import InlineEndpoint
-from descant.actor.process import Heartbeat, ProcessEndpoint
+from descant.actor.endpoint import Endpoint, Placement, Program, Remote, Watchers
+from descant.actor.process import InProcess
 from descant.actor.supervision import RestartPolicy, Supervisor
 from descant_client.errors import DescantError
 
@@ -33,9 +32,7 @@ def spawn_remote(
     on_up: Callable[[int], None] = lambda life: None,
     on_down: Callable[[DescantError], None] = lambda reason: None,
     on_notice: Callable[[Any], None] = lambda notice: None,
-    placement: Literal["process", "inline"] = "process",
-    heartbeat: Heartbeat = Heartbeat(),  # noqa: B008 - frozen
-    exit_grace_s: float = 5.0,
+    placement: Placement = InProcess(),  # noqa: B008 - frozen
     restarts: RestartPolicy = RestartPolicy(max_restarts=5, within_s=math.inf),  # noqa: B008 - frozen
     mailbox_size: int = 1024,
 ) -> Remote[Any]:
@@ -47,18 +44,14 @@ def spawn_remote(
         on_up: called with the number of the life (from 1) when its factory has returned.
         on_down: called with the reason when a life ended other than by a stop, up or not.
         on_notice: called with each notice the process sends up, from the start of its factory on.
-        placement: `inline` runs the handler on this loop, for tests; messages still go through msgpack.
-        exit_grace_s: time for the message in hand and `Handler.close` at a stop, before SIGKILL.
-        restarts: by default only lives in a row that nobody marked productive count.
+        placement: `InProcess`, or `Inline` for tests.
+        restarts: by default, counts only consecutive lives that were not marked productive.
     """
     remote: Remote[Any] = Remote(name, program)
 
     def make_endpoint() -> Endpoint:
         remote.life += 1
-        watchers = Watchers(on_up, on_down, on_notice)
-        if placement == "inline":
-            return InlineEndpoint(remote, watchers)
-        return ProcessEndpoint(remote, watchers, heartbeat, exit_grace_s)
+        return placement.endpoint(remote, Watchers(on_up, on_down, on_notice))
 
     remote.ref = supervisor.spawn(make_endpoint, name, mailbox_size=mailbox_size, restarts=restarts)
     return remote

@@ -16,6 +16,7 @@ thread, ends the process.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -26,7 +27,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import msgspec
 
@@ -107,6 +108,7 @@ class Uplink:
 def serve(uplink: Uplink, factory: Factory) -> None:
     """Make the handler and let it handle messages until STOP or end of file."""
     start = _receive_start(uplink)
+    _name_process(start.name)
     logging.basicConfig(level=start.log_level, format=f"%(asctime)s {start.name} %(levelname)s %(name)s: %(message)s")
     try:
         try:
@@ -127,6 +129,12 @@ def _receive_start(uplink: Uplink) -> Start:
     if frame is None:
         raise SystemExit(0)
     return msgspec.msgpack.decode(frame.payload, type=Start)
+
+
+def _name_process(name: str) -> None:
+    """Set the name of this process that `ps` and `top` show. Linux keeps 15 bytes of it."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write(f"descant-{name}")
 
 
 class _Ready(NamedTuple):
@@ -267,17 +275,35 @@ def _beat(pulse: socket.socket) -> None:
     os._exit(0)  # the parent is gone; the main thread may be deep in a kernel
 
 
-def main(argv: list[str]) -> None:
-    """Run the child until the parent stops it or is gone."""
+def find_factory(path: str) -> Factory:
+    """Import the factory at `path`, "module:function"."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run(path: str, fd: int, pulse_fd: int) -> NoReturn:
+    """Run the factory at `path` on the two sockets until the parent stops the child or is gone, then exit."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
         signal.signal(ignored, signal.SIG_IGN)
-    path, fd, pulse_fd = argv
-    pulse = socket.socket(fileno=int(pulse_fd))
+    pulse = socket.socket(fileno=pulse_fd)
     threading.Thread(target=_beat, args=(pulse,), name="pulse", daemon=True).start()
-    module, _, name = path.partition(":")
-    with socket.socket(fileno=int(fd)) as sock:
-        uplink = Uplink(sock)
-        serve(uplink, lambda config, notify: getattr(importlib.import_module(module), name)(config, notify))
+    with socket.socket(fileno=fd) as sock:
+        serve(Uplink(sock), lambda config, notify: find_factory(path)(config, notify))
+    exit_now()
+
+
+def exit_now() -> NoReturn:
+    """End the process with status 0, without finalizing the interpreter: with torch that takes 0.2 s of CPU time."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def main(argv: list[str]) -> None:
+    """Run the child."""
+    path, fd, pulse_fd = argv
+    run(path, int(fd), int(pulse_fd))
 
 
 if __name__ == "__main__":

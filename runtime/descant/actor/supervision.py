@@ -19,10 +19,11 @@ import msgspec
 
 from descant.actor.actor import Actor
 from descant.actor.address import Address
-from descant.actor.cell import Cell, failure_of, first_leaf
+from descant.actor.cell import Cell, failure_of
 from descant.actor.errors import ActorError, Escalated
 from descant.actor.ref import ActorStats, Ref
 from descant_client.errors import DescantError
+from descant_client.task_groups import first_leaf
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Supervisor:
-    """Runs actors inside `async with`; leaving the block stops them in reverse order of spawn.
+    """Runs actors inside `async with`; leaving the block stops them in reverse order of start.
 
     Cancelling the block, or an exception of `on_escalate`, cancels all actors at once; every pending ask is
     answered all the same.
@@ -55,7 +56,8 @@ class Supervisor:
     ) -> None:
         self._on_escalate = on_escalate
         self._clock = clock
-        self._cells: dict[str, Cell] = {}  # in order of spawn, without the stopped
+        self._cells: dict[str, Cell] = {}  # in order of start, without the stopped
+        self._reserved: dict[str, Cell] = {}  # not started yet
         self._tasks = anyio.create_task_group()
 
     async def __aenter__(self) -> Self:
@@ -65,6 +67,7 @@ class Supervisor:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
+        self._close_reserved()
         try:
             if kind is None or issubclass(kind, Exception):
                 await self.stop()
@@ -90,19 +93,43 @@ class Supervisor:
 
         The name is free again once the actor has stopped.
         """
-        assert name not in self._cells, f"two actors named {name}"
-        cell = Cell(Address(name, mailbox_size))
-        self._tasks.start_soon(self._supervise, cell, factory, restarts, name=name)
-        self._cells[name] = cell
+        ref = self.reserve(name, mailbox_size=mailbox_size)
+        self.start(ref, factory, restarts=restarts)
+        return ref
+
+    def reserve(self, name: str, *, mailbox_size: int = 1024) -> Ref[Any]:
+        """Return the address of an actor that `start` starts later; until then its messages wait.
+
+        If it is never started, it is stopped when the supervisor stops.
+        """
+        assert name not in self._cells | self._reserved, f"two actors named {name}"
+        cell = self._reserved[name] = Cell(Address(name, mailbox_size))
         return cell.ref
 
+    def start(
+        self,
+        ref: Ref[Any],
+        factory: Callable[[], Actor[Any]],
+        *,
+        restarts: RestartPolicy = RestartPolicy(),  # noqa: B008 - frozen
+    ) -> None:
+        """Start the actor of a reserved address."""
+        cell = self._cells[ref.name] = self._reserved.pop(ref.name)
+        self._tasks.start_soon(self._supervise, cell, factory, restarts, name=ref.name)
+
     async def stop(self, *, timeout: float = 10.0) -> None:
-        """Stop every actor, the last spawned first, each given `timeout` seconds for the message in hand."""
+        """Stop every actor, the last started first, each given `timeout` seconds for the message in hand."""
+        self._close_reserved()
         for cell in reversed(list(self._cells.values())):
             await cell.ref.stop(timeout=timeout)
 
+    def _close_reserved(self) -> None:
+        for cell in self._reserved.values():
+            cell.address.close()
+        self._reserved.clear()
+
     def stats(self) -> list[ActorStats]:
-        """Return the counters of every running actor, in order of spawn."""
+        """Return the counters of every running actor, in order of start."""
         return [cell.address.stats() for cell in self._cells.values()]
 
     async def _supervise(self, cell: Cell, factory: Callable[[], Actor[Any]], restarts: RestartPolicy) -> None:

@@ -1,6 +1,6 @@
 """The auth actor: API keys to principals.
 
-Accepts: Authenticate. Asks: nobody. Owns: the hashed keys of the configuration.
+Accepts: Authenticate. Asks: no actor. Owns: the hashed keys of the configuration.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ LOCAL = "local"  # the principal of a server without keys
 
 
 class Auth(Actor[AuthMessage]):
-    """Knows who may use this server."""
+    """Authenticates clients by API key. Without configured keys every client is the local principal."""
 
     def __init__(self, config: Config) -> None:
         roots = config.adapters.roots
-        self._anybody = Principal(LOCAL, None if roots is None else tuple(roots), is_admin=True)
-        self._by_hash = {  # a dictionary of hashes: finding a key tells nothing about the others by its timing
+        self._local = Principal(LOCAL, None if roots is None else tuple(roots), is_admin=True)
+        self._by_hash = {  # by hash, so that the time of a look-up reveals nothing about other keys
             key.sha256: Principal(key.name, (*key.roots, *(roots or ())), key.is_admin, key.weight, key.max_queued)
             for key in config.keys
         }
@@ -33,7 +33,7 @@ class Auth(Actor[AuthMessage]):
 
     def _authenticate(self, key: str | None) -> Principal:
         if not self._by_hash:
-            return self._anybody
+            return self._local
         if not key:
             raise Unauthorized("This server asks for an API key.")
         principal = self._by_hash.get(hash_key(key))

@@ -1,7 +1,7 @@
-"""The registry of the dummy engine: every adapter exists, every operation succeeds and changes nothing but names.
+"""The registry of the dummy engine: every adapter exists, every operation succeeds and changes only names.
 
-Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionFree. Asks: nobody. Owns: the names that
-were made; they last as long as this life.
+Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused. Asks: no actor. Owns: the names
+that were made, for this life only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from descant.messages import (
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
-    VersionFree,
+    VersionUnused,
 )
 from descant.sources.grammar import check_name, parse_reference
 from descant_client.errors import AdapterNotFound
@@ -46,7 +46,7 @@ SOURCE = "dummy"
 
 
 class DummyRegistry(Actor[RegistryMessage]):
-    """For client developers: answers like the registry, reads nothing."""
+    """A stand-in for the registry, for client developers. It reads no files."""
 
     def __init__(self, entries: list[AdapterEntry]) -> None:
         names = [entry.name for entry in entries]
@@ -67,14 +67,14 @@ class DummyRegistry(Actor[RegistryMessage]):
             case ChangeAdapter(principal, change):
                 entry = self._change(principal, change)
                 return AdapterList(() if entry is None else (entry.info(),))
-            case VersionFailed() | VersionFree():
+            case VersionFailed() | VersionUnused():
                 return None
 
     def _list(self, principal: Principal, name: str | None) -> AdapterList:
         if name is None:
             return AdapterList(tuple(entry.info() for entry in self._catalog.visible(principal)))
         try:
-            return AdapterList((self._catalog.used(principal, name).info(),))
+            return AdapterList((self._catalog.require(principal, name).info(),))
         except AdapterNotFound:
             return AdapterList((AdapterInfo(name=name, source=SOURCE),))  # every adapter exists
 

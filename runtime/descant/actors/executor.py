@@ -1,9 +1,10 @@
-"""The executor: the device, in a process of its own.
+"""The executor actor: the device, in a process of its own.
 
 Accepts: StageAdapter, PlaceAdapter, MoveAdapters, DropAdapter, Step. Sends up: LoadProgress while loading, EngineReady
 once. Owns: weights, KV cache, arena, adapters in host memory.
 
-Its code runs in the child; the server process holds a `Ref` and never imports torch, and neither does this module.
+This module runs in the child. The server process holds a `Ref` and never imports torch; nor does this module, before
+it builds an engine.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from descant.engine.allocator import keep_freed_memory
 from descant.engine.dummy import DummyEngine, DummyOptions
 from descant.engine.host_cache import HostCache
 
-SWITCH_INTERVAL_S = 0.0005  # a side thread that runs Python holds up each operator of a step no longer than this
+SWITCH_INTERVAL_S = 0.0005  # longest delay of a step's operator by a side thread that runs Python
 
 
 class Executor:
-    """The handler of the child: staging on its side threads, all else on the main thread, one message at a time."""
+    """The handler of the child. Staging runs on side threads, all else on the main thread, one message at a time."""
 
     messages = ExecutorMessage
     beside = (StageAdapter,)
@@ -47,16 +48,16 @@ class Executor:
         self._engine = engine
         self._host: HostCache[StagedAdapter] = HostCache(num_host_bytes)
         self._epoch = 0  # of the latest step
-        self._num_launched = 0  # steps that are not collected
-        self._collected: deque[StepResult] = deque()  # and not answered
+        self._num_launched = 0  # steps launched and not collected
+        self._collected: deque[StepResult] = deque()  # results not answered yet
 
     def handle(self, message: ExecutorMessage) -> Staged | Placed | StepDone | Later | None:
-        """Carry out one message. DescantErrors concern that message; anything else ends the process."""
+        """Carry out one message. A DescantError is its answer; any other exception ends the process."""
         match message:
             case StageAdapter():
                 return self._stage(message)
             case PlaceAdapter(adapter_slot, offset, version):
-                # It is gone only if it was dropped meanwhile; then this reads it on the main thread.
+                # If it was dropped meanwhile it is read again, on the main thread.
                 staged = self._host.take(version.digest) or self._engine.stage_adapter(version.path)
                 self._engine.place_adapter(adapter_slot, offset, staged)
                 return Placed(adapter_slot)
@@ -72,13 +73,13 @@ class Executor:
                 return self._step(plan)
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: the executor holds no resources that outlive its process."""
 
     def _step(self, plan: StepPlan) -> StepDone | Later:
-        """Carry out a step, or start it if the next may come before its answer."""
+        """Carry out a step. If steps may be in flight, launch it, and answer once it is done."""
         if self._engine.limits.max_steps_in_flight == 1:
             return StepDone(self._engine.step(plan))
-        if plan.epoch != self._epoch:  # of another scheduler, which does not count those before
+        if plan.epoch != self._epoch:  # of a new scheduler, which expects no results of earlier epochs
             self._epoch = plan.epoch
             while self._num_launched:
                 self._collect()
@@ -88,7 +89,7 @@ class Executor:
 
     def _wait(self) -> None:
         if not self._collected:
-            self._engine.wait()
+            self._engine.block_until_done()
 
     def _reply(self) -> StepDone:
         if not self._collected:
@@ -109,7 +110,7 @@ class Executor:
 
 
 def start(config: bytes, notify: Notify) -> Executor:
-    """Build the engine the configuration asks for, telling the parent how far it is."""
+    """Build the configured engine and report the stages to the parent. `config` is an encoded `ExecutorConfig`."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     keep_freed_memory()
     settings = msgspec.msgpack.decode(config, type=ExecutorConfig)
@@ -132,7 +133,10 @@ def _dummy_engine(settings: ExecutorConfig) -> StepEngine:
 
 
 def _model_engine(settings: ExecutorConfig, notify: Notify) -> StepEngine:
-    notify(LoadProgress("importing torch", 0.0))
     from descant.engine.runner import Engine
 
-    return Engine(settings.model_dir, settings.options, lambda at: notify(LoadProgress("loading weights", at)))
+    def on_progress(fraction: float) -> None:
+        stage = "loading and packing the weights" if fraction < 1.0 else "preparing the engine"
+        notify(LoadProgress(stage, fraction))
+
+    return Engine(settings.model_dir, settings.options, on_progress)

@@ -1,6 +1,6 @@
-"""The fetch actor: where the files of models and adapters are.
+"""The fetch actor: finds the files of models and adapters, and downloads them.
 
-Accepts: FetchAdapter, FetchModel. Asks: nobody. Owns: downloads under way, one per source and id.
+Accepts: FetchAdapter, FetchModel. Asks: no actor. Owns: downloads in flight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from descant_client.errors import ModelInvalid
 
 
 class Fetch(Actor[FetchMessage]):
-    """Finds files; whatever blocks runs in a thread, so that one slow source delays nobody else."""
+    """Finds files. Blocking work runs in threads, so that a slow source delays no other request."""
 
     async def on_receive(self, message: FetchMessage) -> Later:
         """Answer one message."""

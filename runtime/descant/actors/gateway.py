@@ -1,7 +1,7 @@
 """The gateway actor: the one listening socket.
 
 Accepts: Drain. Asks: auth, registry, scheduler (through its connections). Owns: the listener, its connections, the
-tasks of requests being prepared. Sessions and streams belong to the system.
+tasks of requests in preparation. Sessions and streams belong to the system.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -23,11 +24,13 @@ from starlette.websockets import WebSocket
 
 from descant.__about__ import __version__
 from descant.actor.actor import Actor
-from descant.actor.ref import ActorStats
+from descant.actor.address import ActorStats
+from descant.actor.endpoint import Remote
+from descant.actor.launcher import Launching
 from descant.messages import CancelRequest, Drain, GatewayMessage
-from descant.requests.generate import give_up
+from descant.requests.generate import fail_request
 from descant.requests.services import Services
-from descant.websocket.connection import Connection
+from descant.websocket.connection import WebSocketConnection
 from descant.websocket.socket_protocol import SocketProtocol
 from descant_client.errors import ConfigInvalid, InternalError
 
@@ -48,19 +51,37 @@ class Health(msgspec.Struct, frozen=True):
     adapter_loads: int
     sessions: int
     sequences: int
-    drafts: int  # guesses that were verified,
-    drafted_tokens: int  # the tokens in them, one after the other,
-    accepted_tokens: int  # and how many came true: so many steps were saved
+    drafts: int  # verified drafts
+    drafted_tokens: int  # tokens on the longest ways through them
+    accepted_tokens: int  # tokens of them that were accepted, each of which saved a step
+    executor_pid: int | None  # None between two lives
+    worker_pid: int | None  # likewise, and with the dummy engine
+    launcher_pid: int | None  # likewise, and where children start from nothing
     actors: list[ActorStats]
 
 
-class Gateway(Actor[GatewayMessage]):
-    """Listens, and keeps what its connections start alive."""
+class Children(NamedTuple):
+    """The processes of the server."""
 
-    def __init__(self, services: Services, listener: socket.socket, stats: Callable[[], list[ActorStats]]) -> None:
+    executor: Remote[Any]
+    worker: Remote[Any] | None
+    launcher: Launching | None
+
+
+class Gateway(Actor[GatewayMessage]):
+    """Listens for connections and owns the tasks that they start, so that these outlive them."""
+
+    def __init__(
+        self,
+        services: Services,
+        listener: socket.socket,
+        stats: Callable[[], list[ActorStats]],
+        children: Children,
+    ) -> None:
         self._services = services
         self._listener = listener
         self._stats = stats
+        self._children = children
         self._draining: str | None = None
         self._server: uvicorn.Server | None = None
         self._closed = anyio.Event()
@@ -90,11 +111,11 @@ class Gateway(Actor[GatewayMessage]):
         self.start_soon(self._sweep)
 
     def _end_orphans(self) -> None:
-        # The tasks of these requests ended with the life before.
+        # The tasks of these requests ended with the previous life.
         for session in self._services.sessions:
             for one in session:
                 if not (one.is_submitted or one.is_ended):
-                    give_up(self._services, one, InternalError(one.orphaned))
+                    fail_request(self._services, one, InternalError(one.orphaned))
 
     async def on_receive(self, message: GatewayMessage) -> None:
         """Answer one message."""
@@ -103,17 +124,17 @@ class Gateway(Actor[GatewayMessage]):
                 self._draining = reason
 
     async def on_stop(self) -> None:
-        """Close the connections, politely."""
+        """Close every connection with a closing handshake."""
         if self._server is not None:
             self._server.should_exit = True
             await self._closed.wait()
 
     async def _listen(self, server: uvicorn.Server) -> None:
-        # A duplicate, because the server closes what it is given and the next life of this actor listens again.
+        # A duplicate: uvicorn closes its sockets, and the next life of this actor listens again.
         sockets = [self._listener.dup()]
         try:
             await server.serve(sockets)
-        except anyio.get_cancelled_exc_class():  # this life crashed: what it left open must not go on without it
+        except anyio.get_cancelled_exc_class():  # this life crashed: close the connections that it left open
             server.force_exit = True
             with anyio.CancelScope(shield=True):
                 await server.shutdown(sockets)
@@ -122,7 +143,7 @@ class Gateway(Actor[GatewayMessage]):
             self._closed.set()
 
     async def _websocket(self, websocket: WebSocket) -> None:
-        await Connection(websocket, self._services, self.start_soon, lambda: self._draining).serve()
+        await WebSocketConnection(websocket, self._services, self.start_soon, lambda: self._draining).serve()
 
     async def _health(self, request: Request) -> Response:
         model, drafts = self._services.model, self._services.sequences.draft_counts()
@@ -138,6 +159,9 @@ class Gateway(Actor[GatewayMessage]):
             drafts=drafts.num_drafts,
             drafted_tokens=drafts.num_drafted,
             accepted_tokens=drafts.num_accepted,
+            executor_pid=self._children.executor.pid,
+            worker_pid=self._children.worker and self._children.worker.pid,
+            launcher_pid=self._children.launcher and self._children.launcher.pid,
             actors=self._stats(),
         )
         return Response(msgspec.json.encode(health), media_type="application/json")
@@ -157,14 +181,14 @@ class Gateway(Actor[GatewayMessage]):
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # signals are the system's
+    def capture_signals(self) -> Iterator[None]:  # the command line handles signals
         yield
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """Return a socket listening on `host`:`port` (0: a free port). Raises ConfigInvalid if it cannot be had."""
+    """Return a socket listening on `host`:`port` (0: a free port). Raises ConfigInvalid if that is impossible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named: asyncio sends small frames at once only on sockets that say they are TCP.
+    # The protocol is named because asyncio disables Nagle's algorithm only on sockets that are marked as TCP.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,11 +1,11 @@
-"""The registry actor: names of adapters, and the versions they stand for.
+"""The registry actor: names of adapters, and the versions that they stand for.
 
-Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionFree. Asks: fetch, worker. Owns: the
-catalog, the store's index, what was prepared from where.
+Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused. Asks: fetch, worker. Owns: the
+catalog, the store's index, the versions that were prepared in this life.
 
-The journal belongs to the system, as its lock must outlast a crash of this actor: each life reads the names from it
-and finds the store as it is. Content is read once: a version stays what it is, whatever happens to the files it came
-from, until somebody loads it anew. How configured names fare over restarts is in `catalog.configured`.
+The journal belongs to the system, as its lock must outlast a crash of this actor. Each life reads the names from it and
+indexes the store. Content is read once: later changes of its files have no effect until a client loads it again.
+`catalog.configured` defines what happens to configured names at a restart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from descant.actor.ref import Ref
 from descant.catalog.catalog import Catalog
 from descant.catalog.changes import Changes
 from descant.catalog.contents import Contents
-from descant.catalog.entry import Entry
 from descant.catalog.journal import Journal
 from descant.catalog.pins import PinBudget
 from descant.catalog.quota import OwnerQuota
@@ -38,20 +37,20 @@ from descant.messages import (
     RegistryMessage,
     ResolveAdapters,
     VersionFailed,
-    VersionFree,
+    VersionUnused,
 )
 from descant.sessions.leases import Lease, LeaseTable
-from descant_client.errors import DescantError
-from descant_client.wire import AdapterSource
+from descant_client.errors import AdapterInvalid, DescantError
+from descant_client.wire import WeightedAdapter
 
 logger = logging.getLogger(__name__)
 
 
 class Registry(Actor[RegistryMessage]):
-    """Turns what a request names into one effective version, and changes what names stand for.
+    """Resolves the adapters of a request to one effective version, and carries out changes of adapters.
 
-    `on_pins` is called with all versions to be kept on the device whenever they change, and once at the start of each
-    life; `on_forget` with the digest of each version that no request will name again. Neither may wait.
+    `on_pins` is called with all versions to be kept on the device, at the start of each life and after each change.
+    `on_forget` is called with the digest of each version that no request can name any more. Neither may wait.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Registry(Actor[RegistryMessage]):
         self._pins: tuple[AdapterVersion, ...] | None = None
 
     async def on_start(self) -> None:
-        """Read the journal and look into the store."""
+        """Read the journal and index the store."""
         self._catalog = Catalog(await self._journal.entries())
         self._versions = Versions(
             fetch=self._fetch,
@@ -110,10 +109,10 @@ class Registry(Actor[RegistryMessage]):
             case ChangeAdapter():
                 return self.later(self._change(message))
             case VersionFailed(digest):
-                self._versions.failed(digest)
+                self._versions.on_damaged(digest)
                 self._update_pins()
-            case VersionFree(digest):
-                return self.later(self._versions.freed(digest))
+            case VersionUnused(digest):
+                return self.later(self._versions.on_unused(digest))
         return None
 
     def _list(self, principal: Principal, name: str | None) -> AdapterList:
@@ -123,45 +122,35 @@ class Registry(Actor[RegistryMessage]):
         return AdapterList(() if entry is None else (entry.info(),))
 
     async def _resolve(self, message: ResolveAdapters) -> AdapterVersion | None:
-        names: dict[str, str] = {}
-        with self._versions.working() as work:
-            return await self._contents.mending(lambda: self._effective(message, work, names), names)
+        with self._versions.temporary_lease() as lease:
+            try:
+                return await self._effective_version(message, lease)
+            except AdapterInvalid as error:
+                self._contents.mark_damaged(error)
+            return await self._effective_version(message, lease)  # makes the damaged version again
 
-    async def _effective(self, message: ResolveAdapters, work: Lease, names: dict[str, str]) -> AdapterVersion | None:
-        """Combine the members, and give that the draft heads it shall have."""
-        version = await self._combine(message, work, names)
+    async def _effective_version(self, message: ResolveAdapters, lease: Lease) -> AdapterVersion | None:
+        """Combine the members, held by `lease` meanwhile, and add the draft heads that the message names."""
+        found = await self._contents.resolve(message.members, message.source, message.principal, lease)
+        with found.naming_damage():
+            version = await self._combine(message, found.members)
         if message.heads is None:
             return version
-        heads = await self._ready(message.heads, None, message.principal, work, names)
-        if heads is None:
+        heads = await self._contents.resolve((WeightedAdapter(message.heads, 1.0),), None, message.principal, lease)
+        if not heads.members:
             return version
-        return await self._versions.with_heads(message.heads, version, heads, message.lease)
+        with heads.naming_damage(), found.naming_damage():
+            return await self._versions.with_heads(message.heads, version, heads.members[0].version, message.lease)
 
-    async def _combine(self, message: ResolveAdapters, work: Lease, names: dict[str, str]) -> AdapterVersion | None:
-        """Ready the members and combine them. `work` holds them meanwhile; `names` gets theirs, by digest."""
-        members: list[Member] = []
-        for member in message.members:
-            version = await self._ready(member.adapter, message.source, message.principal, work, names)
-            if version is not None:
-                members.append(Member(version, member.weight))
+    async def _combine(self, message: ResolveAdapters, members: tuple[Member, ...]) -> AdapterVersion | None:
+        """Return the version of a combination, held by the message's lease. None without members."""
         if not members:
             return None
         if len(members) == 1 and members[0].weight == 1.0 and message.combination.type == "cat":
             self._versions.hold(members[0].version, message.lease)
             return members[0].version
         label = " + ".join(f"{member.weight:g}*{member.adapter}" for member in message.members)
-        return await self._versions.compose(label, tuple(members), message.combination, message.lease)
-
-    async def _ready(
-        self, adapter: str, source: AdapterSource | None, principal: Principal, work: Lease, names: dict[str, str]
-    ) -> AdapterVersion | None:
-        """Return the version of an adapter that is named, held by `work`; None if it is disabled."""
-        located = self._contents.locate(adapter, source, principal)
-        if isinstance(located, Entry) and not located.is_enabled:
-            return None
-        content = await self._contents.content(adapter, located, principal.roots, work)
-        names[content.version.digest] = adapter
-        return content.version
+        return await self._versions.compose(label, members, message.combination, message.lease)
 
     async def _change(self, message: ChangeAdapter) -> AdapterList:
         entry = await self._changes.carry_out(message.principal, message.change)
@@ -170,7 +159,7 @@ class Registry(Actor[RegistryMessage]):
     # ---- pins -----------------------------------------------------------------------------------------------------
 
     def _update_pins(self) -> None:
-        """Tell who keeps versions on the device, if it is something new. What is damaged has to be mended first."""
+        """Report the pinned versions if they have changed. Damaged ones are left out until they are made again."""
         pinned = [e for e in self._catalog.pinned() if e.version and self._versions.is_sound(e.version.digest)]
         pins = self._budget.fitting(pinned)
         if pins != self._pins:
@@ -178,13 +167,13 @@ class Registry(Actor[RegistryMessage]):
             self._on_pins(pins)
 
     async def _restore_pins(self) -> None:
-        """Prepare what is pinned and not in the store. What fails is not on the device until somebody uses it."""
+        """Prepare pinned versions that are not in the store. A failed one is off the device until a request uses it."""
         for pinned in self._catalog.pinned():
-            entry = self._catalog.get(pinned.key)  # as it is by now
+            entry = self._catalog.get(pinned.key)  # may have changed meanwhile
             if entry is None or not entry.is_pinned:
                 continue
-            with self._versions.working() as lease:
+            with self._versions.temporary_lease() as lease:
                 try:
-                    await self._contents.ready(entry, lease)
+                    await self._contents.obtain(entry, lease)
                 except DescantError as error:
                     logger.warning("the pinned adapter %s is not on the device: %s", entry.name, error)

@@ -109,7 +109,7 @@ class Scheduler(Actor[SchedulerMessage]):
         self._work.set()
 
     def _up(self, engine: EngineReady) -> None:
-        self._model.up(engine)
+        self._model.on_executor_up(engine)
         self._policy.on_executor_up(engine.limits, engine.info.num_adapter_bytes)
         if self._model.num_steps == 0:
             self._policy.submit([self._probe()])

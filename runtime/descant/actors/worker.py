@@ -1,9 +1,9 @@
 """The worker: heavy adapter work in a process of its own.
 
 Accepts: PrepareAdapter, ComposeAdapters, TakeHeads, CreateVersion, ExportAdapter, ExportMerged. Owns: the base model's
-shapes, the writing end of the store.
+shapes. Only this process writes into the store.
 
-This module runs in the child; a file that crashes it costs one request.
+This module runs in the child. A file that crashes the child fails one request.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from descant.model.arch import from_hf
 
 
 class Worker:
-    """The handler of the child; any number of messages at a time, as the adapters' side keeps nothing between them."""
+    """The handler of the child. It handles any number of messages at once, as no state is kept between them."""
 
     messages = WorkerMessage
     beside: tuple[type, ...] = (PrepareAdapter, ComposeAdapters, TakeHeads, CreateVersion, ExportAdapter, ExportMerged)
@@ -38,7 +38,7 @@ class Worker:
         self._adapters = adapters
 
     def handle(self, message: WorkerMessage) -> WorkerReply:
-        """Carry out one message; whatever is wrong with an adapter is an AdapterError."""
+        """Carry out one message. Raises AdapterError for every fault of an adapter."""
         match message:
             case PrepareAdapter(adapter, directory):
                 return Prepared(self._adapters.prepare(adapter, directory))
@@ -55,11 +55,11 @@ class Worker:
                 return Exported(directory, self._adapters.export_merged(adapter, version, directory))
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: the worker holds no resources that outlive its process."""
 
 
 def start(config: bytes, notify: Notify) -> Worker:
-    """Open the store."""
+    """Return the handler for a `WorkerConfig`, encoded as msgpack."""
     settings = msgspec.msgpack.decode(config, type=WorkerConfig)
     dtype = settings.dtype or from_hf(settings.model_dir).dtype
     return Worker(AdapterWorker(settings.model_dir, settings.store_dir, dtype, settings.limits))

@@ -1,1 +1,1 @@
-"""Heavy adapter work, done in the worker process: reading, checking, summing and storing. Torch, no asyncio."""
+"""Adapter work of the worker process: reading, checking, summing and storing adapters. Uses torch, never asyncio."""

@@ -1,4 +1,4 @@
-"""New adapters, which change nothing until they are trained elsewhere: A random as PEFT draws it, B zero."""
+"""New adapters, which change nothing until they are trained elsewhere: A random as in PEFT, B zero."""
 
 import math
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ def choose_targets(
     target_modules: Sequence[str] | None,
     limits: AdapterLimits,
 ) -> list[TargetModule]:
-    """Return the modules a new adapter is to have, with rank and scaling. Allocates no tensor.
+    """Return the modules of a new adapter, with rank and scaling. Allocates no tensor.
 
     Args:
       alpha: None: the rank, for a scaling of 1.
-      target_modules: names or what follows one of their dots; None: `q_proj` and `v_proj`. `all-linear` alone: every
-        linear but the head.
+      target_modules: module names, or their suffixes after a dot. None: `q_proj` and `v_proj`. `all-linear` as the only
+        entry: every linear but the head.
 
     Raises:
-        AdapterInvalid: an entry means no linear of the base, or rank or alpha are out of range.
-        AdapterUnsupported: the input embedding is meant.
+        AdapterInvalid: an entry matches no linear of the base, or rank or alpha are out of range.
+        AdapterUnsupported: an entry matches the input embedding.
     """
     if alpha is not None and not math.isfinite(float32(alpha)):
         raise AdapterInvalid(adapter, f"alpha {alpha} is not finite")
@@ -48,7 +48,7 @@ def choose_targets(
 
 
 def create(targets: Sequence[TargetModule]) -> LowRankAdapter:
-    """Return the new adapter. A is Kaiming-uniform from a fixed seed, so that equal requests make one version."""
+    """Return the new adapter. A is Kaiming-uniform from a fixed seed, so that equal requests yield one version."""
     generator = torch.Generator().manual_seed(_SEED)
     factors: dict[str, Factors] = {}
     for target in targets:

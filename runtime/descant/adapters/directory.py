@@ -1,7 +1,7 @@
-"""Writes a whole directory or none: under a temporary name beside its place, synced, then renamed.
+"""Atomic writing of a directory: under a temporary name beside the target, synced, then renamed.
 
-What is wrong with the place is the request's fault, never the process's. A writer that is killed leaves its temporary
-directory behind; whoever next writes beside it clears it away, once nothing in it has changed for an hour.
+An unusable target is an error of the request, not of the process. A killed writer leaves its temporary directory
+behind. The next write beside it removes it, once nothing in it has changed for an hour.
 """
 
 import contextlib
@@ -10,51 +10,49 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from descant.versions.durable import remove_abandoned, sync
 from descant_client.errors import InvalidRequest
 
-ABANDONED_AFTER_S = 3600.0
-
 _FIELD = "path"
-_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.descant-partial")  # being filled
-_REPLACED = ".descant-replaced"  # another has taken its place, or is about to
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}\.descant-partial")  # a directory being filled
+_REPLACED = ".descant-replaced"  # suffix of an old directory during its replacement
 
-# Whether a directory that holds just files of these names may be replaced.
+# Whether a directory that holds only files of these names may be replaced.
 IsReplaceable = Callable[[Set[str]], bool]
 
 
 def write_directory(
     target: Path, fill: Callable[[Path], None], kept: Sequence[Path], is_replaceable: IsReplaceable | None = None
 ) -> int:
-    """Let `fill` write files into an empty directory, then put it at `target`; return the bytes of its files.
+    """Call `fill` on an empty directory, then rename that to `target`. Return the bytes of its files.
 
-    Parents are created. An empty directory at `target` is replaced, and one of files only if `is_replaceable` says so.
-    That takes two renames, so that there is none for a moment; a process killed in that moment leaves the old one
-    beside it, under a name that ends in `.descant-replaced`, until something is written to `target` again.
+    Parents are created. An empty directory at `target` is replaced; one with files only if `is_replaceable` is true.
+    Replacing takes two renames, between which `target` does not exist. A process killed between them leaves the old
+    directory beside `target`, under a name that ends in `.descant-replaced`, until the next write to `target`.
 
     Args:
-      kept: directories at or below which nothing is written.
+      kept: directories in which nothing may be written.
 
     Raises:
-        InvalidRequest: the place may not be written to, or cannot be. Also whatever `fill` raises. What was at
-        `target` is still there.
+        InvalidRequest: the target is not allowed or cannot be written. Errors of `fill` are passed on. In either case
+        the previous content of `target` is unchanged.
     """
     try:
         _check_place(target, kept)
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_replaceable(target, is_replaceable)
-        _sweep(target.parent)
+        remove_abandoned(_partial_directories(target.parent))
         with _staging_beside(target) as staging:
             fill(staging)
             num_bytes = _sync_files(staging)
-            _check_replaceable(target, is_replaceable)  # again: filling may have taken minutes
+            _check_replaceable(target, is_replaceable)  # again, because filling may take minutes
             _move(staging, target)
-            _sync(target.parent)
+            sync(target.parent)
     except (OSError, SafetensorError) as exc:
         raise InvalidRequest(_FIELD, f"{target} cannot be written: {exc}.") from exc
     return num_bytes
@@ -84,7 +82,7 @@ def _check_replaceable(target: Path, is_replaceable: IsReplaceable | None) -> No
 
 @contextlib.contextmanager
 def _staging_beside(target: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `target`; if it is still there at the end it is removed."""
+    """Yield an empty directory beside `target`. It is removed at the end unless it was renamed."""
     path = target.parent / f".{secrets.token_hex(8)}.descant-partial"
     path.mkdir()
     try:
@@ -93,22 +91,18 @@ def _staging_beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what killed writers left half filled. What others are filling is young."""
-    with contextlib.suppress(OSError):  # it is not ours to clean, or others do
-        for path in parent.iterdir():
-            if _PARTIAL.fullmatch(path.name) and path.is_dir():
-                changed_s = max(one.stat(follow_symlinks=False).st_mtime for one in (path, *path.iterdir()))
-                if time.time() - changed_s > ABANDONED_AFTER_S:
-                    shutil.rmtree(path, ignore_errors=True)
+def _partial_directories(parent: Path) -> Iterator[Path]:
+    for path in parent.iterdir():
+        if _PARTIAL.fullmatch(path.name) and path.is_dir():
+            yield path
 
 
 def _move(staging: Path, target: Path) -> None:
     old = target.parent / f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}{_REPLACED}"
     if not target.exists() or not any(target.iterdir()):
-        staging.rename(target)  # over an empty directory, if there is one
-    else:  # a rename cannot replace a directory with files in it
-        shutil.rmtree(old, ignore_errors=True)  # of a writer killed when its place was taken already
+        staging.rename(target)  # replaces an empty directory
+    else:  # a rename cannot replace a directory that contains files
+        shutil.rmtree(old, ignore_errors=True)  # left by a writer that was killed after its second rename
         target.rename(old)
         try:
             staging.rename(target)
@@ -121,15 +115,7 @@ def _move(staging: Path, target: Path) -> None:
 def _sync_files(directory: Path) -> int:
     num_bytes = 0
     for path in directory.iterdir():
-        _sync(path)
+        sync(path)
         num_bytes += path.stat().st_size
-    _sync(directory)
+    sync(directory)
     return num_bytes
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

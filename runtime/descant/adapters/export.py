@@ -1,5 +1,5 @@
-"""Writes an adapter as PEFT's own files, from which PEFT makes the same tensors and scalings again; its draft heads as
-Medusa's, beside them or alone.
+"""Export of adapters: factors as PEFT files, which PEFT loads with the same tensors and scalings, and draft heads as
+Medusa files, beside them or alone.
 """
 
 import re
@@ -24,7 +24,7 @@ _PREFIX = "base_model.model."
 
 
 class _Config(msgspec.Struct, frozen=True):
-    """`adapter_config.json`: what decides the result, and what other tools look for."""
+    """The content of `adapter_config.json`: keys that determine the result, and keys that other tools expect."""
 
     r: int
     lora_alpha: float
@@ -46,18 +46,18 @@ class _Config(msgspec.Struct, frozen=True):
 
 
 def is_adapter(file_names: Set[str]) -> bool:
-    """Return whether a directory of just these files is an adapter, which another may replace."""
+    """Return whether a directory of exactly these files is an adapter, which another adapter may replace."""
     return file_names <= _ADAPTER_FILES and (CONFIG_FILE in file_names or file_names >= _HEADS_FILES)
 
 
 def check_exportable(name: str, adapter: LowRankAdapter) -> None:
-    """Raise AdapterInvalid if there is no form for the adapter: one without draft heads that touches no module."""
+    """Raise AdapterInvalid if no format holds the adapter: it has no draft heads and touches no module."""
     if adapter.heads is None and not _touches_any(adapter):
         raise AdapterInvalid(name, "it changes no module at all, and PEFT has no files for such an adapter")
 
 
 def write_adapter(adapter: LowRankAdapter, base: BaseModel, directory: Path) -> None:
-    """Write all of an adapter that passes `check_exportable` into an empty directory; `read_adapter` gets it back.
+    """Write an adapter that passes `check_exportable` into an empty directory. `read_adapter` reads it back.
 
     Raises:
         OSError, SafetensorError: the directory cannot be written to.
@@ -69,14 +69,14 @@ def write_adapter(adapter: LowRankAdapter, base: BaseModel, directory: Path) -> 
 
 
 def write_peft(adapter: LowRankAdapter, base: BaseModel, directory: Path) -> None:
-    """Write config and tensors (float32) of the factors, of which there are some, into an empty directory.
+    """Write config and float32 tensors of the factors, of which there is at least one, into an empty directory.
 
-    Reading them again gives the adapter's very factors: `alpha = scaling * rank` is exact, as a scaling has 24 bits.
+    Reading them back yields equal factors: `alpha = scaling * rank` is exact, because a scaling has 24 bits.
 
     Raises:
         OSError, SafetensorError: the directory cannot be written to.
     """
-    # In the base's order, so that equal adapters make equal files.
+    # In the base's order, so that equal adapters yield equal files.
     modules = [module.name for module in base.modules]
     factors = {
         name: adapter.factors[name] for name in modules if name in adapter.factors and adapter.factors[name].rank
@@ -120,10 +120,10 @@ def _make_config(factors: Mapping[str, Factors], base: BaseModel) -> _Config:
 
 
 def _shortest(alpha: float) -> float:
-    """Return a whole number as an int, as PEFT writes it."""
+    """Return a whole number as an int, as in files of PEFT."""
     return int(alpha) if alpha.is_integer() and abs(alpha) < 2**53 else alpha
 
 
 def _exactly(name: str) -> str:
-    """Return the expression that means this module only."""
+    """Return the pattern that matches this module only."""
     return f"^{re.escape(name)}"

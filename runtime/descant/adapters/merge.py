@@ -1,12 +1,14 @@
 """Combinations of low-rank adapters, with the mathematics of PEFT's `add_weighted_adapter`.
 
-`cat` and `svd` work on the members' updates, exactly but for the rank that `svd` cuts off. The others thin out what
-each member brings (not at all, by magnitude, or at random), then join it (by a weighted sum, or by a mean of those
-that agree on a sign): as they are named, on the factors A and B apart, with the root of the weight on each and its
-sign on A; with `_svd`, on the updates themselves, as matrices, and cut down to a rank in the end.
+`cat` and `svd` combine the members' updates; `cat` is exact, and `svd` is exact up to its truncation to a rank. The
+other types prune each member's tensors (not at all, by magnitude, or at random), then join them (by a weighted sum, or
+by a mean of the values that agree on a sign). Without the suffix `_svd` they apply this to the factors A and B
+separately, with the root of the weight on each and its sign on A. With `_svd` they apply it to the updates, as
+matrices, and truncate the result to a rank.
 
-Weights include the members' scalings, so the result's is 1. A module that a member lacks is combined from the others.
-Unlike PEFT, one member is treated as several are, ranks are compared module by module, and nothing is inherited.
+Weights include the members' scalings, so the scaling of the result is 1. A module that a member lacks is combined from
+the other members. Unlike in PEFT, a single member is treated as several members are, ranks are compared per module, and
+no setting is inherited.
 """
 
 import math
@@ -25,22 +27,22 @@ from descant_client.lifecycle import Combination
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one member brings to one module."""
+    """The part of one member in one module."""
 
-    member: int  # its position
+    member: int  # position of the member
     module: str
     factors: Factors
     weight: float
 
     @property
     def coefficient(self) -> float:
-        """The weight of `b @ a`."""
+        """Factor on `b @ a`: weight times scaling."""
         return self.weight * self.factors.scaling
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """Which tensor of a part is combined, and with what weight."""
+    """A choice of the tensor of a part that is combined, and of its weight."""
 
     name: str
     values: Callable[[_Part], Tensor]
@@ -49,23 +51,23 @@ class _View:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """How the tensors of the parts become one: `thin` gets a tensor and what names it, `join` what is left of all."""
+    """The two operations of a combination: `thin` prunes a tensor, given its key, and `join` combines the results."""
 
     thin: Callable[[Tensor, Combination, str], Tensor]
     join: Callable[[Sequence[Term], Combination], Tensor]
 
 
 def combine(adapter: str, members: Sequence[tuple[LowRankAdapter, float]], how: Combination) -> LowRankAdapter:
-    """Return the combination of weighted members, float32. Errors call it `adapter`.
+    """Return the combination of weighted members, float32. Errors name it `adapter`.
 
-    `how` has passed `combination.check`. A rank that a module has no room for is cut down to what it has. What `dare`
-    drops depends on the seed, the member's position in `members`, the module, and A, B or update; on nothing else.
+    `how` has passed `combination.check`. A rank larger than a module's dimensions is reduced to them. The values that
+    `dare` drops depend only on the seed, the member's position in `members`, the module, and A, B or update.
 
-    Draft heads are not combined: those of one member would draft badly for several, and as they never change a token,
-    leaving them out changes none. One member alone, with weight 1, keeps its own.
+    Draft heads are left out: those of one member would draft badly for a combination, and heads never change a token. A
+    single member with weight 1 keeps its heads.
 
     Raises:
-        AdapterInvalid: the type needs equal ranks and they are not, or values are too large to be decomposed.
+        AdapterInvalid: the type needs equal ranks and they differ, or values are too large to be decomposed.
     """
     heads = members[0][0].heads if len(members) == 1 and members[0][1] == 1.0 else None
     return LowRankAdapter(_combined_factors(adapter, members, how), heads)
@@ -124,13 +126,13 @@ def _check_ranks(adapter: str, parts: Sequence[_Part], how: Combination) -> None
 
 
 def _check_finite(adapter: str, module: str, *tensors: Tensor) -> None:
-    """LAPACK fails on infinities in its own words."""
+    """Raise AdapterInvalid for infinities, on which LAPACK would fail with an unclear error."""
     if not all(bool(tensor.isfinite().all()) for tensor in tensors):
         raise AdapterInvalid(adapter, f"values of {module} are too large to be decomposed")
 
 
 def _density(how: Combination) -> float:
-    assert how.density is not None, "combination.check lets no type without its density pass"
+    assert how.density is not None, "combination.check refuses such a type without a density"
     return how.density
 
 
@@ -158,7 +160,7 @@ def _elect(terms: Sequence[Term], how: Combination) -> Tensor:
     return elected_mean(terms, how.majority_sign_method)
 
 
-# Factors are small and combined in float64. An update is as large as the module's weight, and stays float32.
+# Factors are small and combined in float64. An update has the size of the module's weight, so it stays float32.
 _A = _View("A", lambda part: part.factors.a.double(), lambda part: math.copysign(_root(part), part.coefficient))
 _B = _View("B", lambda part: part.factors.b.double(), _root)
 _UPDATE = _View("update", lambda part: part.factors.scaled_b() @ part.factors.a, lambda part: part.weight)
@@ -173,10 +175,10 @@ _RECIPES: Mapping[str, _Recipe] = {
 
 
 def weighted_sum(members: Sequence[tuple[LowRankAdapter, float]]) -> LowRankAdapter:
-    """Return the adapter whose update is the weighted sum of the members' updates, in every module.
+    """Return the adapter with the weighted sum of the members' updates in every module.
 
-    A = [A1; A2; ...], B = [w1 * s1 * B1, w2 * s2 * B2, ...] with s the members' scalings: its rank is the sum of
-    theirs, its scaling 1. Weights may be negative. Draft heads are left out, as `merge.combine` explains.
+    A = [A1; A2; ...], B = [w1 * s1 * B1, w2 * s2 * B2, ...] with s the members' scalings. The rank is the sum of the
+    members' ranks, and the scaling is 1. Weights may be negative. Draft heads are left out; see `combine`.
     """
     names = dict.fromkeys(name for member, _ in members for name in member.factors)
     factors: dict[str, Factors] = {}

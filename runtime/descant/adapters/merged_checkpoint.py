@@ -1,6 +1,6 @@
-"""Writes base and adapter as one ordinary Hugging Face checkpoint: W + B @ A * scaling, file by file as the base's.
+"""Export of base and adapter as one Hugging Face checkpoint: W + B @ A * scaling, with the files of the base.
 
-Sums are in float32 and rounded once, to the tensor's own dtype. Only one file's tensors are in memory at a time.
+Sums are computed in float32 and rounded once, to the tensor's dtype. Only one file's tensors are in memory at a time.
 """
 
 from collections.abc import Mapping
@@ -22,22 +22,22 @@ from descant_client.errors import AdapterInvalid, ModelInvalid
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _CONFIG_FILE, _INDEX_FILE = "config.json", "model.safetensors.index.json"
 _NOT_COPIED = {_CONFIG_FILE, "adapter_config.json"}
-_COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken"}  # no weights, no pickles, no code
+_COPIED_SUFFIXES = {".json", ".jinja", ".txt", ".md", ".model", ".tiktoken"}  # excludes weights, pickles and code
 _COPIED_NAMES = {"LICENSE", "NOTICE"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ROWS_AT_ONCE = 4096  # of one weight, in float32
+_MAX_ROWS = 4096  # rows of one weight in float32 at once
 
 
 def write_merged(name: str, adapter: LowRankAdapter, base: BaseModel, directory: Path) -> None:
-    """Write base and adapter merged into an empty directory. Errors call the adapter `name`.
+    """Write base and adapter, merged, into an empty directory. Errors name the adapter `name`.
 
-    A head that is adapted apart from the embedding it was tied to is written as a tensor of its own. Draft heads are
-    left out: a checkpoint has no place for them.
+    An adapted head that is tied to the embedding is written as a separate tensor. Draft heads are left out, because the
+    format of a checkpoint does not include them.
 
     Raises:
-        AdapterInvalid: it touches no module, or a sum leaves the range of its dtype.
+        AdapterInvalid: the adapter touches no module, or a sum leaves the range of its dtype.
         ModelInvalid: the base cannot be read, or lacks a tensor.
-        OSError, SafetensorError: the directory cannot be written to.
+        OSError, SafetensorError: the directory cannot be written.
     """
     factors = {f"{module}.weight": pair for module, pair in adapter.factors.items() if pair.rank}
     if not factors:
@@ -67,8 +67,8 @@ def _merge(name: str, tensor: str, weight: Tensor, pair: Factors, base: BaseMode
         found = f"{list(weight.shape)} {str(weight.dtype).removeprefix('torch.')}"
         raise ModelInvalid(str(base.directory), f"tensor {tensor} is {found}, which is not what its config says.")
     merged = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, weight.shape[0], _MAX_ROWS):
+        rows = slice(start, start + _MAX_ROWS)
         merged[rows] = weight[rows].float() + (pair.b[rows] @ pair.a) * pair.scaling
     if not bool(merged.isfinite().all()):
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -102,16 +102,16 @@ def _read_bytes(base: BaseModel, path: Path) -> bytes:
         raise ModelInvalid(str(base.directory), f"{path.name} cannot be read: {exc}") from exc
 
 
-# ---- writing what is no tensor --------------------------------------------------------------------------------------
+# ---- writing other files --------------------------------------------------------------------------------------------
 
 
 def _write_index(base: BaseModel, directory: Path, places: Mapping[str, Path]) -> None:
-    """Write the base's index with all tensors where they are now."""
+    """Write the base's index with the new places of all tensors."""
     index = read_json(base.directory / _INDEX_FILE, str(base.directory))
     num_bytes = sum(_num_data_bytes(directory / name) for name in {path.name for path in places.values()})
     metadata = {**(index.get("metadata") or {}), "total_size": num_bytes}
     if _HEAD not in index["weight_map"]:
-        metadata.pop("total_parameters", None)  # there may be one tensor more; nobody needs the number
+        metadata.pop("total_parameters", None)  # wrong if the head became a separate tensor; optional
     weight_map = {name: places[name].name for name in sorted(places)}
     _write_json(directory / _INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
@@ -128,7 +128,7 @@ def _write_config(base: BaseModel, directory: Path, is_untied: bool) -> None:
 
 
 def _copy_others(base: BaseModel, directory: Path) -> None:
-    """Copy generation config, tokenizer and papers. A name may be a link, as in the Hub's cache; its content counts."""
+    """Copy generation config, tokenizer, README and license. Links, as in the Hub's cache, are followed."""
     for path in base.directory.iterdir():
         is_wanted = path.suffix in _COPIED_SUFFIXES or path.name in _COPIED_NAMES
         is_wanted = is_wanted and not path.name.startswith(".") and not path.name.endswith(".index.json")

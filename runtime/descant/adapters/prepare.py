@@ -1,6 +1,4 @@
-"""What the worker process does for adapters: directories, combinations and new ones become versions in the store, and
-versions become directories again.
-"""
+"""The worker's operations on adapters: storing versions made from directories or combinations, and exporting them."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -30,12 +28,12 @@ _DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch
 
 
 class AdapterWorker:
-    """Prepares and exports versions for one base model. Keeps nothing between calls, which any thread may make."""
+    """Preparation and export of versions for one base model. Stateless between calls; any thread may call it."""
 
     def __init__(
         self, base_dir: str | Path, store_dir: str | Path, dtype: Dtype, limits: AdapterLimits | None = None
     ) -> None:
-        """Read the base's config and clean up the store. `dtype` is the one the model is served in.
+        """Read the base's config and clean up the store. `dtype` is that in which the model is served.
 
         Raises:
             ModelInvalid: the base cannot be served.
@@ -47,42 +45,42 @@ class AdapterWorker:
         sweep(self._store_dir)
 
     def prepare(self, name: str, directory: str | Path) -> AdapterVersion:
-        """Read the adapter in `directory`, check it and put it into the store. Errors call it `name`.
+        """Read the adapter in `directory`, check it and store it. Errors name it `name`.
 
         Raises:
-            AdapterInvalid, AdapterUnsupported: as `read_adapter`. AdapterTooLarge: the files, or its extent on the
+            AdapterInvalid, AdapterUnsupported: as `read_adapter`. AdapterTooLarge: the files, or the extent on the
             device, are over the limit. OSError: the store cannot be written.
         """
         return self._store(name, read_adapter(name, Path(directory), self._base, self._limits))
 
     def compose(self, name: str, members: Sequence[tuple[AdapterVersion, float]], how: Combination) -> AdapterVersion:
-        """Put a combination of prepared versions with their weights into the store. Errors call it `name`.
+        """Store a combination of prepared versions with weights. Errors name it `name`.
 
-        The order of members does not matter: one combination is one version. It has no draft heads but those of a
+        The order of members does not matter: one combination is one version. It has no draft heads, except those of a
         single member with weight 1.
 
         Raises:
             AdapterInvalid: a member's file is damaged, or a weight or a product with it is not finite; or as `combine`.
-            AdapterTooLarge: its extent on the device is over the limit. OSError: the store cannot be written.
+            AdapterTooLarge: the extent on the device is over the limit. OSError: the store cannot be written.
         """
         ordered = sorted(members, key=lambda member: (member[0].digest, member[1]))
         if not ordered or not all(math.isfinite(weight) for _, weight in ordered):
             raise AdapterInvalid(name, "a sum needs members, with finite weights")
         read: list[tuple[LowRankAdapter, float]] = []
-        ranks = [0] * len(self._base.modules)  # of the sum of those read so far
+        ranks = [0] * len(self._base.modules)  # of the sum of the members read so far
         for version, weight in ordered:
             read.append((self._read(name, version), weight))
             added = module_ranks(read[-1][0], self._base.modules)
             ranks = [rank + more for rank, more in zip(ranks, added, strict=True)]
             if how.type == "cat":
-                self._check_size(name, ranks)  # before more is read, or anything built
+                self._check_size(name, ranks)  # before more members are read or combined
         return self._store(name, combine(name, read, how))
 
     def create(self, name: str, rank: int, alpha: float | None, target_modules: Sequence[str] | None) -> AdapterVersion:
-        """Put an adapter that changes nothing yet into the store; arguments as `create.choose_targets`.
+        """Store a new adapter, which changes nothing yet. Arguments as in `create.choose_targets`.
 
         Raises:
-            AdapterInvalid, AdapterUnsupported: as `create.choose_targets`. AdapterTooLarge: its extent on the device
+            AdapterInvalid, AdapterUnsupported: as `create.choose_targets`. AdapterTooLarge: the extent on the device
             is over the limit. OSError: the store cannot be written.
         """
         targets = choose_targets(name, self._base, rank, alpha, target_modules, self._limits)
@@ -91,12 +89,12 @@ class AdapterWorker:
         return self._store(name, create(targets))
 
     def with_heads(self, name: str, version: AdapterVersion | None, heads_version: AdapterVersion) -> AdapterVersion:
-        """Put the factors of one version, or none, with the draft heads of another into the store.
+        """Store the factors of one version, or none, with the draft heads of another.
 
-        Heads that `version` has itself are left out. Errors call the result `name`.
+        Draft heads of `version` are left out. Errors name the result `name`.
 
         Raises:
-            AdapterInvalid: `heads_version` has no heads, or a file is damaged. AdapterTooLarge: its extent on the
+            AdapterInvalid: `heads_version` has no heads, or a file is damaged. AdapterTooLarge: the extent on the
             device is over the limit. OSError: the store cannot be written.
         """
         heads = self._read(name, heads_version).heads
@@ -106,13 +104,13 @@ class AdapterWorker:
         return self._store(name, LowRankAdapter(factors, heads))
 
     def export(self, name: str, version: AdapterVersion, directory: str | Path) -> int:
-        """Write a version as a directory, which may replace another adapter's; return the bytes of its files.
+        """Write a version as a directory, which may replace another adapter's. Return the bytes of its files.
 
-        The factors are PEFT's files, the draft heads Medusa's; what is not there has no files.
+        Factors become PEFT files, draft heads Medusa files. Missing parts have no files.
 
         Raises:
-            AdapterInvalid: the version's file is damaged, or it has neither. InvalidRequest: the directory may
-            not or cannot be written.
+            AdapterInvalid: the version's file is damaged, or the version has neither part. InvalidRequest: the
+            directory is not allowed or cannot be written.
         """
         adapter = self._read(name, version)
         check_exportable(name, adapter)
@@ -121,10 +119,10 @@ class AdapterWorker:
         )
 
     def export_merged(self, name: str, version: AdapterVersion, directory: str | Path) -> int:
-        """Write base and version merged as a Hugging Face checkpoint, without draft heads; return its files' bytes.
+        """Write base and version, merged, as a Hugging Face checkpoint without draft heads. Return its size in bytes.
 
         Raises:
-            AdapterInvalid, ModelInvalid: as `write_merged`; or the version's file is damaged. InvalidRequest: as
+            AdapterInvalid, ModelInvalid: as `write_merged`, or the version's file is damaged. InvalidRequest: as
             `export`.
         """
         adapter = self._read(name, version)
@@ -136,7 +134,7 @@ class AdapterWorker:
         return self._base.directory, self._store_dir
 
     def _read(self, name: str, version: AdapterVersion) -> LowRankAdapter:
-        """Return a stored version. Raises AdapterInvalid with its digest if its file is not as it was written."""
+        """Return a stored version. Raises AdapterInvalid with its digest if its file is missing or damaged."""
         try:
             return read_version(Path(version.path), self._base.modules, name)
         except AdapterInvalid as error:
@@ -152,7 +150,7 @@ class AdapterWorker:
         return AdapterVersion(digest, str(path), num_bytes, max(ranks), num_modules, file_bytes, num_heads)
 
     def _check_size(self, name: str, ranks: Sequence[int], heads: HeadsShape | None = None) -> int:
-        """Return the bytes on the device of a version of such ranks and heads; refuse more than the limit."""
+        """Return the size of a version on the device in bytes. Raises AdapterTooLarge over the limit."""
         num_bytes = extent_bytes(ranks, self._base.modules, self._dtype.itemsize, heads)
         max_bytes = self._limits.max_extent_bytes
         if max_bytes is not None and num_bytes > max_bytes:
@@ -160,7 +158,7 @@ class AdapterWorker:
         return num_bytes
 
     def _check_range(self, name: str, adapter: LowRankAdapter) -> None:
-        """Refuse what leaves the range of the dtype it is served in: it would turn into infinities on the device."""
+        """Raise AdapterInvalid for values beyond the range of the served dtype, which would become infinite there."""
         for module, pair in adapter.factors.items():
             self._check_tensors(name, module, (pair.a, pair.scaled_b()))
         for number, tensors in enumerate(zip(*adapter.heads.tensors(), strict=True) if adapter.heads else ()):

@@ -1,4 +1,4 @@
-"""Which values of a tensor a combination keeps, and how those that were kept are joined."""
+"""The operations of combinations on tensors: pruning of values, and joining of pruned tensors."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Term(NamedTuple):
-    """A weighted tensor of a sum. `values` makes it anew at each call, as all of them at once may be too large."""
+    """A weighted tensor of a sum. `values` computes it at each call, because all tensors together may be too large."""
 
     weight: float
     values: Callable[[], Tensor]
@@ -26,16 +26,16 @@ def keep_largest(values: Tensor, density: float) -> Tensor:
     magnitudes = values.abs().flatten()
     threshold = magnitudes.kthvalue(magnitudes.numel() - num_kept + 1).values
     is_kept = magnitudes > threshold
-    if threshold > 0:  # else what remains to be kept is zero anyway
+    if threshold > 0:  # else the remaining values are zero anyway
         at_threshold = (magnitudes == threshold).nonzero()[:, 0]
         is_kept[at_threshold[: num_kept - int(is_kept.sum())]] = True
     return values * is_kept.view_as(values)
 
 
 def drop_mask(shape: Sequence[int], density: float, key: str) -> Tensor:
-    """Return which values survive a random drop, bool: each with probability `density`, whatever the others do.
+    """Return a bool mask of the values that a random drop keeps: each independently with probability `density`.
 
-    The draws depend on `key` alone: they come from torch's CPU generator (mt19937), seeded with a hash of it.
+    The mask depends on `key` alone: it comes from torch's CPU generator (mt19937), seeded with a hash of the key.
     """
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +43,7 @@ def drop_mask(shape: Sequence[int], density: float, key: str) -> Tensor:
 
 
 def drop_random(values: Tensor, density: float, key: str) -> Tensor:
-    """Return `values` with random ones set to zero and the others divided by `density`: the mean stays as it was."""
+    """Return `values` with random ones set to zero and the others divided by `density`, which preserves the mean."""
     return values * drop_mask(values.shape, density, key) / density
 
 
@@ -56,10 +56,10 @@ def weighted_total(terms: Sequence[Term]) -> Tensor:
 
 
 def elected_mean(terms: Sequence[Term], method: Literal["total", "frequency"]) -> Tensor:
-    """Return, element by element, the weighted mean over the terms that have the majority's sign; 0 if none has.
+    """Return, per element, the weighted mean over the terms that have the majority's sign; 0 if none has.
 
-    The majority is the sign of the sum of values ("total") or of their signs ("frequency"), before weights; plus if
-    that is zero. The mean divides by the number of terms, not by their weights.
+    The majority is the sign of the sum of values ("total") or of the sum of their signs ("frequency"), without weights;
+    plus if that sum is zero. The mean divides by the number of terms, not by their weights.
     """
     votes = torch.zeros_like(terms[0].values())
     for term in terms:

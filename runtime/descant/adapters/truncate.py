@@ -1,7 +1,7 @@
 """The best approximation of an update at a rank: B = U S and A = V^T of its singular value decomposition.
 
-Singular vectors are determined up to a sign, which LAPACK draws as it likes; here the largest value of each row of A
-is positive, so that every machine gets the same factors up to rounding.
+Singular vectors are unique up to a sign, which LAPACK does not specify. Here the largest value of each row of A is
+positive, so that every machine gets the same factors up to rounding.
 """
 
 import torch
@@ -11,10 +11,10 @@ from descant.versions.low_rank import Factors
 
 
 def truncated_product(left: Tensor, right: Tensor, rank: int, clamp: float | None) -> Factors:
-    """Approximate `left @ right`, [out, K] and [K, in], without making the matrix. Computed in float64.
+    """Approximate `left @ right`, `[out, K]` and `[K, in]`, without computing the product. Computed in float64.
 
-    The result has `rank`, or the rank of the product if that is less (1 if it is zero), at which it is exact. `clamp`
-    as in `truncated_matrix`.
+    The result has `rank`, or the rank of the product (at least 1) if that is less; it is then exact. `clamp` as in
+    `truncated_matrix`.
     """
     left_basis, left_core = torch.linalg.qr(left.double())
     right_basis, right_core = torch.linalg.qr(right.double().T)
@@ -26,7 +26,7 @@ def truncated_product(left: Tensor, right: Tensor, rank: int, clamp: float | Non
 
 
 def truncated_matrix(matrix: Tensor, rank: int, clamp: float | None) -> Factors:
-    """Approximate a matrix [out, in]. Computed in float32, as what it is made of; float64 would take twice the memory.
+    """Approximate a matrix `[out, in]`. Computed in float32, as its inputs; float64 would take twice the memory.
 
     The result has `rank`, or min(out, in) if that is less. `clamp` limits the values of both factors to the quantile
     of that order of all their values, and to its negative.
@@ -46,7 +46,7 @@ def _factors(u: Tensor, s: Tensor, vh: Tensor, clamp: float | None) -> Factors:
 
 
 def _quantile(values: Tensor, order: float) -> Tensor:
-    """Return what `torch.quantile` does, which takes no more than 16 million values."""
+    """Return the quantile like `torch.quantile`, which is limited to 16 million values."""
     position = order * (values.numel() - 1)
     below = int(position)
     low = values.kthvalue(below + 1).values

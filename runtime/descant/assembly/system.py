@@ -1,4 +1,4 @@
-"""The system: builds the actors in order, hands each what outlives it, and takes them down again.
+"""The running server: starts the actors in order, owns the state that outlives them, and stops them again.
 
 gateway ─→ auth
         ─→ registry ─→ fetch
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -20,60 +19,71 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import msgspec
 
-from descant.actor.endpoint import Program, Remote
+from descant.actor.child_process import execute
+from descant.actor.endpoint import Remote
 from descant.actor.errors import ActorStopped
+from descant.actor.launcher import Launching, can_fork
+from descant.actor.process import InProcess
 from descant.actor.ref import Ref
-from descant.actor.remote import spawn_remote
-from descant.actor.supervision import RestartPolicy, Supervisor
+from descant.actor.supervision import Supervisor
 from descant.actors.auth import Auth
 from descant.actors.fetch import Fetch
-from descant.actors.gateway import Gateway, open_listener
+from descant.actors.gateway import Children, Gateway, open_listener
 from descant.actors.scheduler import Scheduler, make_probe
+from descant.assembly.executor_setup import FACTORY, spawn_executor
 from descant.assembly.registry_setup import spawn_registry
+from descant.assembly.site import Site
 from descant.config import Config, check_config
-from descant.contract.child_config import ExecutorConfig
-from descant.contract.engine import EngineOptions
-from descant.contract.executor import EngineReady, ExecutorNote, ExecutorReply, LoadProgress
-from descant.messages import Drain, ExecutorDown, ExecutorUp, FetchModel, ForgetVersion, PinVersions
+from descant.contract.executor import EngineReady, LoadProgress
+from descant.messages import Drain, FetchModel, RegistryMessage, SchedulerMessage
 from descant.model.tokenizer import Tokenizer
 from descant.requests.default_heads import DefaultHeads
 from descant.requests.services import ModelState, Services
 from descant.scheduling.policy import Policy
 from descant.scheduling.sequence import SequenceTable
-from descant.sessions.leases import LeaseTable
 from descant.sessions.session import SessionTable
-from descant.sessions.stream import Stream
+from descant.sessions.stream import OutgoingStream
 from descant.sources.demo import DEMO_MODEL
 from descant_client.errors import DescantError, ExecutorFailed, InternalError, ModelInvalid
+from descant_client.task_groups import first_leaf
 
 logger = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 24 * 3600.0
+# What the launcher imports for executor and worker.
+CHILD_MODULES = ("descant.actors.executor", "descant.engine.runner", "descant.actors.worker")
 DRAIN_POLL_S = 0.05
-EXECUTOR = "descant.actors.executor:start"
+LAUNCHER = "launcher"
+SCHEDULER_MAILBOX_SIZE = 65536  # holds a cancellation of every stream; the executor's callbacks cannot wait
 
 
 class System:
-    """A running server. Made by `running`; everything in it stops when that block is left."""
+    """A running server, made by `running`. Everything in it stops when that block is left."""
 
-    def __init__(self, config: Config, executor_factory: str = EXECUTOR) -> None:
+    def __init__(self, config: Config, executor_factory: str = FACTORY) -> None:
         self.config = config
         self.executor_factory = executor_factory
         self.services: Services
         self.executor: Remote[Any]
+        self.launcher: Launching | None = None  # None: children start from nothing
         self.gateway: Ref[Drain]
-        self.port = config.server.port  # the real one, if 0 was asked for
-        self.failed = anyio.Event()  # an actor was given up: drain and leave
+        self.port = config.server.port  # the actual one if 0 was asked for
+        self.failed = anyio.Event()  # set when an actor was given up: the server must drain and end
         self.failure: DescantError | None = None
 
     def kill_executor(self) -> None:
-        """End the executor as a crash would: every stream goes on with the next one."""
+        """Kill the executor as a crash would. Every stream continues with the next one."""
         self.executor.kill()
 
-    def give_up(self, actor: str, error: Exception) -> None:
-        """Take note that an actor cannot be kept running."""
+    def on_escalated(self, actor: str, error: Exception) -> None:
+        """Record that an actor cannot be kept running. Without executor or scheduler every stream ends.
+
+        Without the launcher, children only start more slowly.
+        """
+        if actor == LAUNCHER:
+            logger.warning("children start from nothing: %s", error)
+            return
         logger.error("%s was given up: %s", actor, error)
         self.failure = self.failure or (error if isinstance(error, DescantError) else InternalError(str(error)))
         if actor in ("executor", "scheduler"):
@@ -81,26 +91,26 @@ class System:
         self.failed.set()
 
     def _end_streams(self, error: DescantError) -> None:
-        """Nobody computes any more: end what runs, and whatever comes, with `error`."""
-        self.services.model.give_up(error)
+        """End running and future streams with `error`, as there is no executor any more."""
+        self.services.model.on_given_up(error)
         for session in self.services.sessions:
             for one in session:
-                if isinstance(one, Stream) and not one.is_ended:  # operations on adapters still have their answer
+                if isinstance(one, OutgoingStream) and not one.is_ended:  # operations need no executor
                     one.fail(error)
 
     async def ready(self) -> EngineReady:
-        """Wait until the model is loaded. Raises what made it impossible."""
+        """Wait until the model is loaded. Raises the error that made it impossible."""
         await first_of(self.failed.wait, self.services.model.ready)
         if self.failure is not None:
             raise self.failure
         return self.services.model.engine
 
     async def drain(self, reason: str) -> None:
-        """Refuse new requests and wait, at most `drain_s`, until the running ones have ended and were sent."""
-        with contextlib.suppress(ActorStopped):  # the gateway itself may be what was given up
+        """Refuse new requests. Wait, at most `drain_s`, until the running ones have ended and were sent."""
+        with contextlib.suppress(ActorStopped):  # the gateway itself may have been given up
             await self.gateway.tell(Drain(reason))
         with anyio.move_on_after(self.config.server.drain_s):
-            while self.services.sessions.is_busy:  # noqa: ASYNC110 - a table tells nobody of its last entry
+            while self.services.sessions.is_busy:  # noqa: ASYNC110 - the table has no event for it
                 await anyio.sleep(DRAIN_POLL_S)
 
 
@@ -109,38 +119,36 @@ async def running(
     config: Config,
     on_progress: Callable[[LoadProgress], None] = lambda note: None,
     *,
-    executor_factory: str = EXECUTOR,
+    executor_factory: str = FACTORY,
 ) -> AsyncIterator[System]:
     """Run a server. It listens when the block is entered; clients that connect wait until the model is loaded.
 
-    `executor_factory` is what the executor's process runs (`remote.Program.factory`).
+    `on_progress` is called with each stage of the start. `executor_factory` is run by the executor's process
+    (`Program.factory`).
 
     Raises:
         ConfigInvalid, ModelInvalid, SourceUnavailable: it cannot start.
     """
     check_config(config)
     system = System(config, executor_factory)
-    with unwrapped(), open_listener(config.server.host, config.server.port) as listener:
+    with _unwrapping_groups(), open_listener(config.server.host, config.server.port) as listener:
         system.port = listener.getsockname()[1]
-        async with AsyncExitStack() as exits, Supervisor(on_escalate=system.give_up) as supervisor:
+        async with AsyncExitStack() as exits, Supervisor(on_escalate=system.on_escalated) as supervisor:
             await _assemble(system, supervisor, exits, listener, on_progress)
             yield system
 
 
 @contextmanager
-def unwrapped() -> Iterator[None]:
-    """Raise a lone exception of nested task groups as itself."""
+def _unwrapping_groups() -> Iterator[None]:
+    """Raise the only exception of nested task groups without the groups."""
     try:
         yield
     except BaseExceptionGroup as group:
-        leaf: BaseException = group
-        while isinstance(leaf, BaseExceptionGroup) and len(leaf.exceptions) == 1:
-            leaf = leaf.exceptions[0]
-        raise leaf from None
+        raise first_leaf(group, if_alone=True) from None
 
 
 async def first_of(*waits: Callable[[], Awaitable[object]]) -> None:
-    """Return when one of these has, cancelling the others."""
+    """Wait until one of these returns, and cancel the others."""
 
     async def wait_for(wait: Callable[[], Awaitable[object]]) -> None:
         await wait()
@@ -158,44 +166,47 @@ async def _assemble(
     listener: socket.socket,
     on_progress: Callable[[LoadProgress], None],
 ) -> None:
+    """Start the actors, each after those that it asks. Addresses that are needed earlier are reserved."""
     config = system.config
     fetch = supervisor.spawn(Fetch, "fetch")
+    placement = _place_children(system, supervisor)
+    on_progress(LoadProgress("finding the model", 0.0))
     model_dir = await _model_dir(config, fetch)
     model = ModelState("descant-demo" if config.model.path is None else config.model.path)
     sequences = SequenceTable()
-    leases = LeaseTable()
     auth = supervisor.spawn(partial(Auth, config), "auth")
-    addresses: list[Ref[Any]] = []  # the scheduler's: the registry, which it needs, tells it of pins
-    registry = await spawn_registry(
-        config,
-        supervisor,
-        exits,
-        model_id=model.id,
-        model_dir=model_dir,
-        fetch=fetch,
-        leases=leases,
-        tell_scheduler=partial(_tell_first, addresses),
-    )
-    scheduler = _spawn_scheduler(system, supervisor, model, sequences, registry, model_dir, on_progress)
-    addresses.append(scheduler)  # nothing has run since the registry was spawned
+    scheduler = supervisor.reserve("scheduler", mailbox_size=SCHEDULER_MAILBOX_SIZE)
+    site = Site(config, supervisor, model_dir, placement, partial(_tell, scheduler))
+    registry = await spawn_registry(site, exits, model_id=model.id, fetch=fetch)
+    system.executor = executor = spawn_executor(site, system.executor_factory, on_progress)
+    supervisor.start(scheduler, partial(_make_scheduler, config, sequences, model, executor, registry.ref))
     system.services = Services(
         config=config,
         model=model,
         tokenizer=Tokenizer(model_dir),
         auth=auth,
-        registry=registry,
+        registry=registry.ref,
         scheduler=scheduler,
         sequences=sequences,
-        leases=leases,
+        leases=registry.leases,
         default_heads=DefaultHeads(config.scheduling.speculation),
         sessions=SessionTable(config.server.max_streams, config.server.stream_buffer_bytes, config.server.max_sessions),
     )
-    system.gateway = supervisor.spawn(partial(Gateway, system.services, listener, supervisor.stats), "gateway")
+    children = Children(executor, registry.worker, system.launcher)
+    make_gateway = partial(Gateway, system.services, listener, supervisor.stats, children)
+    system.gateway = supervisor.spawn(make_gateway, "gateway")
 
 
-def _tell_first(addresses: list[Ref[Any]], message: PinVersions | ForgetVersion) -> None:
+def _place_children(system: System, supervisor: Supervisor) -> InProcess:
+    """Return how executor and worker start: forked by a launcher where that is possible and saves imports."""
+    if system.config.model.engine != "dummy" and can_fork():
+        system.launcher = Launching(supervisor, CHILD_MODULES, LAUNCHER)
+    return InProcess(start_child=system.launcher or execute)
+
+
+def _tell(scheduler: Ref[SchedulerMessage], message: SchedulerMessage) -> None:
     with contextlib.suppress(ActorStopped):  # everything is being cancelled
-        addresses[0].tell_nowait(message)
+        scheduler.tell_nowait(message)
 
 
 async def _model_dir(config: Config, fetch: Ref[FetchModel]) -> Path:
@@ -204,73 +215,14 @@ async def _model_dir(config: Config, fetch: Ref[FetchModel]) -> Path:
     return await fetch.ask(FetchModel(config.model.path, config.model.revision), timeout=FETCH_TIMEOUT_S)
 
 
-def _spawn_scheduler(
-    system: System,
-    supervisor: Supervisor,
-    model: ModelState,
-    sequences: SequenceTable,
-    registry: Ref[Any],
-    model_dir: Path,
-    on_progress: Callable[[LoadProgress], None],
-) -> Ref[Any]:
-    config = system.config
-    addresses: list[Ref[Any]] = []  # the scheduler's, which the executor's callbacks need and which needs the executor
-
-    def tell_scheduler(message: ExecutorUp | ExecutorDown) -> None:
-        with contextlib.suppress(ActorStopped):  # everything is being cancelled
-            addresses[0].tell_nowait(message)
-
-    def on_notice(note: EngineReady | LoadProgress) -> None:
-        if isinstance(note, EngineReady):
-            tell_scheduler(ExecutorUp(note))
-        else:
-            on_progress(note)
-
-    system.executor = spawn_remote(
-        supervisor,
-        "executor",
-        _executor_program(system, model_dir),
-        on_notice=on_notice,
-        on_down=lambda reason: tell_scheduler(ExecutorDown(str(reason))),
-        restarts=RestartPolicy(max_restarts=config.scheduling.max_executor_restarts, within_s=math.inf),
+def _make_scheduler(
+    config: Config, sequences: SequenceTable, model: ModelState, executor: Remote[Any], registry: Ref[RegistryMessage]
+) -> Scheduler:
+    policy = Policy(
+        sequences,
+        max_num_seqs=config.scheduling.max_num_seqs,
+        max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
+        now=time.monotonic,
+        max_queued=config.scheduling.max_queued,
     )
-
-    def make_scheduler() -> Scheduler:
-        policy = Policy(
-            sequences,
-            max_num_seqs=config.scheduling.max_num_seqs,
-            max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
-            now=time.monotonic,
-            max_queued=config.scheduling.max_queued,
-        )
-        return Scheduler(policy, model, system.executor, registry, lambda: make_probe(sequences.next_id()))
-
-    # Large enough for a cancellation of every stream at once; the executor's callbacks cannot wait.
-    addresses.append(supervisor.spawn(make_scheduler, "scheduler", mailbox_size=65536))
-    return addresses[0]
-
-
-def _executor_program(system: System, model_dir: Path) -> Program:
-    config = system.config
-    executor_config = ExecutorConfig(
-        engine=config.model.engine,
-        model_dir=str(model_dir),
-        options=EngineOptions(
-            dtype=config.model.dtype,
-            device=config.model.device,
-            num_kv_bytes=config.model.kv_bytes,
-            memory_fraction=config.model.memory_fraction,
-            num_adapter_slots=config.adapters.num_slots,
-            num_adapter_bytes=config.adapters.memory_bytes,
-            num_host_bytes=config.adapters.host_bytes,
-            max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
-            num_threads=config.model.num_threads,
-        ),
-        dummy_tokens_per_s=config.model.dummy_tokens_per_s,
-    )
-    return Program(
-        factory=system.executor_factory,
-        config=msgspec.msgpack.encode(executor_config),
-        replies=ExecutorReply,
-        notices=ExecutorNote,
-    )
+    return Scheduler(policy, model, executor, registry, lambda: make_probe(sequences.next_id()))

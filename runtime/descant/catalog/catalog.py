@@ -1,13 +1,13 @@
-"""The rules of names: whose an adapter is, who may use it and who may change it. Pure; nothing here waits.
+"""`Catalog`: registered names, their owners, and the rules of use and change. Pure.
 
-A name belongs to an owner: a principal, or everybody (`SHARED`). A plain name in a request means the caller's own
-before the shared one. Only an administrator changes what is shared.
+A name belongs to a principal or is shared (`SHARED`). A plain name in a request means the caller's own adapter before
+the shared one. Only an administrator may change shared adapters.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from descant.catalog.entry import SHARED, Entry, Key
@@ -18,7 +18,7 @@ from descant_client.errors import AdapterExists, AdapterForbidden, AdapterNotFou
 
 
 class Catalog:
-    """Every registered name. Entries are immutable: a change puts another one in its place."""
+    """Every registered name. Entries are immutable: a change replaces an entry."""
 
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._entries: dict[str, dict[str, Entry]] = {}  # by owner and name
@@ -27,7 +27,7 @@ class Catalog:
         for entry in entries:
             self.put(entry)
 
-    # ---- asking ---------------------------------------------------------------------------------------------------
+    # ---- look-ups -------------------------------------------------------------------------------------------------
 
     def get(self, key: Key) -> Entry | None:
         """Return the entry of exactly this owner and name."""
@@ -35,28 +35,28 @@ class Catalog:
         return self._entries.get(owner, {}).get(name)
 
     def find(self, principal: Principal, name: str) -> Entry | None:
-        """Return what a name means to a principal, if anything: its own, else the shared one."""
+        """Return the entry that a name means to a principal: its own, else the shared one, else None."""
         return self.get((principal.name, name)) or self.get((SHARED, name))
 
-    def used(self, principal: Principal, name: str) -> Entry:
-        """Return what a name means to a principal, as `find`. Raises AdapterNotFound."""
+    def require(self, principal: Principal, name: str) -> Entry:
+        """Return the entry that a name means to a principal, as `find`. Raises AdapterNotFound."""
         entry = self.find(principal, name)
         if entry is None:
             raise AdapterNotFound(name)
         return entry
 
-    def changed(self, principal: Principal, name: str) -> Entry:
-        """Return the entry that a change of `name` by this principal is about.
+    def require_owned(self, principal: Principal, name: str) -> Entry:
+        """Return the entry that a name means to a principal, which must be allowed to change it.
 
         Raises:
-            AdapterNotFound: nothing of that name. AdapterForbidden: it is shared, and it is no administrator's call.
+            AdapterNotFound: no such name. AdapterForbidden: it is shared and the principal is no administrator.
         """
-        entry = self.used(principal, name)
+        entry = self.require(principal, name)
         check_owner(principal, entry.key)
         return entry
 
     def new_key(self, principal: Principal, name: str, *, is_shared: bool) -> Key:
-        """Return the key of a name to be made.
+        """Return the key of a new name.
 
         Raises:
             InvalidRequest: it is no name. AdapterForbidden: only administrators share. AdapterExists: it is taken.
@@ -68,9 +68,9 @@ class Catalog:
         return key
 
     def target_key(self, principal: Principal, name: str, *, is_shared: bool) -> Key:
-        """Return the key that new content goes to: the caller's own name, the shared one, or one yet to be made.
+        """Return the key that new content is put under: the caller's own name, else the shared one, else a new one.
 
-        With `is_shared` it is the shared one, there or not. Raises InvalidRequest and AdapterForbidden as `new_key`.
+        With `is_shared` it is the shared name, new or not. Raises InvalidRequest and AdapterForbidden as `new_key`.
         """
         key = (SHARED if is_shared else principal.name, check_name(name))
         if self.get(key) is None and self.get((SHARED, name)) is not None:
@@ -79,12 +79,12 @@ class Catalog:
         return key
 
     def visible(self, principal: Principal) -> list[Entry]:
-        """Return what a principal may use, in order of registration; its own hide shared ones of the same name."""
+        """Return the entries a principal may use, in order of registration. Its own hide shared ones of equal name."""
         mine = self._entries.get(SHARED, {}) | self._entries.get(principal.name, {})
         return sorted(mine.values(), key=lambda entry: entry.position)
 
     def owned(self, owner: str) -> Iterable[Entry]:
-        """Return the names of one owner."""
+        """Return the entries of one owner."""
         return self._entries.get(owner, {}).values()
 
     def pinned(self) -> list[Entry]:
@@ -97,10 +97,10 @@ class Catalog:
 
     @property
     def next_position(self) -> int:
-        """The position of the next name to be made."""
+        """Position of the next new name."""
         return self._next_position
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Entry]:
         return chain.from_iterable(names.values() for names in self._entries.values())
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class Catalog:
     # ---- changing -------------------------------------------------------------------------------------------------
 
     def put(self, entry: Entry) -> None:
-        """Put an entry in the place of the one of the same owner and name, if there is one."""
+        """Add an entry, replacing the one of the same owner and name."""
         self.remove(entry.key)
         self._entries.setdefault(entry.owner, {})[entry.name] = entry
         self._next_position = max(self._next_position, entry.position + 1)
@@ -117,7 +117,7 @@ class Catalog:
             self._num_names[entry.version.digest] += 1
 
     def remove(self, key: Key) -> None:
-        """Forget a name; an unknown one is no error."""
+        """Remove a name. An unknown one is ignored."""
         owner, name = key
         names = self._entries.get(owner, {})
         entry = names.pop(name, None)
@@ -137,5 +137,5 @@ def check_owner(principal: Principal, key: Key) -> None:
 
 
 def version_of(entry: Entry | None) -> AdapterVersion | None:
-    """Return what an entry, if there is one, stands for."""
+    """Return the version of an entry, None without an entry."""
     return None if entry is None else entry.version

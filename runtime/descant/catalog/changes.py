@@ -1,21 +1,21 @@
-"""Everything a client may do to an adapter: the members of `AdapterChange`, one by one.
+"""`Changes`: carries out each kind of `AdapterChange`.
 
-Changes of one name are made one after the other: those that take time wait for their turn, the others happen at once,
-between them. So `destroy` never waits for a `load` of the same name; what was being loaded is dropped, and its caller
-told that the name is not there any more.
+Slow changes of one name take turns. Quick ones happen at once, between them, so `destroy` never waits for a `load` of
+the same name. The loaded version is then dropped, and the caller of `load` gets AdapterNotFound.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 import msgspec
 
 from descant.catalog.catalog import Catalog
-from descant.catalog.contents import Content, Contents, local_reference
+from descant.catalog.contents import Contents, local_reference
 from descant.catalog.entry import SHARED, Entry, Key
 from descant.catalog.pins import PinBudget
 from descant.catalog.quota import OwnerQuota
@@ -24,11 +24,11 @@ from descant.catalog.versions import Versions
 from descant.catalog.worker_asks import WorkerAsks
 from descant.contract.principal import Principal
 from descant.contract.version import AdapterVersion
-from descant.contract.worker import ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged, Member
+from descant.contract.worker import ComposeAdapters, CreateVersion, ExportAdapter, ExportMerged
 from descant.sessions.leases import Lease
 from descant.sources.grammar import parse_reference
 from descant.sources.local import find_target
-from descant_client.errors import AdapterExists, AdapterNotFound, InvalidRequest
+from descant_client.errors import AdapterExists, AdapterInvalid, AdapterNotFound, InvalidRequest
 from descant_client.lifecycle import (
     AdapterChange,
     CreateAdapter,
@@ -44,11 +44,11 @@ from descant_client.lifecycle import (
     UnpinAdapter,
 )
 
-EXPORT_TIMEOUT_S = 3000.0  # a merged checkpoint is as large as the base; less than a client waits for an operation
+EXPORT_TIMEOUT_S = 3000.0  # a merged checkpoint is as large as the base; below requests.change.OPERATION_TIMEOUT_S
 
 
 class Changes:
-    """Carries out changes, for one life of the registry. `configured` are the configuration's references by name."""
+    """Carries out changes, for one life of the registry. `configured` maps names to the configuration's references."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Changes:
         return self._register.catalog
 
     async def carry_out(self, principal: Principal, change: AdapterChange) -> Entry | None:
-        """Do it, and return the adapter as it is now, None if it is destroyed.
+        """Carry out a change. Return the adapter's entry afterwards, None if it is destroyed.
 
         Raises:
             InvalidRequest, AdapterError, DeadlineExceeded: refused or failed; nothing has changed.
@@ -98,7 +98,7 @@ class Changes:
             case DisableAdapter(_, name):
                 return await self._set(principal, name, is_enabled=False)
             case DestroyAdapter(_, name):
-                key = self._catalog.changed(principal, name).key
+                key = self._catalog.require_owned(principal, name).key
                 return await self._contents.change(key, lambda now: _destroyed(name, now))
 
     # ---- new names ------------------------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ class Changes:
         if change.alpha is not None and not math.isfinite(change.alpha):
             raise InvalidRequest("alpha", "it must be finite.")
         targets = None if change.target_modules is None else tuple(change.target_modules)
-        with self._versions.working() as lease:
-            async with self._register.content_of(
+        with self._versions.temporary_lease() as lease:
+            async with self._register.turn_for(
                 lambda: self._catalog.new_key(principal, change.name, is_shared=change.is_shared)
             ) as key:
                 message = CreateVersion(change.name, change.rank, change.alpha, targets)
@@ -116,12 +116,12 @@ class Changes:
                 return await self._add(key, source="create", version=version)
 
     async def _fork(self, principal: Principal, change: ForkAdapter) -> Entry | None:
-        with self._versions.working() as lease:
-            async with self._register.content_of(
+        with self._versions.temporary_lease() as lease:
+            async with self._register.turn_for(
                 lambda: self._catalog.new_key(principal, change.new_name, is_shared=change.is_shared)
             ) as key:
-                entry = self._catalog.used(principal, change.name)
-                version = await self._contents.ready(entry, lease)
+                entry = self._catalog.require(principal, change.name)
+                version = await self._contents.obtain(entry, lease)
                 return await self._add(
                     key, source=entry.source, reference=entry.reference, sources=entry.sources, version=version
                 )
@@ -135,7 +135,7 @@ class Changes:
         return await self._contents.change(key, edit)
 
     def _new(self, key: Key, version: AdapterVersion, **content: Any) -> Entry:
-        """Return the entry of a name that is not there. A configured one has been destroyed: this takes its place."""
+        """Return the entry of a new name. If the name is configured, its adapter was destroyed and is replaced."""
         owner, name = key
         self._quota.check(key, version, self._catalog.owned(owner))
         configured = self._configured.get(name) if owner == SHARED else None
@@ -155,8 +155,8 @@ class Changes:
         reference = parse_reference(change.ref, change.adapter_source)
         if reference.source == "name":
             raise InvalidRequest("ref", "give a path; to use what is under another name, fork it or merge onto this.")
-        with self._versions.working() as lease:
-            async with self._register.content_of(
+        with self._versions.temporary_lease() as lease:
+            async with self._register.turn_for(
                 lambda: self._catalog.target_key(principal, change.name, is_shared=change.is_shared)
             ) as key:
                 started = self._catalog.get(key)
@@ -168,38 +168,35 @@ class Changes:
                 )
 
     async def _merge(self, principal: Principal, change: MergeAdapters) -> Entry | None:
-        names: dict[str, str] = {}
-        with self._versions.working() as lease:
-            async with self._register.content_of(
+        with self._versions.temporary_lease() as lease:
+            async with self._register.turn_for(
                 lambda: self._catalog.target_key(principal, change.name, is_shared=change.is_shared)
             ) as key:
                 started = self._catalog.get(key)
-                version, sources = await self._contents.mending(
-                    lambda: self._combine(principal, change, lease, names), names
-                )
+                try:
+                    version, sources = await self._combine(principal, change, lease)
+                except AdapterInvalid as error:
+                    self._contents.mark_damaged(error)
+                    version, sources = await self._combine(principal, change, lease)  # makes it again
                 return await self._switch(key, started, version, source="merge", reference=None, sources=sources)
 
     async def _combine(
-        self, principal: Principal, change: MergeAdapters, lease: Lease, names: dict[str, str]
-    ) -> Content:
-        """Ready the members, whose names go into `names` by digest, and combine them."""
-        members: list[Member] = []
-        sources: list[str] = []
-        for member in change.adapters:  # disabled ones too: it is their content that is merged
-            located = self._contents.locate(member.adapter, change.adapter_source, principal)
-            content = await self._contents.content(member.adapter, located, principal.roots, lease, is_anew=True)
-            members.append(Member(content.version, member.weight))
-            sources += content.sources
-            names[content.version.digest] = member.adapter
-        message = ComposeAdapters(change.name, tuple(members), change.combination)
-        return Content(await self._versions.make(message, lease), tuple(dict.fromkeys(sources)))
+        self, principal: Principal, change: MergeAdapters, lease: Lease
+    ) -> tuple[AdapterVersion, tuple[str, ...]]:
+        """Return the combination of the members, held by `lease`, and the references it was made from."""
+        found = await self._contents.resolve(
+            change.adapters, change.adapter_source, principal, lease, is_anew=True, includes_disabled=True
+        )
+        message = ComposeAdapters(change.name, found.members, change.combination)
+        with found.naming_damage():
+            return await self._versions.make(message, lease), found.sources
 
     async def _switch(self, key: Key, started: Entry | None, version: AdapterVersion, **content: Any) -> Entry | None:
-        """Put new content under a name that was `started` when the work on it began."""
+        """Put new content under a name. `started` is its entry from when the work began."""
 
         def edit(now: Entry | None) -> Entry:
             if now is None and started is not None:
-                raise AdapterNotFound(key[1])  # destroyed meanwhile; it is our turn, so nobody has made it again
+                raise AdapterNotFound(key[1])  # destroyed meanwhile; it cannot have been made again during this turn
             if now is None:
                 return self._new(key, version=version, **content)
             self._quota.check(key, version, self._catalog.owned(now.owner))
@@ -210,12 +207,12 @@ class Changes:
 
         return await self._contents.change(key, edit)
 
-    # ---- what a name says of itself -------------------------------------------------------------------------------
+    # ---- flags of a name --------------------------------------------------------------------------------
 
     async def _pin(self, principal: Principal, name: str) -> Entry | None:
-        with self._versions.working() as lease:
-            entry = self._catalog.changed(principal, name)
-            version = await self._contents.ready(entry, lease)
+        with self._versions.temporary_lease() as lease:
+            entry = self._catalog.require_owned(principal, name)
+            version = await self._contents.obtain(entry, lease)
 
             def edit(now: Entry | None) -> Entry:
                 now = _present(name, now)
@@ -229,24 +226,28 @@ class Changes:
         self._budget.check(entry.key, version, self._catalog.pinned())
 
     async def _set(self, principal: Principal, name: str, **flag: bool) -> Entry | None:
-        key = self._catalog.changed(principal, name).key
+        key = self._catalog.require_owned(principal, name).key
         return await self._contents.change(key, lambda now: msgspec.structs.replace(_present(name, now), **flag))
 
     # ---- files ----------------------------------------------------------------------------------------------------
 
     async def _export(self, principal: Principal, change: SaveAdapter | MergeAndSave) -> Entry | None:
         target = await anyio.to_thread.run_sync(find_target, change.name, change.path, principal.roots)
+        with self._versions.temporary_lease() as lease:
+            try:
+                return await self._write(principal, change, target, lease)
+            except AdapterInvalid as error:
+                self._contents.mark_damaged(error)
+            return await self._write(principal, change, target, lease)  # makes the damaged version again
+
+    async def _write(
+        self, principal: Principal, change: SaveAdapter | MergeAndSave, target: Path, lease: Lease
+    ) -> Entry:
         kind = ExportAdapter if isinstance(change, SaveAdapter) else ExportMerged
-        with self._versions.working() as lease:
-
-            async def write() -> Entry:
-                entry = self._catalog.used(principal, change.name)
-                version = await self._contents.ready(entry, lease)
-                message = kind(change.name, version, str(target))
-                await self._worker.export(principal.name, message, EXPORT_TIMEOUT_S)
-                return self._catalog.get(entry.key) or entry
-
-            return await self._contents.mending(write)
+        entry = self._catalog.require(principal, change.name)
+        version = await self._contents.obtain(entry, lease)
+        await self._worker.export(principal.name, kind(change.name, version, str(target)), EXPORT_TIMEOUT_S)
+        return self._catalog.get(entry.key) or entry
 
 
 def _present(name: str, entry: Entry | None) -> Entry:

@@ -1,9 +1,8 @@
-"""What the configuration does to the journal's names when a server starts. Pure.
+"""Merging of configured adapters into the journal's names when a server starts. Pure.
 
-Configured adapters are shared names, and what is configured is read anew after each start, when it is first used.
-Unless a client put other content under the name: that stays, as long as the configuration says the same as then.
-Pins and whether it is enabled belong to the name and stay in any case. A configured name that a client destroyed
-comes back at the next start.
+Configured adapters are shared names. Their content is read again after each start, at first use. Content that a client
+put under a configured name stays as long as the configured reference is the same as then. Pins and the enabled flag
+belong to the name and always stay. A configured name that a client destroyed comes back at the next start.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def reconcile(entries: Iterable[Entry], configured: Sequence[AdapterEntry]) -> t
     """Return the entries to put into the journal and the keys to remove from it.
 
     Raises:
-        ConfigInvalid: a configured reference is none, or of a source that is not served.
+        ConfigInvalid: a configured reference is invalid, or of a source that is not served.
     """
     catalog = Catalog(entries)
     names = {item.name for item in configured}

@@ -1,10 +1,10 @@
-"""`Contents`: from what a request names to a version that is held, preparing or mending it first if need be."""
+"""`Contents`: from the names in a request to versions that are held, prepared or made again first if need be."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,64 +14,98 @@ from descant.catalog.register import Edit, Register
 from descant.catalog.versions import Versions
 from descant.contract.principal import Principal
 from descant.contract.version import AdapterVersion
+from descant.contract.worker import Member
 from descant.sessions.leases import Lease
 from descant.sources.grammar import Reference, parse_reference
 from descant_client.errors import AdapterInvalid
+from descant_client.wire import WeightedAdapter
 
-ResultT = TypeVar("ResultT")
 
+class Resolution(NamedTuple):
+    """Adapters of a request, resolved to versions that a lease holds."""
 
-class Content(NamedTuple):
-    """A version and the references of everything it was made from."""
+    members: tuple[Member, ...]
+    names: Mapping[str, str]  # by digest: the adapter that the request named
+    sources: tuple[str, ...]  # references of everything the members were made from
 
-    version: AdapterVersion
-    sources: tuple[str, ...]
+    @contextmanager
+    def naming_damage(self) -> Iterator[None]:
+        """Let an error about a damaged member in this block name the adapter that the request named.
+
+        Raises:
+            AdapterInvalid: in place of one whose digest is that of a member.
+        """
+        try:
+            yield
+        except AdapterInvalid as error:
+            name = self.names.get(error.digest or "")
+            if name is None:
+                raise
+            raise AdapterInvalid(name, error.reason, error.digest) from error
 
 
 class Contents:
-    """Names and the versions they stand for, kept together. `on_change` is called after whatever may change pins."""
+    """Names and the versions they stand for, changed together.
+
+    `on_change` is called after everything that may change which versions are pinned.
+    """
 
     def __init__(self, register: Register, versions: Versions, on_change: Callable[[], None]) -> None:
         self._register = register
         self._versions = versions
         self._on_change = on_change
 
-    def locate(self, adapter: str, source: str | None, principal: Principal) -> Entry | Reference:
-        """Return what a member of a request is.
-
-        Raises:
-            InvalidRequest, AdapterUnsupported: no reference that is served. AdapterNotFound: no such name.
-        """
-        reference = parse_reference(adapter, source)
-        if reference.source != "name":
-            return reference
-        return self._register.catalog.used(principal, reference.id)
-
-    async def content(
+    async def resolve(
         self,
-        adapter: str,
-        located: Entry | Reference,
-        roots: tuple[str, ...] | None,
+        adapters: Iterable[WeightedAdapter],
+        source: str | None,
+        principal: Principal,
         lease: Lease,
         *,
         is_anew: bool = False,
-    ) -> Content:
-        """Return the version, held by `lease`. With `is_anew` what a path leads to is read again.
+        includes_disabled: bool = False,
+    ) -> Resolution:
+        """Return the versions that adapters of a request stand for, held by `lease`.
 
-        `roots` limit paths, on every request: what one principal has loaded is not another's to use. To names they do
-        not apply.
-        """
-        if isinstance(located, Entry):
-            return Content(await self.ready(located, lease), located.sources)
-        directory = await self._versions.find(adapter, located.id, roots)
-        read = self._versions.read_anew if is_anew else self._versions.read
-        return Content(await read(adapter, directory, lease), (local_reference(directory),))
-
-    async def ready(self, entry: Entry, lease: Lease) -> AdapterVersion:
-        """Return an entry's version, held by `lease`; `entry` must be as the catalog has it now.
+        Disabled ones are left out unless `includes_disabled`. With `is_anew` the directories of paths are read again.
 
         Raises:
-            AdapterInvalid: its file is gone or damaged, and cannot be made again. DescantError: its source's.
+            InvalidRequest, AdapterUnsupported: no reference that is served. AdapterNotFound: no such name.
+            AdapterForbidden: a path outside the principal's roots. Others as `obtain` and `Versions.read`.
+        """
+        members: list[Member] = []
+        names: dict[str, str] = {}
+        sources: list[str] = []
+        for adapter in adapters:
+            located = self._locate(adapter.adapter, source, principal)
+            if isinstance(located, Entry):
+                if not located.is_enabled and not includes_disabled:
+                    continue
+                version = await self.obtain(located, lease)
+                sources += located.sources
+            else:
+                # On every request: a version that another principal has loaded may be outside this one's roots.
+                directory = await self._versions.find(adapter.adapter, located.id, principal.roots)
+                read = self._versions.read_anew if is_anew else self._versions.read
+                version = await read(adapter.adapter, directory, lease)
+                sources.append(local_reference(directory))
+            members.append(Member(version, adapter.weight))
+            names[version.digest] = adapter.adapter
+        return Resolution(tuple(members), names, tuple(dict.fromkeys(sources)))
+
+    def _locate(self, adapter: str, source: str | None, principal: Principal) -> Entry | Reference:
+        reference = parse_reference(adapter, source)
+        if reference.source != "name":
+            return reference
+        return self._register.catalog.require(principal, reference.id)
+
+    async def obtain(self, entry: Entry, lease: Lease) -> AdapterVersion:
+        """Return an entry's version, held by `lease`, reading it first if it is not in the store.
+
+        `entry` must be the one that is in the catalog now.
+
+        Raises:
+            AdapterInvalid: its file is gone or damaged, and cannot be made again. DescantError: of its source.
         """
         version = entry.version
         if version is not None and self._versions.is_sound(version.digest):
@@ -79,7 +113,7 @@ class Contents:
             return version
         if entry.reference is None:
             raise AdapterInvalid(entry.name, "its stored version is damaged and it was made here; make it again.")
-        # No roots: the configuration has none, and others are given only what they had already.
+        # No roots: the configuration's references have none, and those of clients were checked when they were loaded.
         directory = await self._versions.find(entry.name, parse_reference(entry.reference).id, None)
         found = await self._versions.read(entry.name, directory, lease)
         if version is None:
@@ -90,33 +124,24 @@ class Contents:
         self._on_change()
         return found
 
-    async def mending(
-        self, work: Callable[[], Awaitable[ResultT]], names: Mapping[str, str] = MappingProxyType({})
-    ) -> ResultT:
-        """Do `work`, which readies versions and has the worker read them. Once more if the worker finds one damaged.
+    def mark_damaged(self, error: AdapterInvalid) -> None:
+        """Mark the stored version that the worker found damaged: it is made again when it is next obtained.
 
-        It is made again when `work` readies it again. Should that not help, the error calls it by its name in `names`,
-        which are by digest. Raises as `work`.
+        Raises:
+            AdapterInvalid: `error` itself, if it is not about a stored version.
         """
-        try:
-            return await work()
-        except AdapterInvalid as error:
-            if error.digest is None:
-                raise
-            self._versions.failed(error.digest)
-            self._on_change()
-        try:
-            return await work()
-        except AdapterInvalid as error:
-            raise AdapterInvalid(names.get(error.digest, error.adapter), error.reason, error.digest) from error
+        if error.digest is None:
+            raise error
+        self._versions.on_damaged(error.digest)
+        self._on_change()
 
     async def change(self, key: Key, edit: Edit) -> Entry | None:
-        """Edit an entry, durably, and let go of the version it no longer stands for. Raises as `Register.change`."""
+        """Edit an entry, durably, and drop the version that it no longer stands for. Raises as `Register.change`."""
         before, after = await self._register.change(key, edit)
         self._on_change()
         old, new = version_of(before), version_of(after)
         if old is not None and (new is None or new.digest != old.digest):
-            await self._versions.let_go(old.digest)
+            await self._versions.on_unnamed(old.digest)
         return after
 
 
@@ -126,7 +151,7 @@ def local_reference(directory: str) -> str:
 
 
 def _with_version(asked: Entry, now: Entry | None, version: AdapterVersion) -> Entry | None:
-    """Record what was prepared, unless the name stands for something else by now."""
+    """Return the entry with the version that was prepared, unchanged if the name stands for something else by now."""
     if now is None or now.version is not None or now.reference != asked.reference:
         return now
     return msgspec.structs.replace(now, version=version)

@@ -8,25 +8,25 @@ from descant.contract.version import AdapterVersion
 from descant_client.lifecycle import AdapterInfo
 
 SHARED = ""
-"""The owner of names that are everybody's to use."""
+"""The owner of names that every principal may use."""
 
 Key = tuple[str, str]
 """Owner and name."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """A name, whose it is, and what it stands for."""
+    """A name, its owner, and the content it stands for."""
 
     owner: str  # the principal's name, or SHARED
     name: str
     position: int  # in order of registration
-    source: str  # what clients are told of its origin, one word
-    reference: str | None = None  # what its content is read from again; None: it was made here
+    source: str  # kind of origin, one word, shown to clients
+    reference: str | None = None  # source from which its content can be read again; None: it was made here
     sources: tuple[str, ...] = ()
-    """References of all ancestors. Those of the operator's configuration begin with `operator:`."""
-    configured: str | None = None  # the configuration's reference for this name, as last seen there
+    """References of all ancestors. Those of the configuration begin with `operator:`."""
+    configured: str | None = None  # the reference that the configuration last had for this name
     is_replaced: bool = False  # a client put other content under a configured name
-    version: AdapterVersion | None = None  # None: a configured adapter that nobody has used yet
+    version: AdapterVersion | None = None  # None: a configured adapter that has not been used yet
     is_pinned: bool = False
     is_enabled: bool = True
 

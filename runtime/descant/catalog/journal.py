@@ -1,8 +1,8 @@
-"""The journal: every registered name in one SQLite file, so that a server that was killed comes back with them.
+"""The journal: every registered name in one SQLite file, so that a killed server starts again with them.
 
-Each change is one transaction, durable before it is answered (WAL, `synchronous=FULL`): after a kill at any moment a
-name is there as it was or as it was to be. One server holds the file at a time. The connection lives on a thread of
-its own; waiting for it is cancelled without undoing what it does.
+Each change is one transaction, durable before it is answered (WAL, `synchronous=FULL`). After a kill at any moment a
+name is as it was before or after the change. One server holds the file at a time. The connection lives on a thread of
+its own. Cancelling a wait for it does not undo its work.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -34,17 +34,17 @@ ResultT = TypeVar("ResultT")
 
 
 class JournalFile:
-    """The file, synchronous, on one thread."""
+    """The file. Synchronous; used from one thread."""
 
     def __init__(self, directory: Path, itemsize: int) -> None:
-        """Open or make the journal in `directory`, which is made if need be.
+        """Open or create the journal in `directory`, and create the directory if it does not exist.
 
-        `itemsize` is what an element takes on the device, in bytes: sizes there are journaled in elements, as the
-        dtype may be another at the next start. Files are journaled relative to `directory`.
+        `itemsize` is the size of an element on the device, in bytes. Sizes there are journaled in elements, as the
+        dtype may be another at the next start. Paths are journaled relative to `directory`. A journal of an older
+        version is migrated.
 
         Raises:
-            ConfigInvalid: another server uses it, it is damaged, of a newer version, or cannot be written. What an
-            older version wrote is made what this one writes.
+            ConfigInvalid: another server uses it, it is damaged, of a newer version, or cannot be written.
         """
         self._directory = directory
         self._itemsize = itemsize
@@ -65,10 +65,10 @@ class JournalFile:
         return [from_row(row, self._directory, self._itemsize) for row in rows]
 
     def apply(self, puts: Iterable[Entry], removed: Iterable[Key] = ()) -> None:
-        """Remove and put in one transaction; it is on disk when this returns.
+        """Remove and put entries in one transaction, which is on disk when this returns.
 
         Raises:
-            InternalError: it could not be written, and nothing has changed.
+            InternalError: the file could not be written; nothing has changed.
         """
         rows = [to_row(entry, self._directory, self._itemsize) for entry in puts]
         try:
@@ -85,7 +85,7 @@ class JournalFile:
             raise InternalError(f"the journal {self._path} cannot be written: {exc}") from exc
 
     def close(self) -> None:
-        """Close the file; another server may open it."""
+        """Close the file. Another server may open it then."""
         self._connection.close()
 
     def _begin_use(self) -> None:
@@ -113,7 +113,7 @@ class JournalFile:
         self.entries()  # every row can be read
 
     @contextlib.contextmanager
-    def _refusing(self):
+    def _refusing(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.OperationalError as exc:
@@ -129,18 +129,18 @@ class JournalFile:
 
 
 class Journal:
-    """The journal on its thread. It belongs to the system and outlives every life of the registry. See `opened`."""
+    """The journal on its thread, made by `open_journal`. It outlives every life of the registry."""
 
     def __init__(self, file: JournalFile, thread: ThreadPoolExecutor) -> None:
         self._file = file
         self._thread = thread
 
     async def entries(self) -> list[Entry]:
-        """Return every name, in order of registration, after all changes asked for before."""
+        """Return every name, in order of registration, after all changes requested before."""
         return await self._run(self._file.entries)
 
     async def apply(self, puts: Iterable[Entry], removed: Iterable[Key] = ()) -> None:
-        """Remove and put in one transaction; it is on disk when this returns. Raises InternalError.
+        """Remove and put entries in one transaction, which is on disk when this returns. Raises InternalError.
 
         Cancelling does not undo it.
         """
@@ -151,7 +151,7 @@ class Journal:
 
 
 @asynccontextmanager
-async def opened(directory: Path, itemsize: int) -> AsyncIterator[Journal]:
+async def open_journal(directory: Path, itemsize: int) -> AsyncIterator[Journal]:
     """Open the journal of a directory for the block. Raises ConfigInvalid, as `JournalFile`."""
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, "journal") as thread:
@@ -159,4 +159,4 @@ async def opened(directory: Path, itemsize: int) -> AsyncIterator[Journal]:
         try:
             yield Journal(file, thread)
         finally:
-            thread.submit(file.close)  # after every change that was asked for; leaving waits for it
+            thread.submit(file.close)  # after every requested change; leaving the block waits for it

@@ -1,4 +1,4 @@
-"""How an `Entry` is a row of the journal, and back."""
+"""Conversion between an `Entry` and a row of the journal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CREATE TABLE adapters (
 ) WITHOUT ROWID
 """
 MIGRATIONS = {1: "ALTER TABLE adapters ADD COLUMN num_heads INTEGER"}
-"""What makes a table of that version one of the next."""
+"""Statements by version: each makes a table of that version one of the next."""
 _OF_NAME = (
     "owner",
     "name",
@@ -70,7 +70,7 @@ def from_row(row: tuple[Any, ...], directory: Path, itemsize: int) -> Entry:
             max_rank=values["max_rank"],
             num_modules=values["num_modules"],
             file_bytes=values["file_bytes"],
-            num_heads=values["num_heads"] or 0,  # null: journaled before there were any
+            num_heads=values["num_heads"] or 0,  # null: journaled by version 1
         )
     fields = {name: values[name] for name in _OF_NAME} | {"sources": msgspec.json.decode(values["sources"])}
     flags = {name: bool(values[name]) for name in ("is_replaced", "is_pinned", "is_enabled")}

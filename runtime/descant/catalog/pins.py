@@ -1,4 +1,4 @@
-"""How much may be pinned: a share of the device's bytes for adapters, and of its slots. Pure."""
+"""`PinBudget`: limits on pins, as shares of the device's bytes for adapters and of its slots. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from descant_client.errors import AdapterTooLarge, InvalidRequest
 
 
 class PinBudget(msgspec.Struct, frozen=True):
-    """Limits over distinct pinned versions."""
+    """Limits on distinct pinned versions together."""
 
     max_bytes: int
     max_versions: int
@@ -22,16 +22,16 @@ class PinBudget(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, config: AdapterConfig) -> PinBudget:
-        """Return the configured share; one version may always be pinned unless the share is zero."""
+        """Return the budget of the configuration. One version may always be pinned unless the share is zero."""
         share = config.max_pinned_share
         max_versions = max(1, int(share * config.num_slots)) if share else 0
         return cls(int(share * config.memory_bytes), max_versions, owner_share(config))
 
     def check(self, key: Key, version: AdapterVersion, pinned: Iterable[Entry]) -> None:
-        """Check that a name may pin a version beside what others of the `pinned` do. What they are is not said.
+        """Check that a name may pin a version beside the entries that are `pinned`. Errors do not name these.
 
         Raises:
-            AdapterTooLarge: it is larger than all that may be pinned. InvalidRequest: others have taken the room.
+            AdapterTooLarge: it is larger than the whole budget. InvalidRequest: the others leave too little of it.
         """
         owner, name = key
         others = [entry for entry in pinned if entry.key != key]
@@ -42,7 +42,7 @@ class PinBudget(msgspec.Struct, frozen=True):
             self._share().check_room(version, [entry for entry in others if entry.owner == owner], "max_owner_share")
 
     def check_room(self, version: AdapterVersion, others: Iterable[Entry], setting: str) -> None:
-        """Check that a version fits in beside others. Raises InvalidRequest, naming the setting that limits it."""
+        """Check that a version fits beside others. Raises InvalidRequest, naming the setting that limits it."""
         sizes = {entry.version.digest: entry.version.num_bytes for entry in others if entry.version is not None}
         if version.digest in sizes:
             return
@@ -54,14 +54,14 @@ class PinBudget(msgspec.Struct, frozen=True):
             raise InvalidRequest("name", reason + f"(`adapters.{setting}`); unpin another.")
 
     def _share(self) -> PinBudget:
-        """Return the budget of one principal; one version may always be pinned."""
+        """Return the budget of one principal. One version may always be pinned."""
         max_versions = max(1, int(self.max_owner_share * self.max_versions)) if self.max_versions else 0
         return PinBudget(int(self.max_owner_share * self.max_bytes), max_versions)
 
     def fitting(self, entries: Iterable[Entry]) -> tuple[AdapterVersion, ...]:
-        """Return the versions of these entries as far as they fit, the first before the last.
+        """Return the versions of these entries that fit, in their order.
 
-        They all do unless the budget was lowered, or something larger was read at this start.
+        All of them fit unless the budget was lowered, or a source holds a larger version than at the last start.
         """
         versions: dict[str, AdapterVersion] = {}
         num_bytes = 0

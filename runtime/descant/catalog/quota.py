@@ -1,6 +1,6 @@
-"""How much one principal's own names may take, so that a few cannot use up what is everybody's. Pure.
+"""`OwnerQuota`: limits on the names of one principal and their versions in the store. Pure.
 
-Shared names are an administrator's, and only the limits on the whole hold for them.
+Shared names have no owner's quota; only the limits on the whole apply to them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from descant_client.errors import InvalidRequest, StoreFull
 
 
 class OwnerQuota(msgspec.Struct, frozen=True):
-    """Limits over the names of one principal, and over the distinct versions they stand for."""
+    """Limits on the number of a principal's names, and on the bytes of their distinct versions."""
 
     max_names: int
     max_file_bytes: int
@@ -27,7 +27,7 @@ class OwnerQuota(msgspec.Struct, frozen=True):
         return cls(config.max_names, int(owner_share(config) * config.store_bytes))
 
     def check(self, key: Key, version: AdapterVersion, owned: Iterable[Entry]) -> None:
-        """Check that a name may stand for a version beside what else its owner has.
+        """Check that a name may stand for a version beside the owner's other names.
 
         Raises:
             InvalidRequest: the owner has too many names. StoreFull: its versions take too much of the store.
@@ -46,5 +46,5 @@ class OwnerQuota(msgspec.Struct, frozen=True):
 
 
 def owner_share(config: AdapterConfig) -> float:
-    """Return the share of the store and of what may be pinned that one principal's own names may have."""
+    """Return the share of the store and of the pin budget that one principal may take."""
     return 1.0 if config.max_owner_share is None else config.max_owner_share

@@ -13,25 +13,25 @@ from descant.catalog.journal import Journal
 from descant_client.errors import AdapterNotFound
 
 Edit = Callable[[Entry | None], Entry | None]
-"""What becomes of an entry (None: of a name that is not there); None removes it. It may refuse by raising."""
+"""Returns the new entry for the current one (None: no such name). None removes it. May raise to refuse."""
 
 
 class Register:
-    """What is in the catalog is in the journal. Belongs to one life of the registry."""
+    """The catalog of one life of the registry, kept equal to the journal."""
 
     def __init__(self, catalog: Catalog, journal: Journal) -> None:
         self.catalog = catalog
         self._journal = journal
         self._writing = anyio.Lock()
-        self._making: dict[Key, tuple[anyio.Lock, list[None]]] = {}
+        self._turns: dict[Key, _Turn] = {}  # of slow changes, running or waiting
 
     async def change(self, key: Key, edit: Edit) -> tuple[Entry | None, Entry | None]:
-        """Edit an entry, durably; return it as it was and as it is now. `edit` sees what every change before left.
+        """Edit an entry, durably, after all edits before it. Return the entry before and after.
 
         Raises:
-            InternalError: the journal could not be written, and nothing has changed. DescantError: what `edit` raised.
+            InternalError: the journal could not be written; nothing has changed. DescantError: raised by `edit`.
         """
-        async with self._writing:  # a write at a time: that is what the journal's thread does anyway
+        async with self._writing:  # one at a time, as on the journal's thread
             before = self.catalog.get(key)
             after = edit(before)
             if after == before:
@@ -45,14 +45,15 @@ class Register:
             return before, after
 
     @asynccontextmanager
-    async def content_of(self, find: Callable[[], Key]) -> AsyncIterator[Key]:
-        """Wait for one's turn to put new content under the name that `find` says, which may change while one waits.
+    async def turn_for(self, find: Callable[[], Key]) -> AsyncIterator[Key]:
+        """Wait for the turn of a slow change of one name, and yield its key.
 
-        Slow changes of one name happen one after the other, in the order they came; other names are not held up.
+        Slow changes of one name happen one after the other, in order of arrival; other names are not delayed. `find`
+        returns the key; it is called again after waiting, as the name may then mean another entry.
 
         Raises:
-            AdapterNotFound: the caller's own adapter is gone when its turn comes, and the name now means the shared
-            one, which nobody asked to change. Also what `find` raises.
+            AdapterNotFound: the caller's own adapter was destroyed meanwhile, so that the name means the shared one,
+            which this change is not for. Others as `find`.
         """
         is_own = False
         while True:
@@ -67,12 +68,18 @@ class Register:
 
     @asynccontextmanager
     async def _turn(self, key: Key) -> AsyncIterator[None]:
-        lock, waiting = self._making.setdefault(key, (anyio.Lock(), []))
-        waiting.append(None)
+        turn = self._turns.setdefault(key, _Turn())
+        turn.num_users += 1
         try:
-            async with lock:
+            async with turn.lock:
                 yield
         finally:
-            waiting.pop()
-            if not waiting:
-                del self._making[key]
+            turn.num_users -= 1
+            if not turn.num_users:
+                del self._turns[key]
+
+
+class _Turn:
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.num_users = 0  # running or waiting

@@ -1,7 +1,7 @@
-"""Work that is done once for all who want its result, and results that are kept for those who come later.
+"""`SingleFlight`: work done once for all concurrent callers, with a cache of the results.
 
-An error speaks of things by the words of who asked. So work is shared only by callers of one label, which stands for
-these words; its result is everybody's.
+An error names things as its caller did. So callers share work in flight only if they have the same label, which stands
+for these names. Results are shared by all callers.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ ResultT = TypeVar("ResultT")
 
 
 class SingleFlight(Generic[ResultT]):
-    """Results by key. The first caller has the work started, the others wait for it; a failure is not remembered.
+    """Results by key. The first caller starts the work, later ones wait for it. Failures are not kept.
 
-    The work runs as a task of its own, begun with `start_soon` (an actor's): no caller's cancellation disturbs it.
+    The work runs as a task of its own, started with an actor's `start_soon`, so no caller's cancellation stops it.
     """
 
     def __init__(self, start_soon: Callable[..., None], max_results: int = MAX_RESULTS) -> None:
         self._start_soon = start_soon
         self._max_results = max_results
         self._results: OrderedDict[str, ResultT] = OrderedDict()  # the least recently used first
-        self._flights: dict[str, dict[str, _Flight[ResultT]]] = {}  # by key and label: whose results will be kept
+        self._flights: dict[str, dict[str, _Flight[ResultT]]] = {}  # by key and label; results of others are not kept
 
     async def run(
         self,
@@ -35,10 +35,10 @@ class SingleFlight(Generic[ResultT]):
         work: Callable[[], Awaitable[ResultT]],
         claim: Callable[[ResultT], None] = lambda result: None,
     ) -> ResultT:
-        """Return the result of `key`, having `work` done if nobody has. Raises what work of this label raised.
+        """Return the result of `key`, running `work` if it is neither kept nor in flight for this label.
 
-        `claim` is called with the result before anything else happens to it: nothing runs between the end of the work
-        and the claims of all who waited for it.
+        `claim` is called with the result. No other task runs between the end of the work and the claims of all callers
+        that waited for it. Raises the error of the work.
         """
         if key in self._results:
             self._results.move_to_end(key)
@@ -53,9 +53,9 @@ class SingleFlight(Generic[ResultT]):
         return await asyncio.shield(flight.result)
 
     def put(self, key: str, result: ResultT) -> None:
-        """Keep a result that was come by otherwise; the least recently used ones give way.
+        """Keep a result that was made elsewhere. The least recently used ones are dropped if there are too many.
 
-        It is newer than what is under way: that goes to those who wait for it, and to nobody else.
+        It is newer than work in flight, whose results go to their waiting callers and are not kept.
         """
         self._flights.pop(key, None)
         self._results[key] = result
@@ -64,7 +64,7 @@ class SingleFlight(Generic[ResultT]):
             self._results.popitem(last=False)
 
     def drop(self, is_stale: Callable[[ResultT], bool]) -> None:
-        """Forget these results; what is under way is not affected."""
+        """Forget the kept results that are stale. Work in flight is not affected."""
         for key in [key for key, result in self._results.items() if is_stale(result)]:
             del self._results[key]
 
@@ -78,7 +78,7 @@ class SingleFlight(Generic[ResultT]):
             result = await work()
         except Exception as exc:  # noqa: BLE001 - handed to every caller
             flight.result.set_exception(exc)
-            flight.result.exception()  # seen: nobody may be waiting any more
+            flight.result.exception()  # marks it as retrieved, as every caller may be cancelled
         else:
             if self._flights.get(key, {}).get(label) is flight:
                 self.put(key, result)
@@ -87,7 +87,7 @@ class SingleFlight(Generic[ResultT]):
             flight.result.set_result(result)
         finally:
             self._end(key, label, flight)
-            flight.result.cancel()  # the end of this life; otherwise it is done
+            flight.result.cancel()  # has an effect only at the end of the actor's life
 
     def _end(self, key: str, label: str, flight: _Flight[ResultT]) -> None:
         flights = self._flights.get(key, {})

@@ -1,5 +1,4 @@
-"""What is in the store and what may go when it is full: least recently used first, no more than needed. Pure but for
-`scan`."""
+"""`StoreIndex`: the versions in the store, and the choice of those to delete when it is full. Pure, except `scan`."""
 
 from __future__ import annotations
 
@@ -26,27 +25,27 @@ class StoreIndex:
         return len(self._files)
 
     def add(self, digest: str, path: Path, num_bytes: int) -> None:
-        """Take note of a file, the most recently used one now; one known already may have another size."""
+        """Add a file as the most recently used one. A known file may have a new size."""
         self.remove(digest)
         self._files[digest] = (path, num_bytes)
         self.num_bytes += num_bytes
 
     def touch(self, digest: str) -> None:
-        """The version is being used; an unknown one is no error."""
+        """Make a version the most recently used one. An unknown one is ignored."""
         if digest in self._files:
             self._files[digest] = self._files.pop(digest)
 
     def remove(self, digest: str) -> Path | None:
-        """Forget a file and return where it was, if it was known."""
+        """Remove a file and return its path, None if it was unknown."""
         path, num_bytes = self._files.pop(digest, (None, 0))
         self.num_bytes -= num_bytes
         return path
 
     def victims(self, num_new_bytes: int, is_kept: Callable[[str], bool]) -> list[str] | None:
-        """Return what must go so that `num_new_bytes` more fit; None if what is not kept is too little.
+        """Return the digests to delete so that `num_new_bytes` fit. None: even all that are not kept do not suffice.
 
-        The least recently used go first, and of those only what is needed: if a late one is so large that earlier
-        ones need not go as well, they stay.
+        The least recently used ones are chosen first. Of these, the ones that turn out unnecessary because a later one
+        is large are spared, the most recently used first.
         """
         num_missing = self.num_bytes + num_new_bytes - self.max_bytes
         chosen: list[tuple[str, int]] = []
@@ -61,14 +60,14 @@ class StoreIndex:
         victims: list[str] = []
         for digest, num_bytes in reversed(chosen):
             if num_missing + num_bytes <= 0:
-                num_missing += num_bytes  # room enough without it
+                num_missing += num_bytes  # there is room without it
             else:
                 victims.append(digest)
         return victims[::-1]
 
 
 def scan(store_dir: Path) -> list[tuple[str, Path, int]]:
-    """Return digest, file and size of every version in the store, the least recently written first. It blocks."""
+    """Return digest, path and bytes of every version in the store, the least recently written first. Blocking."""
     found: list[tuple[float, str, Path, int]] = []
     for path in store_dir.rglob("*.safetensors"):
         if _FILE.fullmatch(path.name):

@@ -1,8 +1,8 @@
-"""Versions in the store: made by the worker, remembered by what they were made from, deleted when nobody needs them.
+"""`Versions`: versions in the store, made by the worker, cached by their origin, deleted when no longer needed.
 
-Whoever is given a version gets it held by a lease, with no moment in between in which it could be deleted. Files are
-deleted under one lock, and under the same lock a new one is seen to be there before anybody hears of it: what was
-deleted while the worker took it for good is made once more.
+A version is returned already held by the caller's lease, so it cannot be deleted in between. Files are deleted under
+one lock. Under the same lock the file of a new version is checked to exist before its version is returned: a file that
+was deleted while the worker took it for an existing version is made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from descant.catalog.single_flight import SingleFlight
 from descant.catalog.store_index import StoreIndex, scan
 from descant.catalog.worker_asks import WorkerAsks
 from descant.contract.version import AdapterVersion
-from descant.contract.worker import ComposeAdapters, CreateVersion, Member, PrepareAdapter, Prepared, TakeHeads
+from descant.contract.worker import ComposeAdapters, MakeVersion, Member, PrepareAdapter, Prepared, TakeHeads
 from descant.messages import FetchAdapter, FetchMessage
 from descant.sessions.leases import Lease, LeaseTable
 from descant_client.errors import DeadlineExceeded, InternalError, StoreFull
@@ -33,16 +33,14 @@ logger = logging.getLogger(__name__)
 
 PREPARE_TIMEOUT_S = 600.0
 FETCH_TIMEOUT_S = 60.0
-NUM_TRIES = 3  # of making a version whose file was deleted in the same moment
-
-MakeMessage = PrepareAdapter | ComposeAdapters | TakeHeads | CreateVersion
+NUM_TRIES = 3  # to make a version whose file is deleted at the same time
 
 
 class Versions:
-    """Makes, remembers and deletes versions, for one life of the registry.
+    """Makes, caches and deletes versions, for one life of the registry.
 
-    `is_named` says whether some name stands for a version; `on_forget` is told of each that nobody will name again;
-    `start_soon` begins tasks of the actor.
+    `is_named` returns whether some name stands for a version. `on_forget` is called with the digest of each deleted
+    version that no name stands for any more. `start_soon` starts tasks of the actor.
     """
 
     def __init__(
@@ -63,12 +61,12 @@ class Versions:
         self._on_forget = on_forget
         self._index = StoreIndex(max_store_bytes)
         self._deleting = anyio.Lock()
-        self._made: SingleFlight[AdapterVersion] = SingleFlight(start_soon)  # by directory, and by what was combined
-        self._doomed: set[str] = set()  # to be deleted when their last use ends
-        self._damaged: set[str] = set()  # in the store, but the device could not read them
+        self._made: SingleFlight[AdapterVersion] = SingleFlight(start_soon)  # by directory or combination
+        self._doomed: set[str] = set()  # to be deleted when their last lease is released
+        self._damaged: set[str] = set()  # in the store, but their file could not be read
 
     async def open(self, store_dir: Path) -> None:
-        """Learn what is in the store, and make room if it is more than allowed."""
+        """Index the store, and delete versions if it is larger than allowed."""
         for digest, path, num_bytes in await anyio.to_thread.run_sync(scan, store_dir):
             self._index.add(digest, path, num_bytes)
         async with self._deleting:
@@ -77,8 +75,8 @@ class Versions:
     # ---- getting one ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def working(self) -> Iterator[Lease]:
-        """Hold versions for a piece of work: a lease that ends with the block."""
+    def temporary_lease(self) -> Iterator[Lease]:
+        """Yield a lease that is released at the end of the block."""
         lease = self._leases.lease()
         try:
             yield lease
@@ -86,27 +84,27 @@ class Versions:
             lease.release()
 
     def is_sound(self, digest: str) -> bool:
-        """Return whether the version is in the store, as far as known."""
+        """Return whether the version is in the store and not known to be damaged."""
         return digest in self._index and digest not in self._damaged
 
     def hold(self, version: AdapterVersion, lease: Lease) -> None:
-        """Keep a version that is in the store for as long as the lease lasts."""
+        """Hold a version that is in the store by a lease."""
         lease.hold(version.digest)
         self._index.touch(version.digest)
 
     async def find(self, adapter: str, path: str, roots: tuple[str, ...] | None) -> str:
-        """Return the directory a local reference means. Raises as `sources.local.find_adapter`, DeadlineExceeded."""
+        """Return the directory of a local reference. Raises as `sources.local.find_adapter`, or DeadlineExceeded."""
         try:
             return str(await self._fetch.ask(FetchAdapter(adapter, path, roots), timeout=FETCH_TIMEOUT_S))
         except AskTimeout as exc:
             raise DeadlineExceeded(f"finding adapter {adapter!r}", FETCH_TIMEOUT_S) from exc
 
     async def read(self, adapter: str, directory: str, lease: Lease) -> AdapterVersion:
-        """Return the version made of a directory, as it was when it was first read. Raises as `make`."""
+        """Return the version of a directory, as it was when it was first read. Raises as `make`."""
         return await self._remembered(directory, PrepareAdapter(adapter, directory), lease)
 
     async def read_anew(self, adapter: str, directory: str, lease: Lease) -> AdapterVersion:
-        """Return the version made of a directory as it is now. Raises as `make`."""
+        """Return the version of a directory as it is now. Raises as `make`."""
         version = await self.make(PrepareAdapter(adapter, directory), lease)
         self._made.put(directory, version)
         return version
@@ -114,7 +112,7 @@ class Versions:
     async def compose(
         self, label: str, members: tuple[Member, ...], combination: Combination, lease: Lease
     ) -> AdapterVersion:
-        """Return the combination of versions that the caller holds. Raises as `make`."""
+        """Return the version of a combination. The caller holds the members. Raises as `make`."""
         parts = ([member.version.digest, member.weight] for member in members)
         key = msgspec.json.encode([combination, *parts]).decode()  # no path begins with a bracket
         return await self._remembered(key, ComposeAdapters(label, members, combination), lease)
@@ -122,12 +120,12 @@ class Versions:
     async def with_heads(
         self, label: str, version: AdapterVersion | None, heads: AdapterVersion, lease: Lease
     ) -> AdapterVersion:
-        """Return a version that the caller holds, or none, with another's draft heads. Raises as `make`."""
+        """Return `version`, None for the base, with other draft heads. The caller holds both. Raises as `make`."""
         key = msgspec.json.encode(["heads", version.digest if version else "", heads.digest]).decode()
         return await self._remembered(key, TakeHeads(label, version, heads), lease)
 
-    async def make(self, message: MakeMessage, lease: Lease) -> AdapterVersion:
-        """Have the worker make a version, and hold it.
+    async def make(self, message: MakeVersion, lease: Lease) -> AdapterVersion:
+        """Have the worker make a version, and hold it by the lease.
 
         Raises:
             StoreFull: there is no room for it. DeadlineExceeded, AdapterInvalid, DescantError: as `WorkerAsks.ask`.
@@ -136,11 +134,11 @@ class Versions:
         self.hold(version, lease)
         return version
 
-    async def _remembered(self, key: str, message: MakeMessage, lease: Lease) -> AdapterVersion:
+    async def _remembered(self, key: str, message: MakeVersion, lease: Lease) -> AdapterVersion:
         claim = partial(self.hold, lease=lease)
         return await self._made.run(key, message.adapter, lambda: self._make(message), claim)
 
-    async def _make(self, message: MakeMessage) -> AdapterVersion:
+    async def _make(self, message: MakeVersion) -> AdapterVersion:
         for _ in range(NUM_TRIES):
             prepared: Prepared = await self._worker.ask(message, PREPARE_TIMEOUT_S)
             async with self._deleting:
@@ -151,7 +149,7 @@ class Versions:
     # ---- the store ------------------------------------------------------------------------------------------------
 
     async def _admit(self, adapter: str, version: AdapterVersion) -> bool:
-        """Take note of a file the worker wrote, making room for it; return whether it is there."""
+        """Add a file that the worker wrote, making room for it. Return False if it has been deleted meanwhile."""
         path = Path(version.path)
         num_bytes = await anyio.to_thread.run_sync(_size, path)
         if num_bytes is None:
@@ -180,10 +178,10 @@ class Versions:
         if paths:
             await anyio.to_thread.run_sync(_unlink, paths)
 
-    # ---- letting go -----------------------------------------------------------------------------------------------
+    # ---- events ---------------------------------------------------------------------------------------------------
 
-    async def let_go(self, digest: str) -> None:
-        """A name no longer stands for the version: delete it, now or when its last use ends, unless another does."""
+    async def on_unnamed(self, digest: str) -> None:
+        """Delete a version if no name stands for it any more, now or when its last lease is released."""
         async with self._deleting:
             if self._is_named(digest):
                 return
@@ -193,14 +191,14 @@ class Versions:
             await self._delete([digest])
         self._on_forget(digest)
 
-    async def freed(self, digest: str) -> None:
-        """The last use of the version has ended."""
+    async def on_unused(self, digest: str) -> None:
+        """Delete the version if no name stands for it any more. Called when its last lease is released."""
         if digest in self._doomed:
             self._doomed.discard(digest)
-            await self.let_go(digest)
+            await self.on_unnamed(digest)
 
-    def failed(self, digest: str) -> None:
-        """The device could not read the version: it is made again before it is next given to anybody."""
+    def on_damaged(self, digest: str) -> None:
+        """Mark a version whose file could not be read. It is made again before it is next returned."""
         if digest in self._index:
             self._damaged.add(digest)
         self._made.drop(lambda version: version.digest == digest)

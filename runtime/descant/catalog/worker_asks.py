@@ -1,8 +1,8 @@
-"""Asking the worker: several things at once, and whose fault it is when it dies of one.
+"""`WorkerAsks`: concurrent asks to the worker, with a crash blamed on the message that caused it.
 
-The worker's death fails everything it was asked at that time. Each version that was being made is asked for once more,
-alone, with nothing else under way: who kills it then is to blame, and nobody else. Exports may take an hour, so nobody
-waits for them: they have slots of their own, one for each principal, and go on beside others after a death, too.
+A crash of the worker fails everything in flight there. Each version that was being made is then asked for once more,
+alone, so a second crash is its own fault. Exports may take an hour, so versions never wait for them: exports have slots
+of their own, one for each principal, and run beside others after a crash, too.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from descant.actor.ref import Ref
 from descant.contract.worker import Export, Exported, MakeVersion, Prepared, WorkerMessage
 from descant_client.errors import AdapterInvalid, DeadlineExceeded
 
-# At once, of either kind. Together no more than the worker has threads: or one kind would wait there for the other.
+# Most at once, of either kind. Their sum is at most the worker's threads, or one kind would wait there for the other.
 MAX_ASKS = 6
 MAX_EXPORTS = 2
 NUM_EXPORT_TRIES = 3
 
 
 class WorkerAsks:
-    """The one way from the registry to the worker."""
+    """Every ask of the registry to the worker goes through here."""
 
     def __init__(self, worker: Ref[WorkerMessage], max_asks: int = MAX_ASKS, max_exports: int = MAX_EXPORTS) -> None:
         self._worker = worker
         self._max_asks = max_asks
         self._max_exports = max_exports
-        self._num_asks = 0  # for versions, under way, beside each other
-        self._exporters: set[str] = set()  # principals that have an export under way
-        self._num_suspects = 0  # waiting to be alone, or alone: nobody else starts
+        self._num_asks = 0  # for versions, in flight beside each other
+        self._exporters: set[str] = set()  # principals with an export in flight
+        self._num_suspects = 0  # versions that wait to be made alone, or are being so; no other ask starts meanwhile
         self._turn_over = anyio.Condition()
         self._alone = anyio.Lock()
 
     async def ask(self, message: MakeVersion, timeout_s: float) -> Prepared:
-        """Have a version made; return the worker's reply.
+        """Have a version made, and return the worker's reply.
 
         Raises:
-            AdapterInvalid: the worker dies of it. DeadlineExceeded: it takes longer than `timeout_s`, of which waiting
-            for a turn is no part. DescantError: whatever the worker refuses with.
+            AdapterInvalid: the worker crashes of it. DeadlineExceeded: it takes longer than `timeout_s`, not counting
+            the wait for a turn. DescantError: a refusal of the worker.
         """
         try:
             async with self._beside_others():
                 return await self._ask(message, message.adapter, timeout_s)
         except ActorFailed:
-            pass  # of whatever it was doing
+            pass  # perhaps because of another message
         try:
             async with self._by_itself():
                 return await self._ask(message, message.adapter, timeout_s)
@@ -57,10 +57,10 @@ class WorkerAsks:
             raise AdapterInvalid(message.adapter, reason) from error
 
     async def export(self, principal: str, message: Export, timeout_s: float) -> Exported:
-        """Have a version written out, one at a time for each principal; return the worker's reply.
+        """Have a version exported, one at a time for each principal, and return the worker's reply.
 
         Raises:
-            AdapterInvalid: the worker died each time it was tried. Others as `ask`.
+            AdapterInvalid: the worker crashed at each of `NUM_EXPORT_TRIES` tries. Others as `ask`.
         """
         num_left = NUM_EXPORT_TRIES
         while True:
@@ -88,7 +88,7 @@ class WorkerAsks:
         try:
             yield
         except ActorFailed:
-            self._num_suspects += 1  # before anybody else may start
+            self._num_suspects += 1  # before another ask may start
             raise
         finally:
             self._num_asks -= 1
@@ -96,7 +96,7 @@ class WorkerAsks:
 
     @asynccontextmanager
     async def _by_itself(self) -> AsyncIterator[None]:
-        """For one that `_beside_others` has counted among the suspects. Exports, which died too, wait for it."""
+        """Run a suspect of `_beside_others` with no other version in flight. Exports that crashed start after it."""
         try:
             async with self._alone:
                 async with self._turn_over:

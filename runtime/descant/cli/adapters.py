@@ -1,4 +1,4 @@
-"""`descant adapter …`: the life of the adapters of a running server."""
+"""`descant adapter …`: commands that list and change the adapters of a running server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from descant_client.lifecycle import CombinationType
 from descant_client.terminal import printable
 from descant_client.wire import AdapterSource
 
-_SHARED = click.option("--shared", is_flag=True, help="For everybody to use; administrators only.")
+_SHARED = click.option("--shared", is_flag=True, help="For every principal to use; administrators only.")
 _SOURCE = click.option(
     "--source", type=click.Choice(get_args(AdapterSource)), help="Where to look; default: as REF says."
 )
@@ -54,7 +54,7 @@ async def list_adapters(uri: str, token: str | None) -> None:
 @connection_options
 @asyncly
 async def create(uri: str, token: str | None, name: str, targets: tuple[str, ...], **options: Any) -> None:
-    """Make the adapter NAME, which changes nothing yet."""
+    """Create the adapter NAME. Its output equals the base's until it is loaded or merged onto."""
     async with connect(uri, token) as client:
         _say(await client.adapters.create(name, target_modules=targets or None, **options))
 
@@ -67,7 +67,7 @@ async def create(uri: str, token: str | None, name: str, targets: tuple[str, ...
 @connection_options
 @asyncly
 async def load(uri: str, token: str | None, name: str, ref: str, **options: Any) -> None:
-    """Put what REF names under NAME; what runs finishes on the version before."""
+    """Load REF under NAME. Running requests finish on the version before."""
     async with connect(uri, token) as client:
         _say(await client.adapters.load(name, ref, **options))
 
@@ -86,7 +86,7 @@ async def load(uri: str, token: str | None, name: str, ref: str, **options: Any)
 @connection_options
 @asyncly
 async def merge(uri: str, token: str | None, name: str, members: tuple[tuple[str, float], ...], **options: Any) -> None:
-    """Put a combination of adapters, each with a weight (1 if none is given), under NAME."""
+    """Put a combination of adapters, each with a weight (default 1), under NAME."""
     async with connect(uri, token) as client:
         _say(await client.adapters.merge(name, members, **options))
 
@@ -130,13 +130,13 @@ async def merge_and_save(uri: str, token: str | None, name: str, directory: str)
 @connection_options
 @asyncly
 async def destroy(uri: str, token: str | None, name: str) -> None:
-    """Forget NAME; what runs finishes."""
+    """Remove NAME. Running requests finish."""
     async with _opened(uri, token, name) as entry:
         await entry.destroy()
     click.echo(f"{printable(name)} is gone")
 
 
-async def _turn(change: Callable[[Adapter], Any], uri: str, token: str | None, name: str) -> None:
+async def _set_flag(change: Callable[[Adapter], Any], uri: str, token: str | None, name: str) -> None:
     async with _opened(uri, token, name) as entry:
         _say(await change(entry))
 
@@ -147,7 +147,7 @@ for _change, _help in (
     (Adapter.enable, "Let NAME act again."),
     (Adapter.disable, "Let requests for NAME be answered by the base model."),
 ):
-    _command = click.argument("name")(connection_options(asyncly(partial(_turn, _change))))
+    _command = click.argument("name")(connection_options(asyncly(partial(_set_flag, _change))))
     adapter.command(_change.__name__, help=_help)(_command)
 
 

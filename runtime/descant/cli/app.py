@@ -1,7 +1,7 @@
 """The command line: `descant serve | chat | generate | adapter … | loadtest | demo | key | doctor`.
 
-A group of commands that is a file of its own, such as `cli_adapters`, is added at the end.
-Importing this module needs neither torch nor the server's other dependencies; a command imports what it uses.
+Groups of commands in files of their own, such as `cli.adapters`, are added at the end. Importing this module needs
+neither torch nor the server's other dependencies; a command imports its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one sentence and exit status 1."""
+    """Run the command line. A DescantError is printed as one sentence, with exit status 1."""
     try:
         cli(prog_name="descant", standalone_mode=False)
     except click.ClickException as exc:
@@ -168,7 +168,7 @@ async def generate(
     shows_speculation: bool,
     **options: Any,
 ) -> None:
-    """Stream the answer to PROMPT; - reads it from standard input."""
+    """Stream the answer to PROMPT. - reads the prompt from standard input."""
     text = sys.stdin.read() if prompt == "-" else prompt
     if shows_speculation:
         options |= {"mark_guessed": True, "logprobs": 0}

@@ -1,4 +1,4 @@
-"""`descant demo`: one prompt through every voice at once, and the executor killed in the middle."""
+"""`descant demo`: one prompt through every demo voice at once, with the executor killed in the middle."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from descant_client.stream import Result
 from descant_client.terminal import StatusLine, chat, side_by_side
 
 PROMPT = "The quick brown fox jumps over the lazy dog while the choir keeps singing"
-KILL_AFTER_TOKENS = 24  # of the voice that has said least
+KILL_AFTER_TOKENS = 24  # of the voice with the fewest tokens
 MAX_TOKENS = 256  # of each voice
 POLL_S = 0.002
 
 
 async def show(console: Console, prompt: str | None) -> bool:
-    """Run the demo; return whether every voice ended well. Chats afterwards if somebody is there to answer."""
+    """Run the demo, then chat if standard input is a terminal. Return whether every voice ended without an error."""
     with tempfile.TemporaryDirectory(prefix="descant-") as data_dir, StartUp(Console(stderr=True)) as start_up:
         config = Config(data_dir=data_dir, server=ServerConfig(port=0))
         async with running(config, start_up.show) as system:
@@ -34,17 +34,17 @@ async def show(console: Console, prompt: str | None) -> bool:
             start_up.stop()
             console.print(banner(system, engine), highlight=False, markup=False)
             async with connect(f"ws://127.0.0.1:{system.port}") as client:
-                is_well = await _sing(system, client, console, prompt or PROMPT)
+                is_well = await _stream_all_voices(system, client, console, prompt or PROMPT)
                 if sys.stdin.isatty() and console.is_terminal:
                     await chat(client, console=console, temperature=0.0)
     return is_well
 
 
-async def _sing(system: System, client: Client, console: Console, prompt: str) -> bool:
+async def _stream_all_voices(system: System, client: Client, console: Console, prompt: str) -> bool:
     names = [adapter.name for adapter in await client.adapters.list()]
     adapters = [None, *[name for name in names if name != DEMO_HEADS]]
-    await _rehearse(client, adapters)
-    # Without speculation, so that they sing in step and all are in the middle when the executor is killed.
+    await _load_adapters(client, adapters)
+    # Without speculation, so that all voices are in the middle when the executor is killed.
     options = {"temperature": 0.0, "max_tokens": MAX_TOKENS, "speculation": "off"}
     voices = [(name or "base", client.generate(prompt, adapter=name, **options)) for name in adapters]
     status = StatusLine()
@@ -56,8 +56,8 @@ async def _sing(system: System, client: Client, console: Console, prompt: str) -
     return not any(isinstance(ending, DescantError) for ending in endings)
 
 
-async def _rehearse(client: Client, adapters: Sequence[str | None]) -> None:
-    """Have every adapter loaded, so that the voices set in together."""
+async def _load_adapters(client: Client, adapters: Sequence[str | None]) -> None:
+    """Load every adapter, so that the voices start together."""
     for name in adapters:
         await client.generate("hi", adapter=name, temperature=0.0).result()
 
@@ -69,6 +69,6 @@ async def _kill_in_the_middle(system: System, num_voices: int, status: StatusLin
     pid, lives, killed_s = system.executor.pid, model.num_lives, time.monotonic()
     system.kill_executor()
     status.say(f"executor killed (kill -9 {pid}) after {KILL_AFTER_TOKENS} tokens of every voice")
-    while model.num_lives == lives:  # noqa: ASYNC110 - a demo may look; nobody else has to be told
+    while model.num_lives == lives:  # noqa: ASYNC110 - a demo may poll
         await anyio.sleep(POLL_S)
     status.say(f"a new executor (pid {system.executor.pid}) took over after {time.monotonic() - killed_s:.1f} s")

@@ -1,4 +1,4 @@
-"""`descant doctor`: what this machine has, and whether it keeps the promise that batching changes no bit."""
+"""`descant doctor`: versions and devices of this machine, and whether batching changes no bit on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def examine(console: Console) -> bool:
-    """Print the findings; return whether every dtype is computed independently of its batch on this CPU."""
+    """Print the findings. Return whether, for every dtype, this CPU computes a row independently of its batch."""
     say = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     say(f"descant {__version__}, Python {platform.python_version()}, {sys.platform} {platform.machine()}")
     say(", ".join(f"{name} {_version_of(name)}" for name in PACKAGES))

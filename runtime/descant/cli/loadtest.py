@@ -1,4 +1,4 @@
-"""The command `descant loadtest`: options to a plan, connections, progress, the result on screen and in a file."""
+"""`descant loadtest`: turns options into a plan, runs it, and prints the report or writes it to a file."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def loadtest(
     with_records: bool,
     **parameters: Any,
 ) -> None:
-    """Send requests on a schedule drawn from a seed, whatever the server does, and report latencies and throughput.
+    """Send requests on a schedule drawn from a seed, independent of the answers, and report latencies and throughput.
 
-    Ctrl-C ends the test early and reports what there is, with exit status 130.
+    Ctrl-C ends the test early and reports the requests until then, with exit status 130.
     """
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigInvalid("out", f"there is no directory {out.absolute().parent}.")
@@ -99,15 +99,15 @@ async def _carry_out(
 
 @asynccontextmanager
 async def _clients(uri: str, tokens: Sequence[str | None], num_connections: int) -> AsyncIterator[list[Client]]:
-    """Open connections, the keys in turn, so that number i is of key i % number of keys."""
+    """Open connections, with the keys in turn: connection i uses key i % number of keys."""
     async with AsyncExitStack() as stack:
         yield [await stack.enter_async_context(connect(uri, token)) for token in [*tokens] * num_connections]
 
 
 async def _adapters(clients: Sequence[Client], names: list[str], pattern: str | None) -> list[str]:
-    """Return the names given and those that the pattern fits; without either, all of the server's.
+    """Return the given names and the server's names that match the pattern; without either, all of the server's.
 
-    Of the server's, those that every key sees: there is one client for each.
+    Only the server's names that every key sees count. `clients` has one client for each key.
     """
     if names and pattern is None:
         return names
@@ -163,7 +163,7 @@ def _arrivals(rate: float | None, cv: float | None, concurrency: int | None) -> 
 
 
 def _warmup(text: str) -> tuple[int, float]:
-    """Return the requests and the seconds that a warm-up takes; one of them is 0."""
+    """Return the requests and the seconds of a warm-up, one of them 0."""
     try:
         return (0, float(text[:-1])) if text.endswith("s") else (int(text), 0.0)
     except ValueError:
@@ -171,7 +171,7 @@ def _warmup(text: str) -> tuple[int, float]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file that are not blank."""
+    """Return the lines of a file that are not blank, stripped."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as exc:

@@ -1,4 +1,4 @@
-"""What several commands have in common: an event loop, and the options that say which server."""
+"""Decorators and parameter types shared by commands: an event loop, connection options, weighted names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def asyncly(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...,
 
 
 def connection_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command `--url` and `--token`, as arguments `uri` and `token`."""
+    """Add the options `--url` and `--token` to a command, as arguments `uri` and `token`."""
     function = click.option("--token", envvar="DESCANT_API_KEY", help="The API key, if the server asks for one.")(
         function
     )
@@ -31,12 +31,12 @@ def connection_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class WeightedName(click.ParamType[tuple[str, float]]):
-    """A parameter `NAME=W`, or `NAME` for a weight of 1. What follows the last `=` is the weight."""
+    """A parameter `NAME=W`, or `NAME` for a weight of 1. The weight follows the last `=`."""
 
     name = "NAME[=W]"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        """Return name and weight."""
+        """Return the name and the weight."""
         name, _, weight = value.rpartition("=") if "=" in value else (value, "=", "1")
         try:
             number = float(weight)

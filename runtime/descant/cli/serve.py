@@ -1,4 +1,4 @@
-"""`descant serve`: one server until a signal, with what it does while starting shown on standard error."""
+"""`descant serve`: one server until a signal. The stages of its start are shown on standard error."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from descant.contract.executor import EngineReady, LoadProgress
 
 
 def serve_forever(config: Config) -> None:
-    """Run a server until SIGINT or SIGTERM; a first signal drains, a second one ends it at once.
+    """Run a server until SIGINT or SIGTERM. A first signal drains it, a second one ends it at once.
 
     Raises:
-        DescantError: it could not start, or an actor could not be kept running.
+        DescantError: the server could not start, or an actor could not be kept running.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     anyio.run(_serve, config, backend_options={"loop_factory": uvloop.new_event_loop})
@@ -30,29 +30,29 @@ def serve_forever(config: Config) -> None:
 
 async def _serve(config: Config) -> None:
     console = Console(stderr=True)
-    started = time.monotonic()
+    started_s = time.monotonic()
     with StartUp(console) as start_up:
         async with running(config, start_up.show) as system:
-            # Not before: a download is simply interrupted.
+            # Only now: until the server runs, a signal ends the process, so that a download is interrupted.
             with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(_announce, system, console, start_up, started)
+                    tasks.start_soon(_announce, system, console, start_up, started_s)
                     tasks.start_soon(_drain_when_told, system, signals, console, tasks.cancel_scope)
             if system.failure is not None:
                 raise system.failure
 
 
-async def _announce(system: System, console: Console, start_up: StartUp, started: float) -> None:
+async def _announce(system: System, console: Console, start_up: StartUp, started_s: float) -> None:
     engine = await system.ready()
     start_up.stop()
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - started_s
     console.print(f"{banner(system, engine)} · {seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
     if system.config.model.engine == "model" and engine.info.device == "cpu" and not engine.info.is_invariant:
         console.print("On this machine tokens may depend, by rounding, on what shares a batch: see `descant doctor`.")
 
 
 def banner(system: System, engine: EngineReady) -> str:
-    """Return the one line that says what runs where."""
+    """Return one line with the address, the model and the size of the cache."""
     host, limits, info = system.config.server.host, engine.limits, engine.info
     host = f"[{host}]" if ":" in host else host
     capacity = limits.num_blocks * limits.block_size
@@ -71,12 +71,15 @@ async def _drain_when_told(
 
 
 class StartUp:
-    """A progress bar while the model loads; silent where nobody looks."""
+    """The stages of a start: a progress bar on a terminal, elsewhere one line for each."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+        self._console = console
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task("starting", total=1.0)
+        self._stage: str | None = None
+        self._is_stopped = False
 
     def __enter__(self) -> StartUp:
         self._progress.start()
@@ -86,9 +89,15 @@ class StartUp:
         self.stop()
 
     def show(self, note: LoadProgress) -> None:
-        """Take note of how far the executor is."""
+        """Show a stage and the fraction of it that is done. Ignored after `stop`, when an executor starts again."""
+        if self._is_stopped:
+            return
         self._progress.update(self._task, description=note.stage, completed=note.fraction)
+        if not self._console.is_terminal and note.stage != self._stage:
+            self._console.print(f"Starting: {note.stage}", highlight=False, markup=False, soft_wrap=True)
+        self._stage = note.stage
 
     def stop(self) -> None:
-        """Clear the line."""
+        """Clear the bar and show nothing any more."""
         self._progress.stop()
+        self._is_stopped = True

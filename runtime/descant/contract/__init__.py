@@ -1,1 +1,1 @@
-"""What crosses a process boundary: step plans, adapter versions, messages to the children. No torch."""
+"""Data that cross a process boundary: step plans, adapter versions, messages of the children. No torch."""

@@ -1,4 +1,4 @@
-"""What the child processes are told at their start; apart from them, so that the server imports none of their code."""
+"""Configuration of the child processes. In a file of its own, so that the server imports none of their code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from descant.contract.limits import AdapterLimits
 
 
 class ExecutorConfig(msgspec.Struct, frozen=True):
-    """Which engine to run, on what; `dummy_tokens_per_s` is the dummy's pace."""
+    """Configuration of the executor. `dummy_tokens_per_s` is the rate of the dummy engine."""
 
     engine: EngineKind
     model_dir: str
@@ -18,7 +18,7 @@ class ExecutorConfig(msgspec.Struct, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """`dtype` is what the model is served in; None: the checkpoint's."""
+    """Configuration of the worker. `dtype` is the dtype the model is served in; None: the checkpoint's."""
 
     model_dir: str
     store_dir: str

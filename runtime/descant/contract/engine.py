@@ -30,9 +30,9 @@ class EngineOptions:
     `dtype` None means the checkpoint's own. The cache has `num_blocks` blocks if that is given, else as many as fit in
     `num_kv_bytes`. If the sizes of cache and arena are None, they share the rest of `memory_fraction` of a GPU's memory
     after the weights and the largest step; elsewhere they take 256 MiB each. `num_threads` is that of the whole
-    process; None means one for small models and torch's choice for others. `probe` measures at start whether rows are
-    bitwise independent on this machine, which takes a second. `max_steps_in_flight` None means 1 on a CPU, which has no
-    idle time to fill, and 2 on a GPU.
+    process; None means one for small models and torch's choice for others. `is_invariant` is the probe's result of an
+    earlier engine on this machine; None runs the probe, which takes a fraction of a second. `max_steps_in_flight` None
+    means 1 on a CPU, which has no idle time to fill, and 2 on a GPU.
     """
 
     dtype: Dtype | None = None
@@ -46,7 +46,7 @@ class EngineOptions:
     num_host_bytes: int = 512 * 1024 * 1024  # of adapters kept in host memory
     max_num_batched_tokens: int = 1024  # new tokens of all rows of a step
     num_threads: int | None = None
-    probe: bool = True
+    is_invariant: bool | None = None
     max_steps_in_flight: int | None = None
 
     @property
@@ -82,7 +82,7 @@ class StepEngine(Protocol):
     Steps are launched and collected in the same order, at most `limits.max_steps_in_flight` of them at once. A step
     works on the rows, the cache and the adapters as the steps launched before it, and the placements and moves since,
     will leave them. If a row failed in one of those steps, that row is lost, not the step. All calls come from one
-    thread, except `stage_adapter` and `wait`.
+    thread, except `stage_adapter` and `block_until_done`.
     """
 
     @property
@@ -119,7 +119,7 @@ class StepEngine(Protocol):
         """
         ...
 
-    def wait(self) -> None:
+    def block_until_done(self) -> None:
         """Wait until the oldest launched step is done. Another thread may call it while this one launches."""
         ...
 

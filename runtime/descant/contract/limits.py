@@ -1,10 +1,10 @@
-"""How large an adapter may be, and how long its patterns may take."""
+"""`AdapterLimits`: limits on the size of an adapter and on the time its patterns take."""
 
 import msgspec
 
 
 class AdapterLimits(msgspec.Struct, frozen=True):
-    """Limits on what comes from outside. `max_extent_bytes` None: only the arena's size limits a version."""
+    """Limits on the content of adapters. `max_extent_bytes` None: only the arena's size limits a version."""
 
     max_rank: int = 1024  # of one module of one adapter; a sum may have more
     max_draft_heads: int = 16

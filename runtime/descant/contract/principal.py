@@ -6,10 +6,10 @@ import msgspec
 
 
 class Principal(msgspec.Struct, frozen=True):
-    """Who a connection speaks for.
+    """The identity of a client.
 
-    `roots` are the local directories it may name (None: any). An administrator may change shared adapters. `weight`
-    is its share of the device against others', `max_queued` how many of its sequences may wait (None: the server's).
+    `roots` are the local directories it may name (None: any). An administrator may change shared adapters. `weight` is
+    its share of the device relative to others. `max_queued` limits its waiting sequences (None: the server's limit).
     """
 
     name: str

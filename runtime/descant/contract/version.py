@@ -1,4 +1,4 @@
-"""`AdapterVersion`: what the rest of the system knows of one effective adapter version. The tensors stay on disk."""
+"""`AdapterVersion`: the description of one effective adapter version, without its tensors."""
 
 import msgspec
 
@@ -6,9 +6,9 @@ import msgspec
 class AdapterVersion(msgspec.Struct, frozen=True):
     """An immutable, prepared adapter: one normalized file in the store.
 
-    `digest` (sha256, hex) identifies its content, whatever name or source it came from; the file's name is the
-    digest. `num_bytes` is its extent in the device arena, in the dtype the model is served in; `file_bytes` is what
-    the file takes in the store. `num_heads` is how many draft heads it has; one with heads alone touches no module.
+    `digest` (sha256, hex) identifies its content, independent of name and source. It is also the file's name.
+    `num_bytes` is the size of its extent in the device arena, in the dtype the model is served in. `file_bytes` is the
+    size of its file in the store. `num_heads` counts its draft heads; a version with heads alone has no modules.
     """
 
     digest: str
@@ -17,4 +17,4 @@ class AdapterVersion(msgspec.Struct, frozen=True):
     max_rank: int
     num_modules: int
     file_bytes: int = 0
-    num_heads: int = 0  # draft heads
+    num_heads: int = 0

@@ -1,4 +1,4 @@
-"""Messages between the registry and the worker process. They are pure data: they cross a socket."""
+"""Messages between the registry and the worker process. Pure data, as they cross a socket."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Prepared(Message, frozen=True):
 
 
 class Exported(Message, frozen=True):
-    """A directory that is whole and on disk."""
+    """A directory that was written completely and is on disk."""
 
     directory: str
     num_bytes: int
 
 
 class PrepareAdapter(Ask[Prepared], frozen=True):
-    """Read, check and normalise a directory into the store. Reply: Prepared."""
+    """Read, check and normalize a directory into the store. Reply: Prepared."""
 
     adapter: str
     directory: str
@@ -37,7 +37,7 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class ComposeAdapters(Ask[Prepared], frozen=True):
-    """Write a combination of versions as a version of its own. Reply: Prepared."""
+    """Write a combination of versions as a new version. Reply: Prepared."""
 
     adapter: str
     members: tuple[Member, ...]
@@ -45,7 +45,7 @@ class ComposeAdapters(Ask[Prepared], frozen=True):
 
 
 class TakeHeads(Ask[Prepared], frozen=True):
-    """Make a version with one's factors, or none, and another's draft heads. Reply: Prepared."""
+    """Write a version with the factors of `version`, if given, and the draft heads of `heads`. Reply: Prepared."""
 
     adapter: str
     version: AdapterVersion | None
@@ -53,7 +53,7 @@ class TakeHeads(Ask[Prepared], frozen=True):
 
 
 class CreateVersion(Ask[Prepared], frozen=True):
-    """Write a version that changes nothing: B is zero. Reply: Prepared."""
+    """Write a version with B zero, which does not change the base's output. Reply: Prepared."""
 
     adapter: str
     rank: int
@@ -70,7 +70,7 @@ class ExportAdapter(Ask[Exported], frozen=True):
 
 
 class ExportMerged(Ask[Exported], frozen=True):
-    """Write the base with a version merged into it as a Hugging Face checkpoint. Reply: Exported."""
+    """Write the base, with a version merged into it, as a Hugging Face checkpoint. Reply: Exported."""
 
     adapter: str
     version: AdapterVersion

@@ -1,1 +1,1 @@
-"""The engine: a step plan in, a step result out. Torch lives here; asyncio does not."""
+"""The engine: turns step plans into step results. Uses torch, never asyncio."""

@@ -1,8 +1,8 @@
 """The C allocator of the executor's process: freed memory is kept for the next step.
 
-By default glibc gives every block beyond 32 MiB at most, and often far smaller ones, straight back to the kernel. A
-step allocates the same tensors again in every layer, and each time the kernel would have to find and clear their pages:
-that was measured to take several times as long as the attention that used them.
+By default glibc returns freed blocks above a threshold of at most 32 MiB, and often far less, to the kernel. A step
+allocates the same tensors again in every layer, and each time the kernel has to find and clear their pages. That was
+measured to take several times as long as the attention that used them.
 """
 
 import ctypes
@@ -10,12 +10,12 @@ import sys
 
 _M_TRIM_THRESHOLD = -1  # glibc's malloc.h
 _M_MMAP_THRESHOLD = -3
-_KEPT_BYTES = 1 << 30  # blocks up to this come from the heap, and so much free memory at its end stays there
-_OLD_LIMIT_BYTES = 32 << 20  # what older glibc takes at most
+_KEPT_BYTES = 1 << 30  # size up to which blocks come from the heap, and free memory that stays at its end
+_OLD_LIMIT_BYTES = 32 << 20  # maximum that older glibc accepts
 
 
 def keep_freed_memory() -> bool:
-    """Tell the allocator; returns whether there is one to tell: glibc has `mallopt`, others need no telling."""
+    """Configure the allocator to keep freed memory. Return whether that was possible: only glibc has `mallopt`."""
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,4 +1,4 @@
-"""From the rows of a plan to the tensors of one forward pass."""
+"""The tensors of one forward pass, made from the rows of a plan."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor
 from descant.contract.plan import NO_ADAPTER, NO_LOGPROBS, Admit, Row
 from descant.engine.sampling import SamplingRow
 from descant.engine.tree import TokenTree, ancestors
-from descant.engine.uploads import upload
+from descant.engine.uploads import upload_fields
 from descant_client.protocol import SamplingParams
 from descant_kernels import AttentionBatch, Segments
 
 _MIN_CAPACITY = 64
-_KNOWN = -1  # source of a token that the host knows
+_KNOWN = -1  # the source of a token that the host knows
 
 
 class PendingTokens:
-    """Tokens that steps in flight sampled, on the device: later steps read them before the host knows them.
+    """Tokens on the device that steps in flight sampled. Later steps read them before the host knows them.
 
-    One lane of `max_rows` tokens per step in flight; the lanes are used in turn. A token's *source* is its index.
+    There is one lane of `max_rows` tokens per step in flight, and lanes are used in turn. A token's *source* is its
+    index.
     """
 
     def __init__(self, num_lanes: int, max_rows: int, device: torch.device) -> None:
@@ -43,22 +44,22 @@ class PendingTokens:
         return sources
 
     def fill_in(self, input_ids: Tensor, sources: Tensor) -> Tensor:
-        """Return `input_ids` with the tokens that have a source in place. `[T]` int64 all three."""
+        """Return `input_ids` with each token that has a source filled in. All three tensors are `[T]` int64."""
         return torch.where(sources == _KNOWN, input_ids, self.tokens[sources.clamp(min=0)])
 
 
 class EngineRow:
-    """The engine's state of one sequence: its tokens, its blocks, and how much of it is in the cache.
+    """The engine's state of one sequence: its tokens, its blocks, and the number of its positions in the cache.
 
-    All counts are as they will be after the steps launched so far. A token sampled by a step that is still in flight
-    is *pending*: it counts, but only its source is known.
+    All counts include the steps launched so far. A token sampled by a step in flight is *pending*: it is counted, but
+    only its source is known.
     """
 
     def __init__(self, admit: Admit) -> None:
         self.row = admit.row
         self.num_prompt_tokens = admit.num_prompt_tokens
-        self.num_computed = admit.num_cached_tokens  # positions whose K/V is valid
-        self.error: str | None = None  # why the row is lost; steps planned before that was known go on with it
+        self.num_computed = admit.num_cached_tokens  # positions with valid K/V
+        self.error: str | None = None  # reason why the row is lost; steps planned before the error still contain it
         self._pending: dict[int, int] = {}  # position -> source
         self._sampling = admit
         self._blocks = np.frombuffer(admit.blocks, dtype="<i4")
@@ -78,28 +79,28 @@ class EngineRow:
         return len(self._blocks)
 
     def tokens(self, start: int, end: int) -> NDArray[np.int64]:
-        """Token ids of positions `start` to `end`, a view."""
+        """Return the token ids of positions `start` to `end`, as a view."""
         return self._buffer[start:end]
 
     @property
     def sampling(self) -> SamplingParams:
-        """How its tokens are drawn."""
+        """Sampling parameters of the sequence."""
         return self._sampling.sampling
 
     def append_token(self, token_id: int) -> None:
-        """Add the token that follows the last known one."""
+        """Append a token that the host knows."""
         if self.num_tokens == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
         self._buffer[self.num_tokens] = token_id
         self.num_tokens += 1
 
     def append_pending(self, source: int) -> None:
-        """Add a token that only the device knows."""
+        """Append a token that only the device knows."""
         self._pending[self.num_tokens] = source
         self.append_token(0)
 
     def learn(self, position: int, token_id: int) -> None:
-        """Learn a token: a pending one, or the one that follows the last."""
+        """Set the id of a pending token, or append a token at the next position."""
         if position == self.num_tokens:
             self.append_token(token_id)
         else:
@@ -108,20 +109,20 @@ class EngineRow:
 
     @property
     def has_pending(self) -> bool:
-        """Whether any of its tokens is known to the device only."""
+        """Whether any token is pending."""
         return bool(self._pending)
 
     def source(self, position: int) -> int:
-        """Where the device has a pending token; -1 for one that the host knows."""
+        """Return the source of a pending token; -1 for a token that the host knows."""
         return self._pending.get(position, _KNOWN)
 
     def append_blocks(self, blocks: bytes) -> None:
-        """Lengthen the block table by packed ids."""
+        """Append packed block ids to the block table."""
         if blocks:
             self._blocks = np.concatenate([self._blocks, np.frombuffer(blocks, dtype="<i4")])
 
     def sampling_row(self, drafted: Sequence[int] = ()) -> SamplingRow:
-        """What sampling the next token needs to know, or the one that follows it and the `drafted` ones."""
+        """Return the sampling inputs of the next token, or of the one after it and the `drafted` tokens."""
         admit, output_ids = self._sampling, self.tokens(self.num_prompt_tokens, self.num_tokens)
         if drafted:
             output_ids = np.concatenate([output_ids, np.array(drafted, dtype=np.int64)])
@@ -138,9 +139,9 @@ class EngineRow:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """An engine row and its part in this step: positions `start` to `end`, packed from `first_token` on.
+    """An engine row and its part of a step: positions `start` to `end`, packed from index `first_token` on.
 
-    The nodes of its draft are packed behind them, and lie behind them in the cache.
+    The nodes of its draft follow these positions, both in the batch and in the cache.
     """
 
     state: EngineRow
@@ -152,22 +153,22 @@ class ScheduledRow:
 
     @property
     def adapter_slot(self) -> int:
-        """Slot of the adapter of all its tokens, or `NO_ADAPTER`."""
+        """Adapter slot of all its tokens, or `NO_ADAPTER`."""
         return self.planned.spans[0].adapter_slot
 
     @property
     def is_sampled(self) -> bool:
-        """Whether its last known token is among the computed ones."""
+        """Whether the step computes its last known token, so that the next one is sampled."""
         return self.end == self.state.num_tokens
 
     @property
     def num_packed(self) -> int:
-        """Its tokens in the batch."""
+        """Number of its tokens in the batch."""
         return self.end - self.start + self.tree.num_drafted
 
     @property
     def input_ids(self) -> NDArray[np.int64]:
-        """Those tokens, `[num_packed]`; 0 for pending ones."""
+        """Its tokens in the batch, `[num_packed]`; 0 for pending ones."""
         known = self.state.tokens(self.start, self.end)
         return (
             np.concatenate([known, np.array(self.tree.draft_ids, dtype=np.int64)]) if self.tree.num_drafted else known
@@ -175,16 +176,16 @@ class ScheduledRow:
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Where in the text they stand, `[num_packed]`."""
+        """Positions of its tokens in the text, `[num_packed]`."""
         return np.concatenate([np.arange(self.start, self.end), self.end - 1 + self.tree.depths[1:]])
 
     def sampling_rows(self) -> list[SamplingRow]:
-        """What sampling at each of its nodes needs to know."""
-        return [self.state.sampling_row(self.tree.said(node)) for node in range(len(self.tree.paths))]
+        """Return the sampling inputs of each of its nodes."""
+        return [self.state.sampling_row(self.tree.path_tokens(node)) for node in range(len(self.tree.paths))]
 
     @property
     def num_scored(self) -> int:
-        """How many of its first computed positions are followed by a prompt token whose log-probability is asked."""
+        """Number of leading computed positions followed by a prompt token with requested log-probabilities."""
         if self.planned.num_prompt_logprobs == NO_LOGPROBS:
             return 0
         return max(0, min(self.end, self.state.num_prompt_tokens - 1) - self.start)
@@ -192,16 +193,16 @@ class ScheduledRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardBatch:
-    """Packed new tokens. Rows of one adapter lie together, those without any last. Letters: see `decoder`."""
+    """The packed new tokens of a step. Rows are grouped by adapter, those without one last. Letters: see `decoder`."""
 
     rows: tuple[ScheduledRow, ...]  # in packed order
     input_ids: Tensor  # [T] int64, 0 for pending tokens
-    sources: Tensor | None  # [T] int64, source of each pending token, -1 for known ones; None = none is pending
+    sources: Tensor | None  # [T] int64, source of each pending token, -1 for known ones; None = no token is pending
     positions: Tensor  # [T] int64
     slot_mapping: Tensor  # [T] int64
     attention: AttentionBatch
     segments: Segments  # over T tokens
-    sampled_rows: tuple[ScheduledRow, ...]  # in packed order; N nodes of their trees in all
+    sampled_rows: tuple[ScheduledRow, ...]  # in packed order; their trees have N nodes in total
     sampled_tokens: Tensor  # [N] int64, index of each node's token
     sampled_segments: Segments  # over N rows of logits
 
@@ -212,35 +213,18 @@ class ForwardBatch:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[EngineRow, Row]], block_size: int, device: torch.device) -> ForwardBatch:
-        """Lay out a step. The rows' blocks are already appended and cover their new positions."""
+        """Lay out a step on a device. The rows' blocks must already be appended and cover their new positions."""
         return cls._on_host(rows, block_size).to(device)
 
     def to(self, device: torch.device) -> ForwardBatch:
-        """Copy a batch from the CPU to a device, by one transfer that the host does not wait for."""
+        """Copy a batch from the CPU to a device, in one transfer, without blocking the host."""
         if device.type == "cpu":
             return self
         assert self.attention.ancestors is None, "drafts are verified where steps are not queued"
-        attention, segments, sampled = self.attention, self.segments, self.sampled_segments
-        ids, positions, slots, last, cu_seqlens_q, context_lens, tables, *rest = upload(
-            [self.input_ids, self.positions, self.slot_mapping, self.sampled_tokens]
-            + [attention.cu_seqlens_q, attention.context_lens, attention.block_tables]
-            + [segments.indptr, segments.slots, segments.tiles, sampled.indptr, sampled.slots, sampled.tiles]
-            + ([] if self.sources is None else [self.sources]),
-            device,
+        batch, attention, segments, sampled_segments = upload_fields(
+            (self, self.attention, self.segments, self.sampled_segments), device
         )
-        return replace(
-            self,
-            input_ids=ids,
-            sources=rest[6] if rest[6:] else None,
-            positions=positions,
-            slot_mapping=slots,
-            attention=replace(
-                attention, cu_seqlens_q=cu_seqlens_q, context_lens=context_lens, block_tables=tables, memo={}
-            ),
-            segments=replace(segments, indptr=rest[0], slots=rest[1], tiles=rest[2], memo={}),
-            sampled_tokens=last,
-            sampled_segments=replace(sampled, indptr=rest[3], slots=rest[4], tiles=rest[5], memo={}),
-        )
+        return replace(batch, attention=attention, segments=segments, sampled_segments=sampled_segments)
 
     @classmethod
     def _on_host(cls, rows: Sequence[tuple[EngineRow, Row]], block_size: int) -> ForwardBatch:
@@ -270,7 +254,7 @@ class ForwardBatch:
 
 
 def _schedule(rows: Sequence[tuple[EngineRow, Row]]) -> tuple[ScheduledRow, ...]:
-    """Rows in packed order: by adapter slot, `NO_ADAPTER` last, else as planned."""
+    """Return the rows in packed order: by adapter slot, `NO_ADAPTER` last, otherwise as planned."""
     ordered = sorted(rows, key=lambda pair: pair[1].spans[0].adapter_slot % 2**31)
     scheduled, first_token = [], 0
     for state, planned in ordered:
@@ -314,7 +298,7 @@ def _attention(
 
 
 def _ancestors(rows: Sequence[ScheduledRow]) -> NDArray[np.int32]:
-    """See `AttentionBatch`; rows without a draft are ignored there."""
+    """Return `AttentionBatch.ancestors`. Rows without a draft are ignored there."""
     trees = [row for row in rows if row.tree.num_drafted]
     nodes = ancestors([row.tree for row in trees], [row.start for row in trees])
     table = np.full((sum(row.num_packed for row in rows), nodes.shape[1]), -1, dtype=np.int32)
@@ -326,7 +310,7 @@ def _ancestors(rows: Sequence[ScheduledRow]) -> NDArray[np.int32]:
 
 
 def _segments(lengths: list[tuple[int, int]]) -> Segments:
-    """One segment per adapter; rows come sorted, those without one need none."""
+    """Return one segment per adapter from rows sorted by adapter. Rows without one, at the end, have no segment."""
     adapters = [
         (slot, sum(length for _, length in group))
         for slot, group in groupby(lengths, key=lambda pair: pair[0])

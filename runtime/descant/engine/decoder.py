@@ -1,7 +1,7 @@
-"""The one decoder: Llama, Mistral, Qwen2 and Qwen3 differ in their config only.
+"""The decoder of all families: Llama, Mistral, Qwen2 and Qwen3 differ in their config only.
 
 Shape letters: T packed new tokens of all rows, N rows of logits, H hidden size, I intermediate size, Hq and Hkv query
-and key-value heads, D head size, V vocabulary. All math happens in `descant_kernels`; nothing here mixes rows.
+and key-value heads, D head size, V vocabulary. All math is in `descant_kernels`; no operation here mixes rows.
 
     residual ─┬─ norm ─ qkv ─ [q, k norm] ─ rope ─ write k, v ─ attention ─ o ─┬─ + ─┬─ norm ─ gate, up ─ down ─ + ─
               └────────────────────────────────────────────────────────────────┘     └──────────────────────────┘
@@ -34,7 +34,7 @@ _QKV, _O, _GATE_UP, _DOWN = 0, 3, 4, 6
 
 
 class Decoder:
-    """A decoder over a paged cache. Stateless but for the cache it writes."""
+    """A decoder over a paged cache. Its only mutable state is the cache it writes."""
 
     def __init__(
         self, config: DecoderConfig, weights: DecoderWeights, cache: KVCache, rope_tables: tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ class Decoder:
         self._gate_up_sizes = (config.intermediate_size, config.intermediate_size)
 
     def forward(self, batch: ForwardBatch, lora: LoraTables) -> Tensor:
-        """Compute the new tokens, storing their keys and values. Returns normed hidden states, `[T, H]`."""
+        """Compute the new tokens and store their keys and values. Return normed hidden states, `[T, H]`."""
         config, weights = self._config, self._weights
         residual = F.embedding(batch.input_ids, weights.embedding)  # [T, H]
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]  # [T, D / 2]
@@ -65,7 +65,7 @@ class Decoder:
         """Return the logits of normed hidden states.
 
         Args:
-          hidden: `[N, H]`. segments: over these N rows. Returns `[N, V]` float32.
+          hidden: `[N, H]`. segments: of these N rows. Returns `[N, V]` float32.
         """
         first_module = LORA_MODULES_PER_LAYER * self._config.num_layers
         sizes = (self._config.vocab_size,)
@@ -101,7 +101,7 @@ class Decoder:
 def _adapted_linear(
     x: Tensor, packed: PackedLinear, segments: Segments, lora: LoraTables, first_module: int, out_sizes: tuple[int, ...]
 ) -> Tensor:
-    """The base linear plus each row's adapter: `[T, in]` → `[T, sum(out_sizes)]`."""
+    """Return the base linear plus each row's adapter: `[T, in]` → `[T, sum(out_sizes)]`."""
     y = linear(x, packed)
     if segments.has_adapter:
         add_lora(y, x, lora, segments, first_module, out_sizes)

@@ -1,6 +1,6 @@
-"""An engine without a model: the same plans and results, words at a set pace. Imports no torch.
+"""An engine without a model: same plans and results, text at a configured pace. Imports no torch.
 
-It holds plans against the same rules as the model's engine, so that it can stand in for it in tests of the rest.
+It checks plans by the same rules as the model's engine, so it can replace it in tests of the other components.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WORD_STARTS = (0, *(i + 1 for i, byte in enumerate(_LOREM[:-1]) if byte == ord(
 
 @dataclass(frozen=True, slots=True)
 class DummyOptions:
-    """Sizes and pace of a dummy engine. `tokens_per_s` is per sequence; 0 = as fast as it goes."""
+    """Sizes and pace of a dummy engine. `tokens_per_s` is per sequence; 0 = no limit."""
 
     tokens_per_s: float = 50.0
     num_blocks: int = 4096
@@ -59,14 +59,14 @@ _NOTHING = _Nothing()
 
 
 class DummyEngine:
-    """Every sequence says lorem ipsum, from the word its seed and choice point at. Adapters change nothing."""
+    """An engine that emits lorem ipsum, from a word selected by seed and choice. Adapters change nothing."""
 
     def __init__(self, options: DummyOptions) -> None:
         self._options = options
         self._rows: dict[int, _DummyRow] = {}
         self._epoch = 0
-        self._due = 0.0  # monotonic time before which the latest tokens may not be had
-        self._launched: deque[tuple[StepResult, float | None]] = deque()  # with their own due times
+        self._due_s = 0.0  # monotonic time at which the latest tokens are released
+        self._launched: deque[tuple[StepResult, float | None]] = deque()  # each with its own due time
         self.limits = EngineLimits(
             num_blocks=options.num_blocks,
             block_size=options.block_size,
@@ -85,7 +85,7 @@ class DummyEngine:
         )
 
     def stage_adapter(self, path: Path | str) -> StagedAdapter:
-        """Read nothing: every adapter loads."""
+        """Return an empty version without reading: every adapter loads."""
         return _NOTHING
 
     def place_adapter(self, adapter_slot: int, offset: int, staged: StagedAdapter) -> None:
@@ -95,14 +95,14 @@ class DummyEngine:
         """Do nothing."""
 
     def launch(self, plan: StepPlan) -> None:
-        """Start a step; its tokens take their time.
+        """Start a step. Its result is due when the pace allows its tokens.
 
         Raises:
             InvalidRequest: as the model's engine.
             UnsupportedRequest: as the model's engine.
         """
-        started = time.monotonic()
-        if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
+        started_s = time.monotonic()
+        if plan.epoch != self._epoch:  # a new scheduler, which does not know the existing rows
             self._rows.clear()
             self._epoch = plan.epoch
         check_plan(plan, self.limits, self._rows, self._options.max_num_batched_tokens)
@@ -111,25 +111,25 @@ class DummyEngine:
         for admit in plan.admit:
             self._rows[admit.row] = _DummyRow(admit)
         results = tuple(self._rows[row.row].advance(row) for row in plan.rows)
-        due = None
+        due_s = None
         if any(result.token_ids for result in results) and self._options.tokens_per_s > 0:
-            # Counting from the last due time makes up for time spent between steps, but not for idle time.
-            due = self._due = max(started, self._due + 1 / self._options.tokens_per_s)
-        self._launched.append((StepResult(plan.epoch, plan.step, results, (due or started) - started), due))
+            # Counting from the last due time compensates for time spent between steps, but not for idle time.
+            due_s = self._due_s = max(started_s, self._due_s + 1 / self._options.tokens_per_s)
+        self._launched.append((StepResult(plan.epoch, plan.step, results, (due_s or started_s) - started_s), due_s))
 
-    def wait(self) -> None:
-        """Let the oldest launched step take its time."""
-        due = self._launched[0][1]
-        if due is not None:
-            time.sleep(max(0.0, due - time.monotonic()))
+    def block_until_done(self) -> None:
+        """Block until the oldest launched step is due."""
+        due_s = self._launched[0][1]
+        if due_s is not None:
+            time.sleep(max(0.0, due_s - time.monotonic()))
 
     def collect(self) -> StepResult:
-        """Return the result of the oldest launched step, once it is due."""
-        self.wait()
+        """Return the result of the oldest launched step. Blocks until it is due."""
+        self.block_until_done()
         return self._launched.popleft()[0]
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan, taking the time its tokens take.
+        """Carry out a plan: `launch` and `collect` in one.
 
         Raises:
             InvalidRequest: as the model's engine.
@@ -163,12 +163,12 @@ class _DummyRow:
 
 
 def _mix(seed: int, choice: int) -> int:
-    """Spread a request's choices and neighboring seeds over the text (Knuth's multiplicative hash)."""
+    """Return a hash that spreads choices and neighboring seeds over the text (Knuth's multiplicative hash)."""
     return ((seed + 31 * choice) * 2_654_435_761 % 2**32) >> 16
 
 
 def _logprobs(token_ids: list[int], num_top: int) -> LogprobRows | None:
-    """Each alternative is the byte after the one before it, and e times less likely."""
+    """Return made-up log-probabilities: each alternative is the next byte, and e times less likely than the last."""
     if num_top == NO_LOGPROBS:
         return None
     top_ids = [(token_id + i) % _NUM_BYTES for token_id in token_ids for i in range(num_top)]

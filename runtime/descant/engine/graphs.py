@@ -1,13 +1,13 @@
-"""Decode steps as CUDA graphs: one graph per number of rows and kind, replayed with whatever lies in its inputs.
+"""Decode steps as CUDA graphs: one graph per number of rows and kind, replayed on the current content of its inputs.
 
-A graph reads tensors at fixed addresses, so a step is copied into a *static batch*, padded with rows that do nothing:
-they see position 0 of block 0 and write nowhere. The offset and rank tables of the arena are such tensors too: adapters
-come, go and move without a new capture. There are two kinds, with LoRA and without; a batch without adapters pays
-nothing. Launchers of kernels run only while a graph is captured, and see upper bounds where they look at host integers.
-A bound on the context sizes grids, so there are graphs for short contexts, captured at start, and for longer ones,
-captured when they are needed first.
+A graph reads tensors at fixed addresses, so a step is copied into a *static batch*. It is padded with rows that read
+position 0 of block 0 and write nothing. The offset and rank tables of the arena have fixed addresses too, so adapters
+are loaded, unloaded and moved without a new capture. There are two kinds, with LoRA and without, so LoRA costs nothing
+in a batch without adapters. Kernel launchers run only during a capture, where their host integers are upper bounds. The
+bound on the context determines grid sizes, so there are graphs for short contexts, captured at start, and for longer
+ones, captured on first use.
 
-`CudaCapture` has run in the benchmark on a GPU. All else is exercised on the CPU with a capture that replays by running
+`CudaCapture` has run in the benchmark on a GPU. The rest is tested on the CPU, with a capture that replays by running
 again.
 """
 
@@ -26,27 +26,27 @@ from descant.engine.uploads import pack, unpack
 from descant_kernels import AttentionBatch, LoraTables, Segments
 
 MAX_GRAPH_ROWS = 256
-"""Larger batches keep the device busy long enough to be launched kernel by kernel."""
+"""Maximum rows of a graph. Larger batches take long enough on the device to be launched kernel by kernel."""
 
 MAX_GRAPH_RANK = 64
-"""Ranks for which graphs with LoRA have room; a batch with a higher one runs without a graph."""
+"""Maximum rank in graphs with LoRA. A batch with a higher rank runs without a graph."""
 
 _ROW_STEP = 8
 _SHORT_CONTEXT = 2048
-_CONTEXT_STEP = 8  # longer contexts have graphs for this many times as much
-_WARM_UPS = 2  # runs before a capture: kernels are compiled and workspaces allocated then
+_CONTEXT_STEP = 8  # factor between one bound on the context and the next
+_WARM_UPS = 2  # runs before a capture, which compile kernels and allocate workspaces
 
 Run = Callable[[], None]
 
 
 def graph_sizes(max_rows: int) -> tuple[int, ...]:
-    """Return the numbers of rows to capture: 1, 2, 4, multiples of 8, and `max_rows` itself, in order."""
+    """Return the numbers of rows to capture, in order: 1, 2, 4, multiples of 8, and `max_rows` itself."""
     sizes = {1, 2, 4, *range(_ROW_STEP, max_rows + 1, _ROW_STEP), max_rows}
     return tuple(sorted(size for size in sizes if size <= max_rows))
 
 
 def graph_contexts(max_context: int) -> tuple[int, ...]:
-    """Return the bounds on the context to capture for, in order; the last is `max_context`."""
+    """Return the bounds on the context to capture for, in order. The last is `max_context`."""
     bounds, bound = [], _SHORT_CONTEXT
     while bound < max_context:
         bounds.append(bound)
@@ -55,15 +55,15 @@ def graph_contexts(max_context: int) -> tuple[int, ...]:
 
 
 class Capture(Protocol):
-    """Turns work on static tensors into something that repeats it."""
+    """A way to record work on static tensors so that it can be repeated."""
 
     def __call__(self, run: Run) -> Run:
-        """Return what does the same as `run`, at any later time, on the same tensors. It may run it meanwhile."""
+        """Return a function that repeats `run` on the same tensors. Capturing may call `run`."""
         ...
 
 
 class CudaCapture:
-    """Captures CUDA graphs that share one memory pool: only one of them runs at a time."""
+    """A capture as CUDA graphs. They share one memory pool, so only one may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -77,10 +77,37 @@ class CudaCapture:
                 run()
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Meanwhile other threads may pin memory for adapters and wait for events: only this thread must not.
+        # thread_local: other threads may pin memory for adapters and wait for events during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
+
+
+class _StepTensors(NamedTuple):
+    """The tensors that are copied for every step, each with room for N rows."""
+
+    input_ids: Tensor  # [N] int64
+    sources: Tensor  # [N] int64
+    positions: Tensor  # [N] int64
+    slot_mapping: Tensor  # [N] int64
+    context_lens: Tensor  # [N] int32
+    indptr: Tensor  # [N + 1] int32
+    slots: Tensor  # [N] int32
+    tiles: Tensor  # [N, 3] int32
+
+    @classmethod
+    def padding(cls, max_rows: int) -> _StepTensors:
+        """Return CPU tensors in which every row is padding."""
+        return cls(
+            input_ids=torch.zeros(max_rows, dtype=torch.int64),
+            sources=torch.full((max_rows,), -1, dtype=torch.int64),
+            positions=torch.zeros(max_rows, dtype=torch.int64),
+            slot_mapping=torch.full((max_rows,), -1, dtype=torch.int64),
+            context_lens=torch.ones(max_rows, dtype=torch.int32),
+            indptr=torch.zeros(max_rows + 1, dtype=torch.int32),
+            slots=torch.full((max_rows,), -1, dtype=torch.int32),
+            tiles=torch.zeros(max_rows, 3, dtype=torch.int32),  # zero rows of slot 0, which exists
+        )
 
 
 class StaticBatch:
@@ -89,38 +116,25 @@ class StaticBatch:
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device) -> None:
         self.max_rows = max_rows
         self._device = device
-        # What is copied anew for every step lies in one tensor, so that one transfer does.
-        self._like = _packed_fields(max_rows)
-        packed, self._starts = pack(self._like)
-        self._packed = packed.to(device)
-        fields = unpack(self._packed, self._starts, self._like)
-        self._input_ids, self.sources, self._positions, self._slot_mapping = fields[:4]
-        self._context_lens, self._indptr, self._slots, self._tiles = fields[4:]
-        self._resolved_ids = torch.zeros_like(self._input_ids)
+        padding = _StepTensors.padding(max_rows)
+        packed, starts = pack(padding)
+        self._packed = packed.to(device)  # the step's tensors in one, so that one transfer fills all of them
+        self._own = _StepTensors(*unpack(self._packed, starts, padding))
+        self._resolved_ids = torch.zeros_like(self._own.input_ids)
         self._cu_seqlens_q = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._block_tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
 
     def fill(self, batch: ForwardBatch, num_rows: int) -> ForwardBatch:
-        """Copy a decode batch from the CPU in, in the order of the steps; return what `num_rows` rows are then.
+        """Copy in a decode batch from the CPU, ordered with the steps. Return the batch of the first `num_rows` rows.
 
-        Its host integers are exact, for the rows of the batch and those of the padding.
+        Its host integers are exact, for rows and padding.
         """
         count = len(batch.rows)
         assert batch.is_decode, "graphs are for decode batches"
         assert count <= num_rows <= self.max_rows, "the batch fits"
         segments = batch.segments
-        values = _packed_fields(self.max_rows)
-        ids, sources, positions, slot_mapping, context_lens, indptr, slots, tiles = values
-        ids[:count], positions[:count], slot_mapping[:count] = batch.input_ids, batch.positions, batch.slot_mapping
-        context_lens[:count] = batch.attention.context_lens
-        if batch.sources is not None:
-            sources[:count] = batch.sources
-        indptr[: len(segments.indptr)] = segments.indptr
-        indptr[len(segments.indptr) :] = segments.host_indptr[-1]
-        slots[: len(segments.slots)] = segments.slots
-        tiles[: len(segments.tiles)] = segments.tiles
         is_pinned = self._packed.is_cuda
-        self._packed.copy_(pack(values, pin=is_pinned)[0], non_blocking=True)
+        self._packed.copy_(pack(self._padded(batch), pin=is_pinned)[0], non_blocking=True)
         tables = batch.attention.block_tables
         tables = tables.pin_memory() if is_pinned else tables
         self._block_tables[:count, : tables.shape[1]] = tables.to(self._device, non_blocking=True)
@@ -131,22 +145,37 @@ class StaticBatch:
         return replace(padded, rows=batch.rows) if segments.has_adapter else _without_tiles(padded, batch.rows)
 
     def bounds(self, num_rows: int, max_context: int, has_adapter: bool) -> ForwardBatch:
-        """What a graph is captured with: host integers are the highest there can be."""
+        """Return the batch to capture a graph with: its host integers are the upper bounds."""
         slots = (0,) * num_rows
         bounds = self._view(num_rows, (max_context,) * num_rows, tuple(range(num_rows + 1)), slots)
         return bounds if has_adapter else _without_tiles(bounds, ())
 
     def resolve_ids(self, pending: PendingTokens) -> None:
-        """Put the pending tokens where the batch says they go. On the device, part of every graph."""
-        self._resolved_ids.copy_(pending.fill_in(self._input_ids, self.sources))
+        """Fill the pending tokens into the input ids. Runs on the device, as part of every graph."""
+        self._resolved_ids.copy_(pending.fill_in(self._own.input_ids, self._own.sources))
+
+    def _padded(self, batch: ForwardBatch) -> _StepTensors:
+        """Return a decode batch's tensors on the CPU, padded to `max_rows` rows."""
+        values, count, segments = _StepTensors.padding(self.max_rows), len(batch.rows), batch.segments
+        values.input_ids[:count] = batch.input_ids
+        values.positions[:count] = batch.positions
+        values.slot_mapping[:count] = batch.slot_mapping
+        values.context_lens[:count] = batch.attention.context_lens
+        if batch.sources is not None:
+            values.sources[:count] = batch.sources
+        values.indptr[: len(segments.indptr)] = segments.indptr
+        values.indptr[len(segments.indptr) :] = segments.host_indptr[-1]
+        values.slots[: len(segments.slots)] = segments.slots
+        values.tiles[: len(segments.tiles)] = segments.tiles
+        return values
 
     def _view(
         self, num_rows: int, context_lens: tuple[int, ...], indptr: tuple[int, ...], slots: tuple[int, ...]
     ) -> ForwardBatch:
         segments = Segments(
-            indptr=self._indptr[: num_rows + 1],
-            slots=self._slots[:num_rows],
-            tiles=self._tiles[:num_rows],  # every tile has at least one row, so there are no more
+            indptr=self._own.indptr[: num_rows + 1],
+            slots=self._own.slots[:num_rows],
+            tiles=self._own.tiles[:num_rows],  # enough: every tile has at least one row
             host_indptr=indptr,
             host_slots=slots,
         )
@@ -154,11 +183,11 @@ class StaticBatch:
             rows=(),
             input_ids=self._resolved_ids[:num_rows],
             sources=None,
-            positions=self._positions[:num_rows],
-            slot_mapping=self._slot_mapping[:num_rows],
+            positions=self._own.positions[:num_rows],
+            slot_mapping=self._own.slot_mapping[:num_rows],
             attention=AttentionBatch(
                 cu_seqlens_q=self._cu_seqlens_q[: num_rows + 1],
-                context_lens=self._context_lens[:num_rows],
+                context_lens=self._own.context_lens[:num_rows],
                 block_tables=self._block_tables[:num_rows],
                 host_cu_seqlens_q=tuple(range(num_rows + 1)),
                 host_context_lens=context_lens,
@@ -170,28 +199,13 @@ class StaticBatch:
         )
 
 
-def _packed_fields(max_rows: int) -> list[Tensor]:
-    """Input ids, sources, positions, slots of the cache, context lengths, and the segments: all rows padding."""
-    empty_tiles = torch.zeros(max_rows, 3, dtype=torch.int32)  # no rows, and a slot there is
-    return [
-        torch.zeros(max_rows, dtype=torch.int64),
-        torch.full((max_rows,), -1, dtype=torch.int64),
-        torch.zeros(max_rows, dtype=torch.int64),
-        torch.full((max_rows,), -1, dtype=torch.int64),
-        torch.ones(max_rows, dtype=torch.int32),
-        torch.zeros(max_rows + 1, dtype=torch.int32),
-        torch.full((max_rows,), -1, dtype=torch.int32),
-        empty_tiles,
-    ]
-
-
 def _without_tiles(batch: ForwardBatch, rows: tuple[ScheduledRow, ...]) -> ForwardBatch:
-    segments = replace(batch.segments, tiles=batch.segments.tiles[:0], memo={})
+    segments = replace(batch.segments, tiles=batch.segments.tiles[:0])
     return replace(batch, rows=rows, segments=segments, sampled_segments=segments)
 
 
 class GraphKey(NamedTuple):
-    """What one graph is for."""
+    """The kind of decode batch that one graph computes."""
 
     num_rows: int
     max_context: int
@@ -199,7 +213,7 @@ class GraphKey(NamedTuple):
 
 
 class DecodeGraphs:
-    """The forward pass of decode steps, by graph."""
+    """The forward pass of decode steps, by CUDA graphs."""
 
     def __init__(
         self,
@@ -211,11 +225,11 @@ class DecodeGraphs:
         max_context: int,
         capture: Capture,
     ) -> None:
-        """Capture nothing yet.
+        """Store the arguments. Captures nothing yet.
 
         Args:
-          forward: gives hidden states `[T, H]` and allocates through torch only. hidden: `[max_rows, H]`, where graphs
-          leave them. lora: the arena's tables; graphs read its tensors, which may change.
+          forward: returns hidden states `[T, H]` and allocates through torch only. hidden: `[max_rows, H]`, the output
+          of the graphs. lora: the arena's tables; graphs read their device tensors, which may change.
         """
         self._forward = forward
         self._static = static
@@ -227,24 +241,24 @@ class DecodeGraphs:
         self._graphs: dict[GraphKey, Run] = {}
         self._batch: ForwardBatch | None = None
         ranks = [[MAX_GRAPH_RANK] * len(slot) for slot in lora.host_ranks]
-        self._lora = self._bounds = replace(lora, host_ranks=ranks, memo={})  # what is in its memo, graphs read
+        self._lora = self._bounds = replace(lora, host_ranks=ranks)  # kept: graphs read tensors in its memo
 
     def capture_short(self) -> None:
-        """Capture all graphs for short contexts, the largest first, so that the others find memory in the pool."""
+        """Capture all graphs for short contexts, the largest first, so that smaller ones reuse its memory pool."""
         for has_adapter in (False, True):
             for num_rows in reversed(self._sizes):
                 self._captured(GraphKey(num_rows, self._contexts[0], has_adapter))
 
     def accepts(self, batch: ForwardBatch, lora: LoraTables) -> bool:
-        """Whether there is, or can be, a graph that computes the batch."""
+        """Return whether a graph can compute the batch."""
         if not batch.is_decode or len(batch.rows) > self._static.max_rows:
             return False
         return all(max(lora.host_ranks[slot], default=0) <= MAX_GRAPH_RANK for slot in batch.segments.host_slots)
 
     def forward(self, batch: ForwardBatch, lora: LoraTables) -> tuple[Tensor, Segments]:
-        """Compute a batch from the CPU that is accepted.
+        """Compute a batch from the CPU for which `accepts` is true.
 
-        Returns normed hidden states of its rows, `[N, H]`, valid until the next call, and the segments over them.
+        Return the normed hidden states of its rows, `[N, H]`, valid until the next call, and the segments over them.
         """
         count, longest = len(batch.rows), max(batch.attention.host_context_lens)
         num_rows = self._sizes[bisect_left(self._sizes, count)]
@@ -263,8 +277,8 @@ class DecodeGraphs:
         return self._graphs[key]
 
     def _run(self) -> None:
-        """What is captured. Its host side runs again only where a capture replays by running again."""
-        assert self._batch is not None, "a batch is there before it is computed"
+        """Compute the current batch. This is captured; its host code reruns only if the capture replays by running."""
+        assert self._batch is not None, "the batch is set before it is computed"
         self._static.resolve_ids(self._pending)
         hidden = self._forward(self._batch, self._lora)
         self._hidden[: len(hidden)].copy_(hidden)

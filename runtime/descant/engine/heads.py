@@ -1,6 +1,6 @@
-"""What draft heads propose after the tokens that a step sampled (Cai et al. 2024, Medusa).
+"""The proposals of draft heads after the tokens that a step sampled (Cai et al. 2024, Medusa).
 
-Their products need not give a row the same bits in every company, as others do: what they say is verified.
+Unlike all other products, theirs may give a row different bits in different batches, because proposals are verified.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def propose(
     arena: Arena,
     logits: Callable[[Tensor, int], Tensor],
 ) -> dict[int, HeadCandidates]:
-    """Run the heads that rows ask for, where their walks ended; return what they propose, by row.
+    """Run the requested heads at the last accepted node of each row. Return the proposals by row.
 
     Args:
-      hidden: `[nodes of all rows, H]`. logits: the base's own head with an adapter, `[M, H]` and a slot → `[M, V]`.
+      hidden: `[nodes of all rows, H]`. logits: the base's LM head with an adapter, `[M, H]` and a slot → `[M, V]`.
     """
     groups: dict[tuple[int, int], list[tuple[ScheduledRow, int]]] = {}
     first = 0
@@ -53,15 +53,15 @@ def propose(
 def candidates_of(
     hidden: Tensor, heads: DraftHeads, base_logits: Callable[[Tensor], Tensor], num_candidates: int
 ) -> list[HeadCandidates]:
-    """Return every row's candidates, as many of each head. So many rows at once as keep the logits small.
+    """Return every row's candidates, `num_candidates` per head. Rows are split so that the logits stay small.
 
     Args:
-      hidden: `[N, H]`, the normed hidden states from which the last tokens were sampled; heads in the same dtype.
-      base_logits: the base's own head, `[M, H]` → `[M, V]`.
+      hidden: `[N, H]`, the normed hidden states from which the last tokens were sampled; heads have the same dtype.
+      base_logits: the base's LM head, `[M, H]` → `[M, V]`.
     """
-    num_at_once = max(1, _MAX_LOGIT_ROWS // len(heads.weight))
-    if len(hidden) > num_at_once:
-        parts = hidden.split(num_at_once)
+    max_rows = max(1, _MAX_LOGIT_ROWS // len(heads.weight))
+    if len(hidden) > max_rows:
+        parts = hidden.split(max_rows)
         return [one for part in parts for one in candidates_of(part, heads, base_logits, num_candidates)]
     x = hidden.expand(len(heads.weight), -1, -1)  # [heads, N, H]
     for layer in range(heads.weight.shape[1]):
@@ -72,11 +72,11 @@ def candidates_of(
     else:
         logits = torch.bmm(x, heads.lm_heads.transpose(1, 2)).float()
     best = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
-    likelihoods = (best.values - logits.logsumexp(dim=-1, keepdim=True)).exp()
-    likelihoods = likelihoods.nan_to_num(0.0)  # of heads that say nothing of use
-    ids, odds = best.indices.cpu().numpy().astype("<i4"), likelihoods.cpu().numpy().astype("<f4")
-    return [_packed(ids[:, row], odds[:, row]) for row in range(len(hidden))]
+    probs = (best.values - logits.logsumexp(dim=-1, keepdim=True)).exp()
+    probs = probs.nan_to_num(0.0)  # of damaged heads
+    host_ids, host_probs = best.indices.cpu().numpy().astype("<i4"), probs.cpu().numpy().astype("<f4")
+    return [_packed(host_ids[:, row], host_probs[:, row]) for row in range(len(hidden))]
 
 
-def _packed(ids: np.ndarray, odds: np.ndarray) -> HeadCandidates:
-    return HeadCandidates(ids.shape[1], np.ascontiguousarray(ids).tobytes(), np.ascontiguousarray(odds).tobytes())
+def _packed(ids: np.ndarray, probs: np.ndarray) -> HeadCandidates:
+    return HeadCandidates(ids.shape[1], np.ascontiguousarray(ids).tobytes(), np.ascontiguousarray(probs).tobytes())

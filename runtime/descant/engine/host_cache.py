@@ -1,4 +1,4 @@
-"""`HostCache`: adapter versions in host memory, laid out and ready for the device. Any thread may call it. No torch."""
+"""`HostCache`: adapter versions in host memory, laid out for the device. Thread-safe. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Sized(Protocol):
-    """Something that takes host memory."""
+    """An object with a known size in host memory."""
 
     @property
     def num_bytes(self) -> int:
-        """How much."""
+        """Size in bytes."""
         ...
 
 
@@ -21,13 +21,13 @@ EntryT = TypeVar("EntryT", bound=Sized)
 
 
 class HostCache(Generic[EntryT]):
-    """Versions by digest, in at most `max_bytes`, the least recently used going first.
+    """Versions by digest, in at most `max_bytes`. The least recently used version is evicted first.
 
-    What is staged to be placed is claimed, and stays until it has been, whatever it takes. What is only prefetched is
-    kept as long as there is room, and takes none from another prefetched version that nobody has used yet: versions
-    are prefetched in the order in which they will be needed.
+    A version staged for placement is claimed: it stays until it is placed, even beyond the budget. A prefetched version
+    stays while there is room. It does not evict another prefetched version that is still unused, because versions are
+    prefetched in the order in which they will be needed.
 
-    Claims belong to an epoch; they end with it. A digest is read once, however many ask for it meanwhile.
+    Claims belong to an epoch and end with it. Concurrent requests for one digest read it once.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -35,32 +35,33 @@ class HostCache(Generic[EntryT]):
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, EntryT] = OrderedDict()  # least recently used first
         self._claims: Counter[str] = Counter()
-        self._unused: set[str] = set()  # prefetched, not placed yet
-        self._dropped: set[str] = set()  # forgotten, but still claimed
+        self._unused: set[str] = set()  # read, not placed yet
+        self._dropped: set[str] = set()  # to be removed with the last claim
         self._flights: dict[str, _Flight[EntryT]] = {}
         self._num_bytes = 0
         self._epoch = 0
 
     @property
     def num_bytes(self) -> int:
-        """What all versions take now."""
+        """Total size of all versions in bytes."""
         return self._num_bytes
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._entries
 
     def begin(self, epoch: int) -> None:
-        """Another scheduler speaks: claims of earlier epochs are void."""
+        """Start a new epoch: release every claim made in earlier epochs."""
         with self._lock:
             self._begin(epoch)
 
     def stage(self, digest: str, num_bytes: int, read: Callable[[], EntryT], claim_epoch: int | None) -> None:
-        """Have a version in memory, calling `read` if it is not there; with `claim_epoch` it stays until it is taken.
+        """Bring a version into memory, calling `read` if it is absent. With `claim_epoch` it is claimed until taken.
 
-        A prefetch, without a claim, that would find no room (`num_bytes` is what it is expected to take) reads nothing.
+        Without a claim the call is a prefetch. It reads nothing if there is no room for `num_bytes`, the expected size.
+        Blocks while another thread reads the same digest.
 
         Raises:
-            Exception: what `read` raised, whichever caller it read for. It is not remembered.
+            Exception: the error of `read`, also if another thread called it. It is not cached.
         """
         with self._lock:
             if claim_epoch is not None:
@@ -75,11 +76,11 @@ class HostCache(Generic[EntryT]):
             else:
                 self._flights[digest] = _Flight(claim_epoch)
         if flight is not None:
-            return flight.wait()
+            return flight.block_until_ended()
         return self._fly(digest, read)
 
     def take(self, digest: str) -> EntryT | None:
-        """Return a version to be placed, consuming a claim; None if it is not there."""
+        """Return a version for placement and release one claim; None if it is not in memory."""
         with self._lock:
             entry = self._entries.get(digest)
             if entry is None:
@@ -93,7 +94,7 @@ class HostCache(Generic[EntryT]):
             return entry
 
     def drop(self, digest: str) -> None:
-        """Forget a version, or let it go with its last claim. What is being read now is not meant."""
+        """Remove a version, at once or with its last claim. A read in progress is not affected."""
         with self._lock:
             if digest in self._claims:
                 self._dropped.add(digest)
@@ -132,12 +133,12 @@ class HostCache(Generic[EntryT]):
         self._shrink(is_prefetch=claim_epoch is None)
 
     def _has_room(self, num_bytes: int) -> bool:
-        """Whether a version fits beside what is claimed and what was prefetched and not used."""
+        """Return whether a version fits beside the claimed and the unused versions."""
         kept = self._claims.keys() | self._unused
         return sum(self._entries[digest].num_bytes for digest in kept) + num_bytes <= self._max_bytes
 
     def _shrink(self, is_prefetch: bool = False) -> None:
-        """Let go of what is over the budget. What is larger than all of it goes as soon as it is not claimed."""
+        """Evict versions beyond the budget. A version larger than the whole budget is evicted once it is unclaimed."""
         if self._num_bytes <= self._max_bytes:
             return
         large = [digest for digest, entry in self._entries.items() if entry.num_bytes > self._max_bytes]
@@ -164,10 +165,10 @@ class HostCache(Generic[EntryT]):
 
 
 class _Flight(Generic[EntryT]):
-    """A version that is being read."""
+    """A read in progress."""
 
     def __init__(self, claim_epoch: int | None) -> None:
-        self.claim_epochs = [claim_epoch]  # of all who want it
+        self.claim_epochs = [claim_epoch]  # one per caller; None = prefetch
         self._has_ended = threading.Event()
         self._error: BaseException | None = None
 
@@ -175,7 +176,7 @@ class _Flight(Generic[EntryT]):
         self._error = error
         self._has_ended.set()
 
-    def wait(self) -> None:
+    def block_until_ended(self) -> None:
         self._has_ended.wait()
         if self._error is not None:
             raise self._error

@@ -1,4 +1,4 @@
-"""The paged key and value cache: storage only; which block belongs to whom is the scheduler's business."""
+"""The paged key and value cache: storage only. The scheduler assigns blocks to sequences."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from descant_kernels import move_kv
 
 
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one block, keys and values of all layers."""
+    """Return the bytes of one block: keys and values of all layers."""
     return 2 * config.num_layers * config.kv_size * block_size * dtype.itemsize
 
 
 def blocks_within(num_bytes: int, config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Return how many blocks fit in a budget.
+    """Return the number of blocks that fit in a budget.
 
     Raises:
-        ConfigInvalid: not even one does.
+        ConfigInvalid: the budget does not hold one block.
     """
     size = block_bytes(config, block_size, dtype)
     if num_bytes < size:
@@ -28,7 +28,7 @@ def blocks_within(num_bytes: int, config: DecoderConfig, block_size: int, dtype:
 
 
 class KVCache:
-    """Keys and values of all layers. Block b of layer l: `keys[l][b]`, `[Hkv, block_size, D]`."""
+    """The keys and values of all layers. Block b of layer l is `keys[l][b]`, `[Hkv, block_size, D]`."""
 
     def __init__(
         self, config: DecoderConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -40,7 +40,7 @@ class KVCache:
         self.values = tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers))
 
     def move_slots(self, pairs: Tensor) -> None:
-        """Move single positions in every layer, as if all were read before any is written.
+        """Move single positions in every layer, with all reads before all writes.
 
         Args:
           pairs: `[M, 2]` int64, source and destination slots (block * block_size + offset); no destination twice.

@@ -1,7 +1,7 @@
-"""How device memory is divided: weights and the work of a step take theirs, KV cache and adapter arena the rest.
+"""The division of device memory: weights and the largest step come first; KV cache and adapter arena share the rest.
 
-The work of a step is measured: the largest one is computed once, before the cache and the arena exist, and the
-allocator says how much memory that needed at most. The division itself is arithmetic.
+The memory of a step is measured: the largest step is computed once, before the cache and the arena exist, and the
+allocator reports its peak. The division itself is arithmetic.
 
 Never run on a GPU yet: `free_bytes`.
 """
@@ -26,18 +26,18 @@ from descant_client.errors import ConfigInvalid
 from descant_kernels import AttentionBatch, LoraTables, Segments
 
 ADAPTER_SHARE = 0.1
-"""Of what cache and arena have together, the arena's part if nobody says otherwise."""
+"""Default share of the arena in the memory of cache and arena together."""
 
 DEFAULT_CPU_BYTES = 256 * 1024 * 1024
-"""Of the cache, and of the arena, where there is no device memory to divide."""
+"""Default size of the cache, and of the arena, on a CPU."""
 
-_MAX_SAMPLED_ROWS = 256  # of the profiled step: rows of float32 logits, and as many again while they are sampled
+_MAX_SAMPLED_ROWS = 256  # rows of float32 logits in the measured step, counted twice because sampling copies them
 _ARENA_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryShares:
-    """Bytes of the KV cache and of the adapter arena."""
+    """The sizes of the KV cache and of the adapter arena, in bytes."""
 
     num_kv_bytes: int
     num_adapter_bytes: int
@@ -46,13 +46,13 @@ class MemoryShares:
 def divide_memory(
     num_free_bytes: int, one_block: int, num_kv_bytes: int | None, num_adapter_bytes: int | None
 ) -> MemoryShares:
-    """Divide what is free between cache and arena. A size that is given is kept; None takes a share of the rest.
+    """Divide the free memory between cache and arena. A given size is kept; None takes a share of the rest.
 
     Args:
-      num_free_bytes: after the weights and the largest step. May be negative. one_block: bytes of a block of the cache.
+      num_free_bytes: free memory after weights and largest step; may be negative. one_block: bytes of a cache block.
 
     Raises:
-        ConfigInvalid: the sizes given, or the least there must be of the others, do not fit.
+        ConfigInvalid: the given sizes, with the minimum of the others, do not fit.
     """
     if num_adapter_bytes is None:
         share = int(max(0, num_free_bytes) * ADAPTER_SHARE)
@@ -82,7 +82,7 @@ def divide_memory(
 def memory_shares(
     options: EngineOptions, config: DecoderConfig, weights: DecoderWeights, dtype: torch.dtype, device: torch.device
 ) -> MemoryShares:
-    """Return how large an engine's cache and arena are. What the options say is kept; None is measured on CUDA.
+    """Return the sizes of an engine's cache and arena. Sizes in the options are kept; on CUDA, None is measured.
 
     Raises:
         ConfigInvalid: as `divide_memory` and `usable_bytes`.
@@ -103,11 +103,11 @@ def memory_shares(
 
 
 def usable_bytes(num_total_bytes: int, num_foreign_bytes: int, num_peak_bytes: int, fraction: float) -> int:
-    """Return what is free for cache and arena; negative if the step alone is too large.
+    """Return the memory left for cache and arena; negative if the step alone is too large.
 
     Args:
-      num_total_bytes: of the device. num_foreign_bytes: what others than torch hold there, the CUDA context included.
-      num_peak_bytes: most that torch held while the largest step ran, weights included. fraction: of the total to use.
+      num_total_bytes: of the device. num_foreign_bytes: in use outside torch, the CUDA context included.
+      num_peak_bytes: peak of torch during the largest step, weights included. fraction: share of the total to use.
 
     Raises:
         ConfigInvalid: the fraction is not above 0 and at most 1.
@@ -118,7 +118,7 @@ def usable_bytes(num_total_bytes: int, num_foreign_bytes: int, num_peak_bytes: i
 
 
 def free_bytes(run_largest_step: Callable[[], object], device: torch.device, fraction: float) -> int:
-    """Measure what a CUDA device has left for cache and arena beside the weights and the largest step.
+    """Measure the memory that a CUDA device has left for cache and arena beside weights and largest step.
 
     Raises:
         ConfigInvalid: as `usable_bytes`.
@@ -143,9 +143,9 @@ def run_largest_step(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """Compute a prefill of as many tokens as a step may have, over a cache of one block, and sampled logits.
+    """Compute a prefill of the maximum tokens of a step, over a cache of one block, and its sampled logits.
 
-    Nothing is written to the cache, and what is read there is whatever lies in it. Returns the logits, `[N, V]`.
+    Nothing is written to the cache, and the content read from it is arbitrary. Returns probabilities, `[N, V]`.
     """
     cache = KVCache(config, 1, block_size, dtype, device)
     decoder = Decoder(
@@ -155,11 +155,11 @@ def run_largest_step(
     lora = LoraTables.of(torch.zeros(0, dtype=dtype, device=device), [[]], [[]])
     hidden = decoder.forward(batch, lora)
     logits = decoder.logits(hidden[:_MAX_SAMPLED_ROWS], batch.segments, lora)
-    return logits.softmax(-1)  # sampling holds as much again
+    return logits.softmax(-1)  # sampling needs a second tensor of the size of the logits
 
 
 def _largest_batch(max_context: int, num_tokens: int, block_size: int, device: torch.device) -> ForwardBatch:
-    """Prompts as long as the context allows, all in block 0."""
+    """Return prompts as long as the context allows, all in block 0."""
     lengths = [max_context] * (num_tokens // max_context) + [num_tokens % max_context] * (num_tokens % max_context > 0)
     positions = torch.cat([torch.arange(length) for length in lengths])
     ids, positions, slots, last = upload(

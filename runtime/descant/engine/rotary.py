@@ -1,4 +1,4 @@
-"""Rotary embedding tables: the cosine and sine of every position, computed in the order Transformers computes them."""
+"""Rotary embedding tables: cosine and sine of every position, with the order of operations of Transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from descant.model.arch import DecoderConfig, RopeConfig
 
 
 def rope_tables(config: DecoderConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, `[num_positions, D / 2]` float32, scaled as the kind of rope asks."""
+    """Return cos and sin, `[num_positions, D / 2]` float32, scaled as the kind of rope requires."""
     inv_freq, scale = inverse_frequencies(config)
     positions = torch.arange(num_positions, dtype=torch.float32)
     angles = positions[:, None] * inv_freq[None, :]
@@ -39,13 +39,13 @@ def _plain(theta: float, dim: int) -> Tensor:
 
 
 def _ntk_theta(rope: RopeConfig, dim: int) -> float:
-    """NTK scaling depends on the longest context seen; within `max_position_embeddings`, all we serve, it is none."""
+    """Return theta of NTK scaling, which has no effect up to `max_position_embeddings`, the longest served context."""
     factor = _given(rope.factor)
     return rope.theta * (factor - (factor - 1)) ** (dim / (dim - 2))
 
 
 def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Return Llama 3.1's frequencies: long wavelengths stretched by `factor`, short ones kept, others interpolated."""
     factor, context = _given(rope.factor), _given(rope.original_max_position_embeddings)
     low, high = _given(rope.low_freq_factor), _given(rope.high_freq_factor)
     wavelength = 2 * math.pi / inv_freq
@@ -57,7 +57,10 @@ def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeConfig, dim: int) -> Tensor:
-    """YaRN (arXiv 2309.00071): interpolate components that turn seldom within the trained context, keep the others."""
+    """Return YaRN's frequencies (arXiv 2309.00071): slow components are interpolated, fast ones kept.
+
+    Slow means few turns within the trained context.
+    """
     low = _yarn_component(rope, dim, rope.beta_fast or 32.0)
     high = _yarn_component(rope, dim, rope.beta_slow or 1.0)
     if rope.truncate:
@@ -72,7 +75,7 @@ def _yarn(rope: RopeConfig, dim: int) -> Tensor:
 
 
 def _yarn_component(rope: RopeConfig, dim: int, num_rotations: float) -> float:
-    """Index of the component that turns `num_rotations` times within the trained context."""
+    """Return the index of the component that turns `num_rotations` times within the trained context."""
     context = _given(rope.original_max_position_embeddings)
     return (dim * math.log(context / (num_rotations * 2 * math.pi))) / (2 * math.log(rope.theta))
 
@@ -91,5 +94,5 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def _given(value: float | None) -> float:
-    assert value is not None, "arch checks that the kind's parameters are there"
+    assert value is not None, "arch checks that the parameters of the kind exist"
     return value

@@ -1,4 +1,4 @@
-"""What a resolved step says of its rows, and what they learn from it."""
+"""The results of a resolved step's rows, and the update of the engine's row states."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def row_result(
     prompt_logprobs: LogprobRows | None,
     candidates: HeadCandidates | None = None,
 ) -> RowResult:
-    """Note in the row's state what was sampled, and report what was computed. A lost row stays lost."""
+    """Store the sampled tokens in the row's state and return the row's result. A lost row stays lost."""
     state, tokens = row.state, () if accepted is None else accepted.tokens
     for position, token in enumerate(tokens, start=row.end):
         state.learn(position, max(0, token.token_id))
         state.error = state.error or token.error
     num_computed = row.end + max(0, len(tokens) - 1)
-    state.num_computed = max(state.num_computed, num_computed)  # steps launched since may have gone further
+    state.num_computed = max(state.num_computed, num_computed)  # steps launched since may have computed more
     if prompt_logprobs is not None and not _is_finite(prompt_logprobs):
         state.error = state.error or NOT_FINITE
         prompt_logprobs = None
@@ -46,7 +46,7 @@ def _is_finite(logprobs: LogprobRows) -> bool:
 
 
 def concatenated(parts: list[LogprobRows]) -> LogprobRows:
-    """Join log-probabilities of successive tokens, all with as many alternatives."""
+    """Join log-probabilities of successive tokens, all with the same number of alternatives."""
     return LogprobRows(
         num_tokens=sum(part.num_tokens for part in parts),
         num_top=parts[0].num_top,

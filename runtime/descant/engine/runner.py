@@ -1,11 +1,12 @@
-"""The engine: it carries out step plans. One thread, no asyncio; whoever owns it decides when.
+"""The engine, which carries out step plans. It runs on one thread, without asyncio, when its owner calls it.
 
-On a CPU a step is done when `launch` returns. On a GPU it is only queued then, so that the next one can be laid out
-meanwhile: a row's newest token is *pending*, known to the device alone, until its step is resolved. Steps with
-penalties or filters are sampled with the host's help; they resolve all steps before them and wait. Drafts are verified
-only where no step is queued.
+On a CPU a step is done when `launch` returns. On a GPU it is only queued then, so that the next step can be laid out
+while it runs: a row's newest token is *pending*, known to the device alone, until its step is resolved. Steps with
+penalties or filters are sampled with the host: they resolve all earlier steps and block. Drafts are verified only where
+no step is queued.
 
-Whatever differs on a GPU lies in `graphs`, `uploads` and `memory`, which say what has never run on one.
+All code specific to GPUs is in `graphs`, `uploads` and `memory`. Their docstrings list the parts that have never run
+on one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from descant.contract.plan import EngineLimits, LogprobRows, StepPlan, StepResul
 from descant.engine.arena import Arena, StagedVersion
 from descant.engine.batch import EngineRow, ForwardBatch, PendingTokens, ScheduledRow
 from descant.engine.decoder import Decoder
-from descant.engine.draws import Draw, DrawnAlready, draw_later, needs_host
+from descant.engine.draws import Draw, KnownDraw, draw_later
 from descant.engine.graphs import MAX_GRAPH_ROWS, Capture, CudaCapture, DecodeGraphs, StaticBatch
 from descant.engine.heads import propose
 from descant.engine.kv_cache import KVCache, blocks_within
@@ -39,27 +40,27 @@ from descant_client.errors import InvalidRequest
 from descant_kernels import LoraTables, Segments, probe_invariance
 
 _CPU = torch.device("cpu")
-_SMALL_PRODUCT = 1 << 20  # weights of one projection
+_SMALL_PRODUCT = 1 << 20  # weights of one projection below which one thread is used
 _MAX_DRAFT_NODES = 64  # of one row
-_SCORED_AT_ONCE = 256  # prompt positions whose logits are in memory together
+_MAX_SCORED_ROWS = 256  # prompt positions with logits in memory at once
 
 
 @dataclass(slots=True, eq=False)
 class _StepInFlight:
-    """A launched step; `result` is None until it is resolved."""
+    """A launched step. `result` is None until it is resolved."""
 
     plan: StepPlan
-    started: float
+    started_s: float
     rows: tuple[ScheduledRow, ...]
     sampled_rows: tuple[ScheduledRow, ...]
     draw: Draw  # of the sampled rows
     prompt_logprobs: dict[int, LogprobRows]
-    hidden: Tensor | None = None  # [nodes of the sampled rows, H], where draft heads are to run
+    hidden: Tensor | None = None  # [nodes of the sampled rows, H]; None if no draft heads run
     result: StepResult | None = None
 
 
 class Engine:
-    """A model, its cache, its adapters and its rows."""
+    """An engine for one model: its weights, KV cache, adapter arena and rows."""
 
     def __init__(
         self,
@@ -67,11 +68,11 @@ class Engine:
         options: EngineOptions,
         on_progress: ProgressCallback = lambda fraction: None,
     ) -> None:
-        """Load a model. `on_progress` hears the fraction of its tensors that are read.
+        """Load a model. `on_progress` is called with the fraction of its tensors that are read.
 
         Raises:
-            ModelInvalid: the directory holds no model this engine can serve exactly.
-            ConfigInvalid: `num_kv_bytes` does not hold one block, or the device's memory not what is asked for.
+            ModelInvalid: the directory holds no model that this engine can serve exactly.
+            ConfigInvalid: `num_kv_bytes` does not hold one block, or the device lacks memory for the given sizes.
         """
         self.config: DecoderConfig = from_hf(model_dir)
         torch.set_num_threads(options.num_threads or _default_num_threads(self.config))
@@ -91,7 +92,7 @@ class Engine:
         self._rows: dict[int, EngineRow] = {}
         self._epoch = 0
         self._in_flight: deque[_StepInFlight] = deque()
-        self._last_end = 0.0  # when the step resolved last was done
+        self._last_end_s = 0.0  # time at which the last resolved step was done
         self._draws_later = self._device.type == "cuda"
         self._pending = PendingTokens(options.pipeline_depth, options.max_num_batched_tokens, self._device)
         self.limits = EngineLimits(
@@ -107,7 +108,7 @@ class Engine:
         self.info = self._new_info(weights.num_parameters)
 
     def stage_adapter(self, path: Path | str) -> StagedVersion:
-        """Read, verify and lay out the version stored at `path` on the host; any thread may, beside a step.
+        """Read, verify and lay out the version stored at `path` on the host. Any thread may call this during a step.
 
         Raises:
             AdapterInvalid: the file is missing, damaged or made for another base.
@@ -119,42 +120,42 @@ class Engine:
         self._arena.commit(adapter_slot, offset, staged)
 
     def move_adapter(self, adapter_slot: int, offset: int) -> None:
-        """Move the version in a slot to `offset` bytes; the two extents may overlap."""
+        """Move the version in a slot to `offset` bytes. Old and new extent may overlap."""
         self._arena.move(adapter_slot, offset)
 
     def load_adapter(self, adapter_slot: int, offset: int, path: Path | str) -> None:
         """Stage and place a version in one call.
 
         Raises:
-            AdapterInvalid: as `stage_adapter`; the slot is empty then.
+            AdapterInvalid: as `stage_adapter`. The slot is then empty.
         """
         self._arena.load(adapter_slot, offset, path)
 
     def unload_adapter(self, adapter_slot: int) -> None:
-        """Empty a slot; its extent may be overwritten from now on."""
+        """Empty a slot. From then on its extent may be overwritten."""
         self._arena.unload(adapter_slot)
 
     def step(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan, while no step is in flight: `launch` and `collect` in one.
+        """Carry out a plan: `launch` and `collect` in one. No step may be in flight.
 
         Raises:
             InvalidRequest, UnsupportedRequest: as `launch`.
         """
-        assert not self._in_flight, "what is launched is collected first"
+        assert not self._in_flight, "launched steps are collected first"
         self.launch(plan)
         return self.collect()
 
     def launch(self, plan: StepPlan) -> None:
-        """Start a step; on a CPU it is done then. What goes wrong with one row alone is an error in its result.
+        """Start a step; on a CPU, complete it. A failure of one row alone becomes an error in its result.
 
         Raises:
-            InvalidRequest: the plan contradicts itself, the limits or the rows as the steps launched before will
-                leave them; nothing of it was carried out.
-            UnsupportedRequest: it uses what this engine does not do yet; likewise.
+            InvalidRequest: the plan contradicts itself, the limits, or the rows as earlier launched steps will leave
+                them. Nothing of it was carried out.
+            UnsupportedRequest: it uses a feature that this engine does not implement. Nothing of it was carried out.
         """
-        started = time.perf_counter()
+        started_s = time.perf_counter()
         assert len(self._in_flight) < self.limits.max_steps_in_flight, "the oldest step is collected first"
-        if plan.epoch != self._epoch:  # another scheduler, which knows nothing of the rows before
+        if plan.epoch != self._epoch:  # a new scheduler, which does not know the existing rows
             self._rows.clear()
             self._epoch = plan.epoch
         check_plan(plan, self.limits, self._rows, self._options.max_num_batched_tokens)
@@ -162,15 +163,15 @@ class Engine:
             if row.num_candidates and self._arena.heads(row.heads_slot) is None:
                 raise InvalidRequest(f"rows[{row.row}]", f"there are no draft heads in slot {row.heads_slot}")
         self._apply_changes(plan)
-        self._in_flight.append(self._start(plan, started))
+        self._in_flight.append(self._start(plan, started_s))
 
-    def wait(self) -> None:
-        """Wait until the oldest launched step, if there is one, is done. One other thread may, beside all else."""
+    def block_until_done(self) -> None:
+        """Block until the oldest launched step, if any, is done. One other thread may call this at any time."""
         for step in tuple(self._in_flight)[:1]:
-            step.draw.wait()
+            step.draw.block_until_known()
 
     def collect(self) -> StepResult:
-        """Return the result of the oldest launched step, once it is done."""
+        """Return the result of the oldest launched step. Blocks until it is done."""
         step = self._in_flight.popleft()
         return step.result or self._resolve(step)
 
@@ -197,7 +198,7 @@ class Engine:
             eos_token_ids=self.config.eos_token_ids,
             num_parameters=num_parameters,
             num_adapter_bytes=self._arena.num_bytes,
-            is_invariant=self._options.probe and self._probe(),
+            is_invariant=self._probe() if self._options.is_invariant is None else self._options.is_invariant,
         )
 
     def _probe(self) -> bool:
@@ -225,10 +226,10 @@ class Engine:
     # ---- the forward pass and after ----
 
     @torch.inference_mode()
-    def _start(self, plan: StepPlan, started: float) -> _StepInFlight:
-        """Compute a step, or queue it on the device. Its rows are then as they will be after it."""
+    def _start(self, plan: StepPlan, started_s: float) -> _StepInFlight:
+        """Compute a step, or queue it on the device, and update its rows to their state after the step."""
         if not plan.rows:
-            step = _StepInFlight(plan, started, (), (), DrawnAlready([]), {})
+            step = _StepInFlight(plan, started_s, (), (), KnownDraw([]), {})
             self._resolve(step)
             return step
         rows = [(self._rows[row.row], row) for row in plan.rows]
@@ -237,12 +238,12 @@ class Engine:
         slots = (*batch.segments.host_slots, *heads_slots)
         self._arena.begin_use(slots)
         hidden, segments, prompt_logprobs = self._forward(batch, lora)
-        draw: Draw = DrawnAlready([])
+        draw: Draw = KnownDraw([])
         if batch.sampled_rows:
             draw = self._draw(self._decoder.logits(hidden, segments, lora), batch.sampled_rows)
         self._arena.end_use(slots)
         step = _StepInFlight(
-            plan, started, batch.rows, batch.sampled_rows, draw, prompt_logprobs, hidden if heads_slots else None
+            plan, started_s, batch.rows, batch.sampled_rows, draw, prompt_logprobs, hidden if heads_slots else None
         )
         for row in batch.rows:
             row.state.num_computed = row.end
@@ -254,7 +255,7 @@ class Engine:
         return step
 
     def _forward(self, batch: ForwardBatch, lora: LoraTables) -> tuple[Tensor, Segments, dict[int, LogprobRows]]:
-        """Hidden states of the sampled rows, `[N, H]`, the segments over them, and what prompts ask for."""
+        """Return hidden states of the sampled rows, `[N, H]`, the segments over them, and prompt log-probabilities."""
         if self._graphs is not None and self._graphs.accepts(batch, lora):
             return *self._graphs.forward(batch, lora), {}
         batch = batch.to(self._device)
@@ -265,17 +266,17 @@ class Engine:
         return hidden[batch.sampled_tokens], batch.sampled_segments, scores
 
     def _draw(self, logits: Tensor, rows: tuple[ScheduledRow, ...]) -> Draw:
-        """Sample `logits`, `[N, V]`: on the device alone if it can be done and pays, else with the host's help."""
+        """Sample `logits`, `[N, V]`: without the host if the device is a GPU and no row needs the host."""
         nodes = [node for row in rows for node in row.sampling_rows()]
-        if self._draws_later and not any(needs_host(node.params) for node in nodes):
+        if self._draws_later and not any(node.needs_host for node in nodes):
             return draw_later(logits, nodes, self._pending.put)
-        for step in self._in_flight:  # in order, for a row that one of these lost stays lost
+        for step in self._in_flight:  # in order, because a row lost in an earlier step stays lost
             if step.result is None:
                 self._resolve(step)
-        return DrawnAlready(self._sampler.sample(logits, nodes))
+        return KnownDraw(self._sampler.sample(logits, nodes))
 
     def _resolve(self, step: _StepInFlight) -> StepResult:
-        """Wait for a step, tell its rows their tokens, and make its result."""
+        """Block until a step is done, store its tokens in its rows, and return its result."""
         rows = step.sampled_rows
         walks = accept([row.tree for row in rows], step.draw.tokens()) if rows else []
         self._move_accepted(rows, walks)
@@ -286,15 +287,15 @@ class Engine:
             key: row_result(row, accepted.get(key), step.prompt_logprobs.get(key), candidates.get(key))
             for key, row in by_row.items()
         }
-        ended = time.perf_counter()
-        device_s = ended - max(step.started, self._last_end)  # it waits for the step before
-        self._last_end = ended
+        ended_s = time.perf_counter()
+        device_s = ended_s - max(step.started_s, self._last_end_s)  # a queued step begins when the previous one ends
+        self._last_end_s = ended_s
         row_results = tuple(results[row.row] for row in step.plan.rows)
         step.result = StepResult(step.plan.epoch, step.plan.step, row_results, device_s)
         return step.result
 
     def _move_accepted(self, rows: tuple[ScheduledRow, ...], walks: list[Accepted]) -> None:
-        """Move the K/V of the nodes that were followed to where plain decoding would have put it."""
+        """Move the K/V of accepted nodes to the positions that plain decode would have used."""
         block_size, pairs = self.limits.block_size, list[tuple[int, int]]()
         for row, walk in zip(rows, walks, strict=True):
             moves = [
@@ -305,10 +306,10 @@ class Engine:
             self._cache.move_slots(torch.tensor(pairs))
 
     def _score_prompt(self, row: ScheduledRow, hidden: Tensor) -> LogprobRows:
-        """Log-probabilities of the prompt tokens that follow the row's computed positions."""
+        """Return log-probabilities of the prompt tokens that follow the row's computed positions."""
         parts = []
-        for first in range(0, row.num_scored, _SCORED_AT_ONCE):
-            count = min(_SCORED_AT_ONCE, row.num_scored - first)
+        for first in range(0, row.num_scored, _MAX_SCORED_ROWS):
+            count = min(_MAX_SCORED_ROWS, row.num_scored - first)
             begin = row.first_token + first
             logits = self._logits(hidden[begin : begin + count], row.adapter_slot)
             targets = row.state.tokens(row.start + first + 1, row.start + first + 1 + count)
@@ -316,7 +317,7 @@ class Engine:
         return concatenated(parts)
 
     def _logits(self, hidden: Tensor, adapter_slot: int) -> Tensor:
-        """Logits, `[N, V]`, of hidden states, `[N, H]`, all of one adapter or none."""
+        """Return logits, `[N, V]`, of hidden states, `[N, H]`, all with one adapter or none."""
         segments = Segments.of([len(hidden)], [adapter_slot], self._device)
         return self._decoder.logits(hidden, segments, self._arena.tables())
 
@@ -326,5 +327,5 @@ def _slot(state: EngineRow, position: int, block_size: int) -> int:
 
 
 def _default_num_threads(config: DecoderConfig) -> int:
-    """One thread where a step's products are too small to share: waking the others would cost more than it saves."""
+    """Return 1 if a step's products are too small to share: waking other threads would cost more than it saves."""
     return 1 if config.hidden_size * config.intermediate_size < _SMALL_PRODUCT else torch.get_num_threads()

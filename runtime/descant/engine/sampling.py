@@ -1,6 +1,6 @@
-"""From logits to tokens: penalties, bias, temperature, filters, noise, log-probabilities.
+"""Sampling of tokens from logits: penalties, bias, temperature, filters, noise, log-probabilities.
 
-Every row is processed alone: on CPU nothing a row gets depends, by a bit, on what shares its batch. So sums over the
+Every row is processed alone: on a CPU its results do not depend, by a bit, on the rest of the batch. So sums over the
 vocabulary are sequential (`cumsum`) or done by softmax, which works row by row; `Tensor.sum` splits single rows.
 """
 
@@ -15,13 +15,13 @@ from descant_client.protocol import SamplingParams
 from descant_kernels import NodeNoise, sample_nodes
 
 GREEDY_BELOW = 1e-5
-"""Lower temperatures count as 0: a logit divided by them could leave float32."""
+"""Temperature below which a row is greedy: a logit divided by a lower one could leave the range of float32."""
 
 _LARGEST_SCORE = 1e30
-"""Beyond this, penalties and biases change nothing more: a score divided by GREEDY_BELOW must stay in float32."""
+"""Bound on scores after penalties and bias, so that a score divided by GREEDY_BELOW stays in the range of float32."""
 
 _CANDIDATES = (1024, 16_384)
-"""Tokens that a filter sorts at first, and then; the whole vocabulary only for rows whose answer lies beyond them."""
+"""Tokens that a filter sorts in its first and second stage. Rows that need more sort the whole vocabulary."""
 
 _LOGPROB_CHUNK_ROWS = 64
 NOT_FINITE = "the model gave logits that are not finite"
@@ -29,10 +29,10 @@ NOT_FINITE = "the model gave logits that are not finite"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SamplingRow:
-    """What one row of logits (one node to sample at) needs to know.
+    """The sampling inputs of one row of logits, that is, of one node.
 
-    `prompt_ids` and `output_ids` are views of the sequence's tokens so far (at a tree node, its ancestors included),
-    1-D integer tensors on any device or plain sequences; they are read only if `params` has penalties.
+    `prompt_ids` and `output_ids` are views of the sequence's tokens so far (at a tree node, ancestors included): 1-D
+    integer tensors on any device, or plain sequences. They are read only if `params` has penalties.
     """
 
     params: SamplingParams
@@ -43,10 +43,44 @@ class SamplingRow:
     output_ids: Tensor | Sequence[int]
     num_logprobs: int = NO_LOGPROBS
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token is the argmax: the temperature counts as 0."""
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def divisor(self) -> float:
+        """Number that divides the logits: the temperature, or 1.0 for a greedy row."""
+        return 1.0 if self.is_greedy else self.params.temperature
+
+    @property
+    def has_adjustments(self) -> bool:
+        """Whether penalties or a bias change the logits."""
+        params = self.params
+        return bool(
+            params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+        )
+
+    @property
+    def has_filters(self) -> bool:
+        """Whether a filter excludes tokens."""
+        params = self.params
+        return bool(params.top_k or params.top_p < 1.0 or params.min_p or params.typical_p < 1.0)
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether sampling takes steps that involve the host. Temperature alone does not."""
+        return self.has_adjustments or self.has_filters
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the token's log-probabilities are reported."""
+        return self.num_logprobs != NO_LOGPROBS
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """What was drawn at one row; `token_id` is -1 if `error` says why there is none."""
+    """The token drawn at one row. If there is none, `token_id` is -1 and `error` holds the reason."""
 
     token_id: int
     logprobs: LogprobRows | None = None
@@ -54,7 +88,7 @@ class SampledToken:
 
 
 class Sampler:
-    """Draws tokens. Holds no state of any request."""
+    """A sampler of tokens. Holds no state of any request."""
 
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self._vocab_size = vocab_size
@@ -63,26 +97,19 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Draw one token per row from its processed distribution. `logits` is overwritten.
 
-        Log-probabilities are those of the logits as given. A row whose logits are not finite gets an error, the
-        others their tokens.
+        Log-probabilities are those of the unprocessed logits. A row with logits that are not finite gets an error; the
+        other rows get their tokens.
 
         Args:
-          logits: `[N, V]` float32, contiguous, as the model made them. rows: N.
+          logits: `[N, V]` float32, contiguous, unprocessed. rows: N.
         """
         assert logits.shape == (len(rows), self._vocab_size), "one row of logits over the vocabulary per sampling row"
         assert logits.dtype == torch.float32, "logits are float32"
         errors = _find_errors(logits, rows)
-        explained = [i for i, row in enumerate(rows) if row.num_logprobs >= 0 and i not in errors]
+        explained = [i for i, row in enumerate(rows) if row.has_logprobs and i not in errors]
         raw = logits[explained] if explained else logits[:0]
         self._process(logits, rows, errors)
-        noise = NodeNoise.of(
-            [row.seed for row in rows],
-            [row.choice for row in rows],
-            [row.output_index for row in rows],
-            [_is_sampled(row.params) for row in rows],
-            self._device,
-        )
-        token_ids = sample_nodes(logits, noise).tolist()
+        token_ids = sample_nodes(logits, node_noise(rows, self._device)).tolist()
         logprobs = _explain(raw, [(token_ids[i], rows[i].num_logprobs) for i in explained])
         logprobs_by_row = dict(zip(explained, logprobs, strict=True))
         return [
@@ -91,12 +118,12 @@ class Sampler:
         ]
 
     def logprob_rows(self, logits: Tensor, token_ids: Tensor | Sequence[int], num_top: int) -> LogprobRows:
-        """Log-probabilities of `token_ids` and of the `num_top` most probable tokens of each row.
+        """Return log-probabilities of `token_ids` and of the `num_top` most probable tokens of each row.
 
-        Most probable first; of equals the lowest id first.
+        Order: most probable first; of equals, lowest id first.
 
         Args:
-          logits: `[N, V]` float32, as the model made them. token_ids: `[N]` integers.
+          logits: `[N, V]` float32, unprocessed. token_ids: `[N]` integers.
         """
         chosen_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=logits.device)
         chunks = zip(logits.split(_LOGPROB_CHUNK_ROWS), chosen_ids.split(_LOGPROB_CHUNK_ROWS), strict=True)
@@ -105,14 +132,14 @@ class Sampler:
         return pack_logprobs(chosen, top_ids, top)
 
     def _process(self, scores: Tensor, rows: Sequence[SamplingRow], errors: dict[int, str]) -> None:
-        """Everything before the noise, in the order of the wire contract. In place."""
+        """Apply all processing before the noise, in the order of the wire contract. In place."""
         for i, row in enumerate(rows):
-            if i not in errors and _has_adjustments(row.params):
+            if i not in errors and row.has_adjustments:
                 _adjust(scores[i], row)
-        params = [row.params if _is_sampled(row.params) and i not in errors else None for i, row in enumerate(rows)]
-        temperatures = [p.temperature if p else 1.0 for p in params]
-        if any(temperature != 1.0 for temperature in temperatures):
-            scores /= torch.tensor(temperatures, device=scores.device).unsqueeze(1)
+        divisors = [1.0 if i in errors else row.divisor for i, row in enumerate(rows)]
+        if any(divisor != 1.0 for divisor in divisors):
+            scores /= torch.tensor(divisors, device=scores.device).unsqueeze(1)
+        params = [None if row.is_greedy or i in errors else row.params for i, row in enumerate(rows)]
         filters: tuple[tuple[Callable[[Tensor, Tensor], Tensor], list[float | int | None]], ...] = (
             (_keep_top_k, [p.top_k if p and 0 < p.top_k < self._vocab_size else None for p in params]),
             (_keep_top_p, [p.top_p if p and p.top_p < 1.0 else None for p in params]),
@@ -123,12 +150,22 @@ class Sampler:
             _filter_rows(scores, keep, limits)
 
 
-def _is_sampled(params: SamplingParams) -> bool:
-    return params.temperature >= GREEDY_BELOW
+def node_noise(rows: Sequence[SamplingRow], device: torch.device | str = "cpu") -> NodeNoise:
+    """Return the noise of rows of logits; greedy rows take none."""
+    return NodeNoise.of(
+        [row.seed for row in rows],
+        [row.choice for row in rows],
+        [row.output_index for row in rows],
+        [not row.is_greedy for row in rows],
+        device,
+    )
 
 
 def _find_errors(logits: Tensor, rows: Sequence[SamplingRow]) -> dict[int, str]:
-    """Rows that cannot be sampled. A sum shows any element that is not finite, and overflows only near 1e38."""
+    """Return the errors of rows that cannot be sampled.
+
+    A row's sum is not finite if any element is not. It may also overflow, near 1e38, so such rows are checked in full.
+    """
     sums = logits.sum(-1).isfinite().tolist()
     errors = {i: NOT_FINITE for i, is_finite in enumerate(sums) if not is_finite and not logits[i].isfinite().all()}
     for i, row in enumerate(rows):
@@ -140,34 +177,29 @@ def _find_errors(logits: Tensor, rows: Sequence[SamplingRow]) -> dict[int, str]:
 # ---- penalties and bias -------------------------------------------------------------------------------------------
 
 
-def _has_adjustments(params: SamplingParams) -> bool:
-    return bool(
-        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
-    )
-
-
 def _adjust(scores: Tensor, row: SamplingRow) -> None:
-    """Penalize what was said before and add the bias. `scores` is one row, `[V]`; in place.
+    """Penalize tokens of prompt and output, and add the bias. `scores` is one row, `[V]`; in place.
 
-    Repetition penalty: Keskar et al. 2019 (CTRL), as Transformers has it; presence and frequency: as OpenAI has them.
+    Repetition penalty: Keskar et al. 2019 (CTRL), as in Transformers. Presence and frequency penalty: as in OpenAI's
+    API.
     """
     params, device = row.params, scores.device
     output_ids = torch.as_tensor(row.output_ids, dtype=torch.int64, device=device)
     if params.repetition_penalty != 1.0:
         prompt_ids = torch.as_tensor(row.prompt_ids, dtype=torch.int64, device=device)
         ids = torch.cat((prompt_ids, output_ids)).unique()
-        said = scores[ids]
-        scores[ids] = torch.where(said < 0, said * params.repetition_penalty, said / params.repetition_penalty)
+        seen = scores[ids]
+        scores[ids] = torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
     if (params.presence_penalty or params.frequency_penalty) and len(output_ids):
         ids, counts = output_ids.unique(return_counts=True)
         scores[ids] -= counts.to(torch.float32) * params.frequency_penalty + params.presence_penalty
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=device)
         scores[ids] += torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
-    scores.nan_to_num_(0.0).clamp_(-_LARGEST_SCORE, _LARGEST_SCORE)  # NaN: 0 divided by a penalty that underflowed
+    scores.nan_to_num_(0.0).clamp_(-_LARGEST_SCORE, _LARGEST_SCORE)  # 0 divided by an underflowed penalty is NaN
 
 
-# ---- filters: scores [n, V], limits [n] -> scores with what does not survive at -inf --------------------------------
+# ---- filters: scores [n, V], limits [n] -> scores with excluded tokens at -inf --------------------------------------
 
 
 def _filter_rows(
@@ -186,7 +218,7 @@ def _filter_rows(
 
 
 def _keep_top_k(scores: Tensor, limits: Tensor) -> Tensor:
-    """Keep what is not below the k-th highest score; equals of the k-th stay."""
+    """Keep tokens that do not score below the k-th highest score. Equals of the k-th are kept."""
     ranks = limits.to(torch.int64)
     highest = scores.topk(int(ranks.max()), dim=-1).values
     thresholds = highest.gather(1, (ranks - 1).unsqueeze(1))
@@ -194,7 +226,7 @@ def _keep_top_k(scores: Tensor, limits: Tensor) -> Tensor:
 
 
 def _keep_top_p(scores: Tensor, limits: Tensor) -> Tensor:
-    """Keep the fewest tokens, most probable first, whose probability exceeds p (Holtzman et al. 2020)."""
+    """Keep the fewest most probable tokens with a total probability of at least p (Holtzman et al. 2020)."""
     return _keep_in_stages(scores, limits, _nucleus)
 
 
@@ -206,14 +238,14 @@ def _keep_min_p(scores: Tensor, limits: Tensor) -> Tensor:
 
 
 def _keep_typical(scores: Tensor, limits: Tensor) -> Tensor:
-    """Keep the tokens whose surprise is nearest to the entropy, up to mass `typical_p` (Meister et al. 2023)."""
+    """Keep the tokens with surprise nearest to the entropy, up to mass `typical_p` (Meister et al. 2023)."""
     return _keep_in_stages(scores, limits, _typical)
 
 
 def _keep_in_stages(
     scores: Tensor, limits: Tensor, stage: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Run a stage over few candidates, and over more for the rows for which those were too few."""
+    """Run a stage over few candidates, then over more candidates for rows that need them."""
     vocab_size = scores.shape[1]
     kept, rows = scores, torch.arange(len(scores), device=scores.device)
     for num_candidates in (*(few for few in _CANDIDATES if few < vocab_size), vocab_size):
@@ -246,12 +278,12 @@ def _typical(scores: Tensor, limits: Tensor, num_candidates: int) -> tuple[Tenso
 
 
 def _entropy(logprobs: Tensor, probs: Tensor) -> Tensor:
-    """Entropy of each row, `[n, 1]`, summed in order of token id."""
+    """Return the entropy of each row, `[n, 1]`, summed in order of token id."""
     return -torch.where(probs > 0, logprobs * probs, 0.0).cumsum(-1)[:, -1:]
 
 
 def _order_keys(scores: Tensor) -> Tensor:
-    """int64 keys in the order of `scores`, all different: of equals the lowest id has the highest key."""
+    """Return distinct int64 keys in the order of `scores`; of equals the lowest id has the highest key."""
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal 0.0
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
     return (ordered << 32) | torch.arange(scores.shape[1] - 1, -1, -1, device=scores.device)
@@ -261,7 +293,7 @@ def _order_keys(scores: Tensor) -> Tensor:
 
 
 def top_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Chosen `[N]`, ids of the most probable `[N, num_top]` and their log-probabilities."""
+    """Return log-probabilities of `token_ids` `[N]`, ids of the most probable tokens `[N, num_top]` and theirs."""
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1)
     num_top = min(num_top, logits.shape[1])
@@ -276,7 +308,7 @@ def _no_logprobs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _explain(raw: Tensor, wanted: Sequence[tuple[int, int]]) -> list[LogprobRows]:
-    """One `LogprobRows` per row of `raw` from its (token id, number of alternatives)."""
+    """Return one `LogprobRows` per row of `raw` from its (token id, number of alternatives)."""
     if not wanted:
         return []
     token_ids = torch.tensor([token_id for token_id, _ in wanted], device=raw.device)
@@ -289,7 +321,7 @@ def _explain(raw: Tensor, wanted: Sequence[tuple[int, int]]) -> list[LogprobRows
 
 
 def pack_logprobs(chosen: Tensor, top_ids: Tensor, top: Tensor) -> LogprobRows:
-    """Pack what `top_logprobs` returned, on any device, into a message."""
+    """Pack the result of `top_logprobs`, on any device, into a message."""
     return LogprobRows(
         num_tokens=chosen.shape[0],
         num_top=top.shape[1],

@@ -1,8 +1,8 @@
-"""`TokenTree`: what a row verifies in one step, its last known token and a draft of what may follow.
+"""`TokenTree`: the tokens that a row verifies in one step, its last known token and a draft of the following ones.
 
-The target samples at every node, and the row goes on along the nodes whose tokens it would have sampled itself. So a
-draft can only make a row faster: its tokens are those of plain decoding (each node has the noise, the penalties and the
-attention that its position would have had).
+The target samples at every node, and a row follows the nodes with the tokens that the target sampled. So a draft can
+only make a row faster: its tokens are those of plain decode, because each node has the noise, penalties and attention
+of its position.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from descant_kernels import walk_tree
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """Nodes, parents first; node 0 is the row's last known token, node i the draft's token i - 1."""
+    """The nodes of a draft, parents first. Node 0 is the row's last known token, node i the draft's token i - 1."""
 
     draft_ids: tuple[int, ...]  # tokens of the nodes from 1 on
     parents: tuple[int, ...]  # of all nodes, -1 for node 0
@@ -29,7 +29,7 @@ class TokenTree:
 
     @classmethod
     def of(cls, draft: TokenDraft | None) -> TokenTree:
-        """Return the tree of a draft; of none, node 0 alone."""
+        """Return the tree of a draft; without a draft, node 0 alone."""
         if draft is None:
             return _NO_DRAFT
         parents = (-1, *(parent + 1 for parent in unpack_ints(draft.parents)))
@@ -40,16 +40,16 @@ class TokenTree:
 
     @property
     def num_drafted(self) -> int:
-        """Nodes beside node 0."""
+        """Number of nodes besides node 0."""
         return len(self.draft_ids)
 
     @property
     def depths(self) -> NDArray[np.int64]:
-        """Nodes between node 0 and each node, `[num_nodes]`: the position relative to node 0's."""
+        """Depth of each node, `[num_nodes]`: its position relative to that of node 0."""
         return np.array([len(path) - 1 for path in self.paths], dtype=np.int64)
 
-    def said(self, node: int) -> list[int]:
-        """Return the draft's tokens on the way to a node, its own included."""
+    def path_tokens(self, node: int) -> list[int]:
+        """Return the draft's tokens on the path to a node, its own included."""
         return [self.draft_ids[one - 1] for one in self.paths[node][1:]]
 
 
@@ -57,10 +57,10 @@ _NO_DRAFT = TokenTree((), (-1,), ((0,),))
 
 
 def ancestors(trees: Sequence[TokenTree], first_slots: Sequence[int]) -> NDArray[np.int32]:
-    """Cache positions on each node's path, `[nodes of all trees, greatest depth + 1]`, padded with -1.
+    """Return the cache positions on each node's path, `[nodes of all trees, greatest depth + 1]`, padded with -1.
 
     Args:
-      first_slots: the position of each tree's node 0; node i lies i behind it, whatever its depth.
+      first_slots: the cache position of each tree's node 0. Node i is at offset i from it, at any depth.
     """
     width = max(len(path) for tree in trees for path in tree.paths)
     table = np.full((sum(len(tree.paths) for tree in trees), width), -1, dtype=np.int32)
@@ -75,17 +75,17 @@ def ancestors(trees: Sequence[TokenTree], first_slots: Sequence[int]) -> NDArray
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """How far a tree was followed: the nodes, root first, and the token sampled at each."""
+    """The accepted path of a tree: its nodes, root first, and the token sampled at each."""
 
     nodes: tuple[int, ...]
     tokens: tuple[SampledToken, ...]
 
 
 def accept(trees: Sequence[TokenTree], sampled: Sequence[SampledToken]) -> list[Accepted]:
-    """Follow each tree as far as the target agrees with it.
+    """Return the accepted path of each tree: as far as the target's samples match the draft.
 
     Args:
-      sampled: one token per node of all trees, in their order. A node whose logits were bad ends its path.
+      sampled: one token per node of all trees, in their order. A node with bad logits ends its path.
     """
     if len(sampled) == len(trees):
         return [Accepted((0,), (token,)) for token in sampled]

@@ -1,8 +1,8 @@
-"""What goes between host and device without anybody waiting: small tensors and adapters.
+"""Transfers between host and device that block neither: small tensors and adapters.
 
-On the CPU there is nothing to wait for: `upload` and `Download` hand out what they are given, `HostUploader` copies at
-once. On a CUDA device small tensors go and come through pinned memory on the stream that computes, and adapters go on
-a stream of their own, so that they arrive while steps run.
+On the CPU, `upload` and `Download` return their arguments, and `HostUploader` copies at once. On a CUDA device small
+tensors are transferred through pinned memory on the compute stream. Adapters are transferred on a stream of their own,
+so that the copies overlap steps.
 
 Never run on a GPU yet: `_upload_packed`, the event of `Download`, and all of `SideStreamUploader`.
 """
@@ -10,40 +10,59 @@ Never run on a GPU yet: `_upload_packed`, the event of `Download`, and all of `S
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
 
 from descant.versions import pieces
 
-_ALIGNMENT_BYTES = 16  # of every tensor in a packed upload: enough for any dtype
+Ts = TypeVarTuple("Ts")
+
+_ALIGNMENT_BYTES = 16  # of every tensor in a packed upload; sufficient for any dtype
 
 # ---- small tensors ------------------------------------------------------------------------------------------------
 
 Mark = torch.cuda.Event | None
-"""A point in the work queued on a device; None where work is done as soon as it is queued."""
+"""A point in the work queued on a device. It passes when the work before it is done. None: already passed."""
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return CPU tensors on a device, by one transfer that the host does not wait for.
+    """Return CPU tensors on a device, in one transfer, without blocking the host.
 
     Args:
-      tensors: any shapes and dtypes, small ones; they may change as soon as this returns, unless the device is the CPU.
+      tensors: small, of any shapes and dtypes. Unless the device is the CPU they may be changed after the call.
     """
     return list(tensors) if device.type == "cpu" else _upload_packed(tensors, device)
 
 
+def upload_fields(objects: tuple[*Ts], device: torch.device) -> tuple[*Ts]:
+    """Return copies of dataclass instances with all tensor fields on a device, in one transfer as in `upload`."""
+    named = [
+        {field.name: value for field in fields(cast(Any, one)) if isinstance(value := getattr(one, field.name), Tensor)}
+        for one in objects
+    ]
+    moved = iter(upload([tensor for tensors in named for tensor in tensors.values()], device))
+    return cast(
+        "tuple[*Ts]",
+        tuple(
+            replace(cast(Any, one), **{name: next(moved) for name in tensors})
+            for one, tensors in zip(objects, named, strict=True)
+        ),
+    )
+
+
 def _upload_packed(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """All tensors side by side in one pinned buffer, which the allocator keeps until the copy is done."""
+    """Upload all tensors through one pinned buffer, which the allocator keeps until the copy is done."""
     packed, starts = pack(tensors, pin=True)
     on_device = packed.to(device, non_blocking=True)
     return unpack(on_device, starts, tensors)
 
 
 def pack(tensors: Sequence[Tensor], pin: bool = False) -> tuple[Tensor, list[int]]:
-    """Return the tensors' bytes side by side, `[num_bytes]` uint8, and where each begins."""
+    """Return the concatenated bytes of tensors, `[num_bytes]` uint8, and the start of each."""
     sizes = [-(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for tensor in tensors]
     starts = [0, *accumulate(sizes)]
     packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
@@ -53,7 +72,7 @@ def pack(tensors: Sequence[Tensor], pin: bool = False) -> tuple[Tensor, list[int
 
 
 def unpack(packed: Tensor, starts: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
-    """Return views of packed bytes, with the shapes and dtypes of the tensors that were packed."""
+    """Return views of packed bytes, with the shapes and dtypes of the packed tensors."""
     return [
         packed[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         for start, tensor in zip(starts, like, strict=False)
@@ -61,10 +80,10 @@ def unpack(packed: Tensor, starts: Sequence[int], like: Sequence[Tensor]) -> lis
 
 
 class Download:
-    """Device tensors on their way to the host."""
+    """A transfer of device tensors to the host."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Queue the copies behind what is queued already. CPU tensors are kept as they are."""
+        """Queue the copies after the work queued so far. CPU tensors are not copied."""
         self._event: Mark = None
         self._tensors = list(tensors)
         if any(tensor.is_cuda for tensor in tensors):
@@ -75,8 +94,8 @@ class Download:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def wait(self) -> list[Tensor]:
-        """Return the tensors on the CPU, once they are there."""
+    def block_until_copied(self) -> list[Tensor]:
+        """Block until the copies are done and return the tensors on the CPU."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensors
@@ -86,18 +105,18 @@ class Download:
 
 
 class Uploader(Protocol):
-    """How adapters get to the device, and what orders that with the steps."""
+    """The upload of adapters to the device, ordered with the steps."""
 
     def stage(self, data: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a CPU tensor in a dtype, where `copy` can read it without waiting. Any thread may call this."""
+        """Return a CPU tensor in a dtype, in memory that `copy` reads without blocking. Any thread may call this."""
         ...
 
     def copy(self, target: Tensor, staged: Tensor, after: Sequence[Mark]) -> Mark:
-        """Begin to copy what `stage` returned once the marks have passed; the mark returned passes when it is there."""
+        """Queue the copy of a staged tensor after the given marks. The returned mark passes when the copy is done."""
         ...
 
-    def wait(self, mark: Mark) -> None:
-        """Steps queued from now on begin after the mark has passed."""
+    def order_after(self, mark: Mark) -> None:
+        """Make the work queued from now on begin after the mark has passed. The host does not block."""
         ...
 
     def mark(self) -> Mark:
@@ -106,7 +125,7 @@ class Uploader(Protocol):
 
 
 class HostUploader:
-    """For the CPU: everything is done when it returns."""
+    """An uploader for the CPU: every call completes before it returns."""
 
     def stage(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Uploader`."""
@@ -120,7 +139,7 @@ class HostUploader:
         """See `Uploader`."""
         target.copy_(staged)
 
-    def wait(self, mark: Mark) -> None:
+    def order_after(self, mark: Mark) -> None:
         """See `Uploader`."""
 
     def mark(self) -> Mark:
@@ -128,7 +147,7 @@ class HostUploader:
 
 
 class SideStreamUploader:
-    """For a CUDA device: copies from pinned memory on a stream of their own, beside the steps."""
+    """An uploader for a CUDA device: it copies from pinned memory on its own stream, in parallel with the steps."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -154,7 +173,7 @@ class SideStreamUploader:
         self._sources.append((arrived, staged))
         return arrived
 
-    def wait(self, mark: Mark) -> None:
+    def order_after(self, mark: Mark) -> None:
         """See `Uploader`."""
         if mark is not None:
             torch.cuda.current_stream(self._device).wait_event(mark)

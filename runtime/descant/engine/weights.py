@@ -1,4 +1,4 @@
-"""The decoder's weights, from a checkpoint's names to the packed linears the decoder multiplies with."""
+"""The decoder's weights, read from a checkpoint and packed for multiplication."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from descant_kernels import PackedLinear, pack_linear
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """One layer. Letters: see `decoder`."""
+    """The weights of one layer. Letters: see `decoder`."""
 
     input_norm: Tensor  # [H]
     qkv: PackedLinear  # [Hq*D + 2*Hkv*D, H]
@@ -29,7 +29,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderWeights:
-    """All of them. With tied embeddings `lm_head` is the embedding, laid out for multiplying."""
+    """The weights of all layers, embedding and head. With tied embeddings `lm_head` is the packed embedding."""
 
     embedding: Tensor  # [V, H]
     layers: tuple[LayerWeights, ...]
@@ -45,7 +45,10 @@ def load_weights(
     device: torch.device,
     on_progress: ProgressCallback = lambda fraction: None,
 ) -> DecoderWeights:
-    """Read every tensor of a model directory; `on_progress` hears the fraction done. Values are not scanned for NaN.
+    """Read every tensor of a model directory. Values are not checked for NaN.
+
+    Args:
+      on_progress: called with the fraction of tensors that are read.
 
     Raises:
         ModelInvalid: a tensor is missing, unexpected, misshaped or unreadable; the reason names it.
@@ -57,7 +60,7 @@ def load_weights(
 
 
 class _DecoderReader:
-    """Knows what each tensor is called and how large it is."""
+    """A reader of decoder tensors by name, with checked shapes."""
 
     def __init__(self, config: DecoderConfig, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint

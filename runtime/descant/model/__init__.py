@@ -1,1 +1,1 @@
-"""What a base model is: its architecture, its checkpoint, its tokenizer."""
+"""The base model: its architecture, its checkpoint and its tokenizer."""

@@ -1,7 +1,7 @@
-"""What a base model is, read from its Transformers files: every quirk of their configs is normalized here, once.
+"""The architecture of a base model, read from its Transformers files. All quirks of their configs are normalized here.
 
-Configs of Transformers 4 and 5 are understood. Whatever could change the numbers and is not implemented is refused by
-name, an unknown key included: a model is served exactly or not at all. No torch in this file.
+Configs of Transformers 4 and 5 are supported. A key or value that could change the numbers and is not implemented is
+refused by name, and so is an unknown key: a model is served exactly or not at all. Does not import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LORA_MODULES_PER_LAYER = 7
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding; fields as in Transformers' `rope_parameters`, None where the kind does not use them."""
+    """The rotary embedding. Fields are those of Transformers' `rope_parameters`; None where the kind lacks them."""
 
     theta: float = 10_000.0
     kind: RopeKind = "default"
@@ -39,7 +39,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A decoder's shape. Sizes are in elements, `max_context` in tokens."""
+    """The shape of a decoder. Sizes are in elements, `max_context` in tokens."""
 
     family: Family
     vocab_size: int
@@ -74,7 +74,7 @@ class DecoderConfig:
 
     @property
     def max_context(self) -> int:
-        """Most tokens of a sequence. YaRN's reach counts even where `max_position_embeddings` was left as trained."""
+        """Maximum tokens of a sequence. YaRN extends `max_position_embeddings` if that is the trained length."""
         if self.rope.kind != "yarn":
             return self.max_position_embeddings
         reach = (self.rope.original_max_position_embeddings or 0) * (self.rope.factor or 1.0)
@@ -82,7 +82,7 @@ class DecoderConfig:
 
 
 class LoraModule(NamedTuple):
-    """A linear that adapters may change, by its name in the checkpoint without `.weight`."""
+    """A linear that adapters may change, with its name in the checkpoint without `.weight`."""
 
     name: str
     in_features: int
@@ -90,7 +90,7 @@ class LoraModule(NamedTuple):
 
 
 def lora_modules(config: DecoderConfig) -> tuple[LoraModule, ...]:
-    """Return every module in the order of the LoRA tables: q k v o gate up down of layer i from 7 * i on, `lm_head`."""
+    """Return every module in LoRA table order: q k v o gate up down of layer i from index 7 * i, then `lm_head`."""
     hidden, inner = config.hidden_size, config.intermediate_size
     per_layer = (
         ("self_attn.q_proj", hidden, config.q_size),
@@ -110,10 +110,10 @@ def lora_modules(config: DecoderConfig) -> tuple[LoraModule, ...]:
 
 
 def from_hf(directory: Path | str) -> DecoderConfig:
-    """Read `config.json` and, if there is one, `generation_config.json` of a model directory.
+    """Read `config.json` and, if it exists, `generation_config.json` of a model directory.
 
     Raises:
-        ModelInvalid: no readable config, or a key or value this engine does not implement; the reason names it.
+        ModelInvalid: no readable config, or a key or value that this engine does not implement; the reason names it.
     """
     path = Path(directory)
     reader = ConfigReader(str(directory), read_json(path / "config.json", str(directory)))
@@ -124,11 +124,11 @@ def from_hf(directory: Path | str) -> DecoderConfig:
     return config
 
 
-# ---- what differs between families --------------------------------------------------------------------------------
+# ---- differences between families ---------------------------------------------------------------------------------
 
 
 class _Defaults(NamedTuple):
-    """What a key means where config.json leaves it out."""
+    """The values of keys that config.json omits."""
 
     family: Family
     architecture: str
@@ -211,7 +211,7 @@ def _max_positions(reader: ConfigReader, family: _Defaults) -> int:
 
 
 def _read_attention_bias(reader: ConfigReader, family: Family) -> tuple[bool, bool]:
-    if family == "qwen2":  # has the biases without a key for them
+    if family == "qwen2":  # its config has no key for its biases
         return True, False
     bias = reader.flag("attention_bias", False)
     if bias and family == "mistral":

@@ -1,4 +1,4 @@
-"""The base model as adapters see it: the linears they may change, and its checkpoint, opened only when needed."""
+"""The base model as needed for adapters: its modules, and its checkpoint, which is opened only when needed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,12 @@ class BaseModel:
 
     @classmethod
     def open(cls, directory: str | Path) -> "BaseModel":
-        """Read the config only. Raises ModelInvalid as `arch.from_hf`."""
+        """Read the config of a model directory. Raises ModelInvalid as `arch.from_hf`."""
         config = from_hf(directory)
         return cls(Path(directory), config, lora_modules(config))
 
     def holds(self, module: str, weight: Tensor) -> bool:
-        """Return whether `weight` has the very values of the embedding or the head, `[vocab_size, hidden_size]`.
+        """Return whether `weight`, `[vocab_size, hidden_size]`, equals the embedding or the head in every value.
 
         Args:
           module: `model.embed_tokens` or `lm_head`.
@@ -42,7 +42,7 @@ class BaseModel:
             raise ModelInvalid(str(self.directory), f"its tensor {name} cannot be read: {exc}") from exc
         if own.shape != weight.shape:
             return False
-        chunks = zip(own.split(4096), weight.split(4096), strict=True)  # float32 copies of a few rows at a time
+        chunks = zip(own.split(4096), weight.split(4096), strict=True)  # bounds the float32 copies
         return all(bool((one.float() == other.float()).all()) for one, other in chunks)
 
     def _file_of(self, tensor: str) -> Path:

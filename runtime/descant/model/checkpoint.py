@@ -1,4 +1,4 @@
-"""A model directory's safetensors files, single or sharded: every tensor is taken exactly once, checked."""
+"""The safetensors files of a model directory, single or sharded. Every tensor is checked and taken exactly once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from descant_client.errors import ModelInvalid
 ProgressCallback = Callable[[float], None]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # old files store the table
+_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a derived table in old files
 
 
 class Checkpoint:
-    """Named tensors. `take` what the model has, then `finish`: whatever is left was not understood."""
+    """The named tensors of a checkpoint. `take` those of the model, then `finish`, which refuses leftovers."""
 
     def __init__(
         self, directory: Path, dtype: torch.dtype, device: torch.device, on_progress: ProgressCallback
@@ -38,7 +38,7 @@ class Checkpoint:
         """Return a tensor in the serving dtype, on the serving device.
 
         Raises:
-            ModelInvalid: it is missing, has another shape, is not floating point or cannot be read.
+            ModelInvalid: the tensor is missing, has another shape, is not floating point or cannot be read.
         """
         file = self._files.pop(name, None)
         if file is None:
@@ -52,14 +52,14 @@ class Checkpoint:
         return tensor.to(device=self._device, dtype=self._dtype)
 
     def take_stacked(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
-        """Return several tensors as one, concatenated along axis 0."""
+        """Return several tensors concatenated along axis 0. Raises ModelInvalid as `take`."""
         return torch.cat([self.take(name, shape) for name, shape in zip(names, shapes, strict=True)])
 
     def take_copy(self, name: str, original: Tensor) -> None:
-        """Take a tensor that may be stored a second time, as it is with tied embeddings; it must equal `original`.
+        """Take a tensor that may be a stored copy of `original`, as with tied embeddings.
 
         Raises:
-            ModelInvalid: it does not.
+            ModelInvalid: the copy differs from `original`, or as `take`.
         """
         if name in self._files and not torch.equal(self.take(name, tuple(original.shape)), original):
             raise self._refuse(name, "differs from the tensor that it is tied to.")
@@ -88,10 +88,10 @@ class Checkpoint:
 
 
 def tensor_files(directory: Path) -> list[Path]:
-    """Return a model directory's safetensors files, whether or not they are there.
+    """Return the paths of a model directory's safetensors files. Those named by an index may not exist.
 
     Raises:
-        ModelInvalid: it has none, or an index that cannot be read.
+        ModelInvalid: the directory has neither file nor index, or the index cannot be read.
     """
     single = directory / "model.safetensors"
     if single.exists():

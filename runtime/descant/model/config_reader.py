@@ -1,4 +1,4 @@
-"""Reading a model's JSON files by key, typed, with errors that name the key. No torch in this file."""
+"""A typed reader of a model's JSON files, with errors that name the key. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from descant_client.errors import ModelInvalid
 
-# Keys without influence on the numbers of a forward pass without dropout. How to sample is the request's business.
+# Keys that do not change the numbers of a forward pass without dropout. Sampling parameters come from the request.
 _HARMLESS = frozenset(
     {
         "_attn_implementation_autoset",
@@ -63,7 +63,7 @@ _NEUTRAL: dict[str, object] = {
 
 
 class ConfigReader:
-    """Takes keys out of a config, typed; what is left over at the end was not understood."""
+    """A reader that takes typed keys out of a config. Keys left at the end are unknown."""
 
     def __init__(self, model: str, values: dict[str, Any]) -> None:
         self.model = model
@@ -71,19 +71,19 @@ class ConfigReader:
         self._nulls = values.keys() - self._values.keys()
 
     def refuse(self, reason: str) -> ModelInvalid:
-        """Return the error to raise."""
+        """Return the error to raise, with the model's name and a reason."""
         return ModelInvalid(self.model, reason)
 
     def is_null(self, key: str) -> bool:
-        """Whether the key is written, with no value: not the same as left out."""
+        """Return whether the key is present with the value null, as opposed to absent."""
         return key in self._nulls
 
     def take(self, key: str, default: Any = None) -> Any:
-        """Return a value of any type; null counts as left out."""
+        """Take a value of any type; null counts as absent."""
         return self._values.pop(key, default)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return an integer of at least 1. Raises ModelInvalid for anything else, or if it is left out."""
+        """Take an integer of at least 1. Raises ModelInvalid for any other value, or if absent without a default."""
         value = self.take(key, default)
         if value is None:
             raise self.refuse(f"config.json has no {key}.")
@@ -92,21 +92,21 @@ class ConfigReader:
         return value
 
     def count(self, key: str, default: int) -> int:
-        """Return an integer of at least 0. Raises ModelInvalid for anything else."""
+        """Take an integer of at least 0. Raises ModelInvalid for any other value."""
         value = self.take(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self.refuse(f"{key} is {value!r}, not a count.")
         return value
 
     def number(self, key: str, default: float) -> float:
-        """Return a number above 0. Raises ModelInvalid for anything else."""
+        """Take a number above 0. Raises ModelInvalid for any other value."""
         value = self.take(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise self.refuse(f"{key} is {value!r}, not a positive number.")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """Return a boolean. Raises ModelInvalid for anything else."""
+        """Take a boolean. Raises ModelInvalid for any other value."""
         value = self.take(key, default)
         if not isinstance(value, bool):
             raise self.refuse(f"{key} is {value!r}, neither true nor false.")
@@ -125,7 +125,7 @@ class ConfigReader:
 
 
 def read_json(path: Path, model: str) -> dict[str, Any]:
-    """Return a file's JSON object. Raises ModelInvalid if it is missing or is none."""
+    """Return a file's JSON object. Raises ModelInvalid if the file is missing or holds no JSON object."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError as exc:

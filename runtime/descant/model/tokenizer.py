@@ -1,7 +1,7 @@
-"""Text to token ids and back: prompts, chat templates, incremental detokenization, stop strings.
+"""Conversion of text to token ids and back: prompts, chat templates, incremental detokenization, stop strings.
 
-Runs in the server process: no torch. A `Detokenizer` is a fold over tokens one at a time, so the text it has released
-after n tokens never depends on how the tokens arrived; that is what makes resuming a stream exact.
+Used in the server process, so it does not import torch. A `Detokenizer` processes tokens one at a time, so the text
+released after n tokens does not depend on the batches in which tokens arrive. This makes resuming a stream exact.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import tokenizers
 from descant_client.errors import InvalidRequest, ModelInvalid
 from descant_client.protocol import ChatMessage
 
-REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+REPLACEMENT = "\ufffd"  # the decoded text of an incomplete UTF-8 sequence
 MAX_INCOMPLETE_IDS = 8
 
 
 class Tokenizer:
-    """A model directory's `tokenizer.json` and chat template."""
+    """The `tokenizer.json` and chat template of a model directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Load from `directory`. Raises ModelInvalid if there is no readable tokenizer.json."""
+        """Load both from `directory`. Raises ModelInvalid without a readable tokenizer.json or a valid template."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as exc:
@@ -43,7 +43,7 @@ class Tokenizer:
         self._template, self._template_variables = _load_chat_template(directory)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a raw prompt, with the special tokens the tokenizer adds by itself."""
+        """Return the ids of a raw prompt, with the special tokens that the tokenizer adds."""
         return self._tokenizer.encode(text, add_special_tokens=True).ids
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -57,7 +57,7 @@ class Tokenizer:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._template_variables)
-        except Exception as exc:  # a template is a program: it may raise anything
+        except Exception as exc:  # a template is a program and may raise any error
             raise InvalidRequest("messages", f"the chat template says: {exc}") from exc
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -66,37 +66,37 @@ class Tokenizer:
         if len(token_ids) != 1:
             return self._tokenizer.decode(token_ids, skip_special_tokens=True)
         text = self._plain_text_by_id.get(token_ids[0])
-        if text is None:  # one id is the context of nearly every token
+        if text is None:  # cached, because a single id is the context of nearly every token
             text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
             self._plain_text_by_id[token_ids[0]] = text
         return text
 
     def token_text(self, token_id: int) -> str:
-        """Return one token as text, special tokens by their name."""
+        """Return the text of one token; for a special token, its name."""
         text = self._text_by_id.get(token_id)
-        if text is None:  # log-probabilities of a long prompt name millions of tokens
+        if text is None:  # cached, because log-probabilities of a long prompt contain millions of tokens
             text = self._text_by_id[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
 
 class Detokenizer:
-    """Turns a growing list of ids into text that is never taken back.
+    """An incremental decoder of ids. Released text is never taken back.
 
-    Text is held back while a UTF-8 character is incomplete and while it may be the beginning of a stop string. A stop
+    Text is held back while a UTF-8 character is incomplete and while it may be the start of a stop string. A stop
     string itself is never released; `stopped_at` is then the number of tokens up to and including its last one.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._window: list[int] = []  # the ids whose text may still change, after some context
-        self._context_len = 0  # how many of them have been turned into text
-        self._held = ""  # text that may begin a stop string
+        self._window: list[int] = []  # ids of released text for context, then ids with text that may still change
+        self._context_len = 0  # number of context ids at the start of the window
+        self._held = ""  # text that may be the start of a stop string
         self.num_tokens = 0
         self.stopped_at: int | None = None
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Return the text that these tokens release. Tokens after a stop string release nothing."""
+        """Add tokens and return the text that they release. Tokens after a stop string release nothing."""
         released = ""
         for token_id in token_ids:
             self.num_tokens += 1
@@ -105,7 +105,7 @@ class Detokenizer:
         return released
 
     def flush(self) -> str:
-        """Return what is still held back, at the end of the output; nothing after a stop string."""
+        """Return the text still held back at the end of the output; empty after a stop string."""
         if self.stopped_at is not None:
             return ""
         context = self._tokenizer.decode(self._window[: self._context_len])
@@ -114,12 +114,12 @@ class Detokenizer:
         return rest
 
     def _complete(self, token_id: int) -> str:
-        # Decoding is not a homomorphism (leading spaces, split characters), so ids are decoded behind those before.
+        # The text of an id depends on earlier ids (leading spaces, split characters), so ids are decoded in context.
         self._window.append(token_id)
         context = self._tokenizer.decode(self._window[: self._context_len])
         text = self._tokenizer.decode(self._window)
         if text == context:
-            self._window.pop()  # a special or unknown id: nothing to wait for
+            self._window.pop()  # a special or unknown id has no text
             return ""
         if text.endswith(REPLACEMENT):
             return self._give_up_on_invalid_bytes(context)
@@ -128,7 +128,7 @@ class Detokenizer:
         return text[len(context) :]
 
     def _give_up_on_invalid_bytes(self, context: str) -> str:
-        # A character has at most four bytes: of a longer incomplete run only the last three ids may still become one.
+        # A character has at most four bytes, so only the last three ids of a longer run can still complete one.
         if len(self._window) - self._context_len <= MAX_INCOMPLETE_IDS:
             return ""
         head, self._window = self._window[:-3], self._window[-3:]
@@ -151,19 +151,19 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds stop strings in a sequence's output: the scheduler's `Stopper`."""
+    """A search for stop strings in a sequence's output: the scheduler's `Stopper`."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self._detokenizer = Detokenizer(tokenizer, stop)
 
     def push(self, token_ids: Sequence[int]) -> int | None:
-        """Take the next output tokens; return how many the whole output keeps once a stop string is complete."""
+        """Add output tokens. Return the number of output tokens to keep once a stop string is complete, else None."""
         self._detokenizer.push(token_ids)
         return self._detokenizer.stopped_at
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a proper beginning of `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
@@ -191,7 +191,7 @@ def _load_chat_template(directory: Path) -> tuple[jinja2.Template | None, dict[s
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what to train on; for us it is not there."""
+    """The tag `{% generation %}`, which marks text to train on. Only its content is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's way
 

@@ -1,1 +1,1 @@
-"""Requests checked, prepared and submitted, whichever door they came through."""
+"""Requests, checked, prepared and submitted. Used by every door; knows of none."""

@@ -1,6 +1,6 @@
-"""What is asked for when adapters are combined: LoRAX's way of saying it, and what the types on the wire cannot check.
+"""Checks of combinations of adapters, and the translation of LoRAX's `merged_adapters` into one.
 
-The server checks a combination before the worker hears of it. What takes the members' ranks is checked there.
+These are the rules that the wire types cannot express. Rules about the members' ranks are checked by the worker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from descant_client.wire import WeightedAdapter
 
 Value = TypeVar("Value")
 
-MIN_CLAMP = 0.5  # the median: below it the quantile is negative, and both bounds of the clamp change places
+MIN_CLAMP = 0.5  # the median; below it the quantile is negative and the bounds of the clamp are swapped
 
 _EXACT = ("cat", "linear", "svd")
 _STRATEGIES: Final[Mapping[str, Literal["linear", "ties", "dare_linear", "dare_ties"]]] = {
@@ -28,8 +28,8 @@ _STRATEGIES: Final[Mapping[str, Literal["linear", "ties", "dare_linear", "dare_t
 _METHODS: Final[Mapping[str, Literal["total", "frequency"]]] = {"total": "total", "frequency": "frequency"}
 
 
-def check(combination: Combination, members: Sequence[WeightedAdapter]) -> None:
-    """Check that a type has what it needs and nothing it would ignore, and that weights are numbers.
+def check_combination(combination: Combination, members: Sequence[WeightedAdapter]) -> None:
+    """Check that a type has the fields it needs and none that it would ignore, and that weights are finite.
 
     Raises:
         InvalidRequest: naming the field.
@@ -38,27 +38,29 @@ def check(combination: Combination, members: Sequence[WeightedAdapter]) -> None:
     if not all(math.isfinite(member.weight) for member in members):
         raise InvalidRequest("adapters", "every weight must be finite.")
     if not kind.endswith("svd"):
-        _refuse("rank", combination.rank is not None, kind, "svd and those that end in _svd")
-        _refuse("clamp", combination.clamp is not None, kind, "svd and those that end in _svd")
+        if combination.rank is not None:
+            raise _unused("rank", kind, "svd and those that end in _svd")
+        if combination.clamp is not None:
+            raise _unused("clamp", kind, "svd and those that end in _svd")
     if combination.clamp is not None and not combination.clamp > MIN_CLAMP:
         raise InvalidRequest("combination.clamp", f"a quantile above {MIN_CLAMP}, the median, and at most 1.")
-    if kind in _EXACT:
-        _refuse("density", combination.density is not None, kind, "ties, dare and magnitude_prune")
-    elif combination.density is None:
+    if kind in _EXACT and combination.density is not None:
+        raise _unused("density", kind, "ties, dare and magnitude_prune")
+    if kind not in _EXACT and combination.density is None:
         raise InvalidRequest(
             "combination.density", f"{kind} needs it: the share of values to keep, above 0, at most 1."
         )
-    if "ties" not in kind:
-        _refuse("majority_sign_method", combination.majority_sign_method != "total", kind, "ties and dare_ties")
-    if "dare" not in kind:
-        _refuse("seed", combination.seed != 0, kind, "dare")
+    if "ties" not in kind and combination.majority_sign_method != "total":
+        raise _unused("majority_sign_method", kind, "ties and dare_ties")
+    if "dare" not in kind and combination.seed != 0:
+        raise _unused("seed", kind, "dare")
 
 
 def from_lorax(merged: MergedAdapters) -> tuple[tuple[WeightedAdapter, ...], Combination]:
     """Return the members and the combination that LoRAX's `merged_adapters` asks for.
 
-    LoRAX's clients send `density` and `majority_sign_method` always, so a strategy without a use for them ignores them;
-    but a method that does not exist is refused with any strategy. A density of 1 or more keeps everything.
+    LoRAX's clients always send `density` and `majority_sign_method`, so strategies that do not use them ignore them. A
+    method that does not exist is refused with any strategy. A density of 1 or more keeps everything.
 
     Raises:
         InvalidRequest: naming the field.
@@ -81,9 +83,9 @@ def from_lorax(merged: MergedAdapters) -> tuple[tuple[WeightedAdapter, ...], Com
     return members, Combination(type=kind, density=density, majority_sign_method=method)
 
 
-def _refuse(field: str, is_given: bool, kind: str, kinds: str) -> None:
-    if is_given:
-        raise InvalidRequest(f"combination.{field}", f"{kind} does not use it; it is for {kinds}.")
+def _unused(field: str, kind: str, kinds: str) -> InvalidRequest:
+    """Return the error for a field that a type does not use."""
+    return InvalidRequest(f"combination.{field}", f"{kind} does not use it; it is for {kinds}.")
 
 
 def _choice(field: str, given: str | None, default: str, choices: Mapping[str, Value]) -> Value:

@@ -1,6 +1,6 @@
 """`DefaultHeads`: the draft heads that the configuration names for requests for the base alone.
 
-They are there for speed only. So whatever becomes of their adapter, such requests go on without it.
+They only make answers come sooner. If their adapter cannot be had, such requests run without it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from descant_client.speculation import SpeculationChoice, named_heads
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 60.0  # after a failure; until then nobody asks for them, and nobody waits
+RETRY_S = 60.0  # time after a failure in which the registry is not asked again
 
 
 class DefaultHeads:
-    """Which they are, and whether to ask the registry for them."""
+    """The configured heads, and whether to ask the registry for them now."""
 
     def __init__(self, speculation: SpeculationChoice, now: Callable[[], float] = time.monotonic) -> None:
         self._name = named_heads(speculation)
@@ -30,17 +30,17 @@ class DefaultHeads:
         self._retry_at_s = 0.0
 
     @property
-    def are_there(self) -> bool:
-        """Whether any are named, and were not found wanting just now."""
+    def is_available(self) -> bool:
+        """Whether heads are configured and the last failure is at least `RETRY_S` ago."""
         return self._name is not None and self._now() >= self._retry_at_s
 
     def question(self, lease: Lease) -> ResolveAdapters:
-        """Return what to ask, if there are any. The name is the shared one, whoever's request it is."""
+        """Return the question to the registry. The name is the shared one for every principal."""
         return ResolveAdapters((), Principal(SHARED), lease, heads=self._name)
 
-    def failed(self, error: DescantError) -> None:
-        """The question was answered with an error."""
+    def on_failed(self, error: DescantError) -> None:
+        """Record that the registry answered with an error. Logs the first of several at once."""
         if self._now() < self._retry_at_s:
-            return  # several had asked
+            return  # another request has reported it
         self._retry_at_s = self._now() + RETRY_S
         logger.warning("requests for the base go without the draft heads of %r: %s", self._name, error)

@@ -1,4 +1,4 @@
-"""Waiting for the registry, and telling the client if it takes long."""
+"""Progress messages for clients that wait long for the registry."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-SILENCE_S = 0.25  # after which a client that waits is told what for
+REPORT_AFTER_S = 0.25  # time without an answer after which the client gets a progress message
 
 Answer = TypeVar("Answer")
 
 
-async def break_silence(work: Coroutine[Any, Any, Answer], tell: Callable[[], None]) -> Answer:
-    """Return what `work` does, and `tell` once if that takes longer than `SILENCE_S`. Cancelling cancels the work."""
+async def report_if_slow(work: Coroutine[Any, Any, Answer], report: Callable[[], None]) -> Answer:
+    """Return the result of `work`. Call `report` once if it takes longer than `REPORT_AFTER_S`.
+
+    Cancelling cancels the work.
+    """
     task = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait([task], timeout=SILENCE_S)
+        done, _ = await asyncio.wait([task], timeout=REPORT_AFTER_S)
         if not done:
-            tell()
+            report()
         return await task
     finally:
         task.cancel()

@@ -1,4 +1,4 @@
-"""What the parts of the server share: state that outlives any actor's restart, and the addresses of the actors."""
+"""`Services`: state that outlives every actor's restart, `ModelState` among it, and the addresses of the actors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from descant_client.protocol import ModelInfo
 
 
 class ModelState:
-    """What is known of the base model and of the executor's present life."""
+    """State of the base model and of the executor over its lives."""
 
     def __init__(self, model_id: str) -> None:
         self.id = model_id
@@ -29,28 +29,28 @@ class ModelState:
         self.num_steps = 0  # completed, over all lives
         self.num_lives = 0
         self.num_adapter_loads = 0  # onto the device, over all lives
-        self.pinned: tuple[AdapterVersion, ...] = ()  # what is to be on the device always
+        self.pinned: tuple[AdapterVersion, ...] = ()  # versions to be kept on the device
         self._engine: EngineReady | None = None
         self._failure: DescantError | None = None
         self._loaded = anyio.Event()
 
-    def up(self, engine: EngineReady) -> None:
-        """Take note of a new life."""
+    def on_executor_up(self, engine: EngineReady) -> None:
+        """Record that a new life of the executor has loaded the model."""
         self._engine = engine
         self.is_up = True
         self.num_lives += 1
         self._loaded.set()
 
-    def give_up(self, error: DescantError) -> None:
-        """No life will follow: `ready` raises `error` from now on."""
+    def on_given_up(self, error: DescantError) -> None:
+        """Record that the executor will not be started again: from now on `ready` raises `error`."""
         self._failure = error
         self._loaded.set()
 
     async def ready(self) -> EngineReady:
-        """Return the engine's facts, waiting for the first life of the executor; they are the same for all lives.
+        """Wait for the first life of the executor and return its engine's facts. They are the same for all lives.
 
         Raises:
-            DescantError: nothing will be computed any more.
+            DescantError: the executor was given up.
         """
         await self._loaded.wait()
         if self._failure is not None:
@@ -59,18 +59,18 @@ class ModelState:
 
     @property
     def engine(self) -> EngineReady:
-        """The engine's facts, after `ready`."""
-        assert self._engine is not None, "nobody may ask before the model is loaded"
+        """Facts of the engine, known after `ready`."""
+        assert self._engine is not None, "it is known once the model is loaded"
         return self._engine
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
+        """Token ids that end an answer."""
         return self.engine.info.eos_token_ids
 
     @property
     def info(self) -> ModelInfo:
-        """The model as clients see it, after `ready`."""
+        """The model as clients see it, known after `ready`."""
         engine = self.engine
         return ModelInfo(
             id=self.id,
@@ -83,7 +83,7 @@ class ModelState:
 
 @dataclass(frozen=True)
 class Services:
-    """Handed to whoever serves a request."""
+    """Shared services of request handlers: configuration, model state, addresses of actors, tables."""
 
     config: Config
     model: ModelState

@@ -1,4 +1,4 @@
-"""`TimeLimits`: how long a request may wait and take, from the moment the server got it."""
+"""`TimeLimits`: how long a request may wait and run, counted from its arrival at the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from descant_client.protocol import Generate
 
 
 class TimeLimits(NamedTuple):
-    """Times are of `time.monotonic`, the scheduler's clock. None: no limit."""
+    """Limits of one request, in seconds of `time.monotonic`, the scheduler's clock. None: no limit."""
 
     received_s: float
     queue_timeout_s: float | None
@@ -24,37 +24,37 @@ class TimeLimits(NamedTuple):
 
     @classmethod
     def of(cls, request: Generate, config: SchedulingConfig, received_s: float) -> Self:
-        """Return the limits of a request. A client may only shorten those of the server."""
+        """Return the limits of a request. A client can only shorten those of the server."""
         queue_timeout_s = _shorter(request.queue_timeout_s, config.queue_timeout_s)
         return cls(received_s, queue_timeout_s, _shorter(request.timeout_s, config.timeout_s))
 
     @property
     def queue_deadline_s(self) -> float | None:
-        """By when it must have run."""
+        """Time by which it must have run its first step."""
         return None if self.queue_timeout_s is None else self.received_s + self.queue_timeout_s
 
     @property
     def deadline_s(self) -> float | None:
-        """By when it must have ended."""
+        """Time by which it must have ended."""
         return None if self.timeout_s is None else self.received_s + self.timeout_s
 
     @contextmanager
-    def bounding_the_wait(self) -> Iterator[None]:
-        """Cancel what is done in this block before the request is queued once its time is up.
+    def bounding_preparation(self) -> Iterator[None]:
+        """Cancel this block, which prepares the request, at the shorter of the two limits.
 
         Raises:
-            DeadlineExceeded: it is.
+            DeadlineExceeded: the limit has passed.
         """
         limits = ((self.queue_timeout_s, QUEUE), (self.timeout_s, TOTAL))
-        given = [(timeout_s, what) for timeout_s, what in limits if timeout_s is not None]
+        given = [(timeout_s, kind) for timeout_s, kind in limits if timeout_s is not None]
         if not given:
             yield
             return
-        timeout_s, what = min(given)
+        timeout_s, kind = min(given)
         with anyio.move_on_after(max(0.0, self.received_s + timeout_s - time.monotonic())) as scope:
             yield
         if scope.cancelled_caught:
-            raise DeadlineExceeded(what, timeout_s)
+            raise DeadlineExceeded(kind, timeout_s)
 
 
 def _shorter(one: float | None, other: float | None) -> float | None:

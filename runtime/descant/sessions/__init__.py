@@ -1,1 +1,1 @@
-"""Sessions, streams and operations: what a client comes back to after a lost connection."""
+"""Sessions with their streams and operations: everything that outlives a lost connection of a client."""

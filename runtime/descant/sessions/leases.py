@@ -1,4 +1,4 @@
-"""Leases: what keeps a version on disk while a request needs it. They belong to the system and outlive any actor."""
+"""Leases: they keep a version on disk while a request needs it. They belong to the system and outlive every actor."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 
 class LeaseTable:
-    """How many requests use each version, by digest."""
+    """Number of requests that use each version, by digest.
 
-    def __init__(self) -> None:
+    `on_unused` is called, without waiting, with the digest of a version when its last use ends.
+    """
+
+    def __init__(self, on_unused: Callable[[str], None] = lambda digest: None) -> None:
         self._counts: Counter[str] = Counter()
-        self.on_free: Callable[[str], None] = lambda digest: None
-        """Called, without waiting, when the last use of a version has ended."""
+        self._on_unused = on_unused
 
     def lease(self) -> Lease:
         """Return a lease that holds nothing yet."""
@@ -26,32 +28,32 @@ class LeaseTable:
         return len(self._counts)
 
     def add_use(self, digest: str) -> None:
-        """Count a use; a `Lease` does it."""
+        """Count a use. Called by `Lease`."""
         self._counts[digest] += 1
 
     def end_use(self, digest: str) -> None:
-        """End a use; a `Lease` does it."""
+        """End a use. Called by `Lease`."""
         self._counts[digest] -= 1
         if not self._counts[digest]:
             del self._counts[digest]
-            self.on_free(digest)
+            self._on_unused(digest)
 
 
 class Lease:
-    """The versions one request uses, from before it is submitted until it has ended."""
+    """The versions that one request uses, from before it is submitted until it has ended."""
 
     def __init__(self, table: LeaseTable) -> None:
         self._table = table
-        self._digests: list[str] | None = []  # None: the request has ended
+        self._digests: list[str] | None = []  # None: released
 
     def hold(self, digest: str) -> None:
-        """Use a version; nothing happens if the request has ended meanwhile."""
+        """Use a version until the lease is released. Ignored if it has been released already."""
         if self._digests is not None:
             self._digests.append(digest)
             self._table.add_use(digest)
 
     def release(self) -> None:
-        """The request has ended. More than once is no fault."""
+        """End the use of every version held. Releasing twice is harmless."""
         digests, self._digests = self._digests or [], None
         for digest in digests:
             self._table.end_use(digest)

@@ -1,50 +1,94 @@
-"""What a session holds for a client: the answer to one request, however it comes about."""
+"""`Outgoing`: the answer to one request on its way to the session of its client."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
-from descant_client.errors import DescantError
-from descant_client.protocol import ServerMessage
+from descant.actor.errors import ActorError
+from descant_client.errors import DescantError, InternalError
+from descant_client.protocol import Error, Progress, ServerMessage
 
 
-class Outgoing(Protocol):
-    """A `Stream` or an `Operation`: something that has messages for its client until it is released."""
+class Outgoing(ABC):
+    """Base of `OutgoingStream` and `OutgoingOperation`: messages for a client until they are released.
 
-    request_id: str
-    key: str  # unique in the server
-    is_submitted: bool  # it ends by itself, whatever becomes of the gateway
-    ended_s: float | None  # when the last message was sent
-    is_kept: ClassVar[bool]  # it stays with its session until it is released: doing it again would not be the same
-    orphaned: ClassVar[str]  # what to tell the client if the gateway crashes before it is submitted
+    `on_change` is called, without waiting, whenever there may be something new to render.
+    """
+
+    is_kept: ClassVar[bool]  # stays with its session until it is released, as its request cannot be repeated
+    orphaned: ClassVar[str]  # reason for the client if the gateway crashes before the request is submitted
+    is_submitted = False  # ends by itself, even if the gateway crashes
+
+    def __init__(self, request_id: str, key: str, on_change: Callable[[Outgoing], None]) -> None:
+        self.request_id = request_id
+        self.key = key  # unique in the server; the scheduler cancels by it
+        self.end_sent_s: float | None = None  # time at which the last message was sent
+        self._on_change = on_change
+        self._notes: list[ServerMessage] = []  # sent once and never again on resume
+        self._is_end_rendered = False
 
     @property
+    @abstractmethod
     def is_ended(self) -> bool:
-        """Whether nothing more will come of it."""
-        ...
+        """Whether nothing more will be produced for it."""
 
     @property
-    def is_end_sent(self) -> bool:
+    def is_end_rendered(self) -> bool:
         """Whether its last message has been rendered."""
-        ...
+        return self._is_end_rendered
+
+    def note(self, message: Progress) -> None:
+        """Add a message that does not end the answer."""
+        self._notes.append(message)
+        self._on_change(self)
 
     def render(self) -> list[ServerMessage]:
-        """Return what is new since the last call."""
-        ...
+        """Return the messages that are new since the last call."""
+        if self._is_end_rendered:
+            return []
+        messages, self._notes = self._notes, []
+        self._render_into(messages)
+        return messages
 
+    def on_end_sent(self, now_s: float) -> None:
+        """Record that the last message has been written to a connection."""
+        self.end_sent_s = now_s
+
+    @abstractmethod
     def resume(self, have: Mapping[int, int]) -> None:
-        """Say again what the client has not got. Raises InvalidRequest if it claims more than there is."""
-        ...
+        """Send again the part that the client has not received. `have` counts its tokens by choice.
+
+        Raises:
+            InvalidRequest: the client claims more than there is.
+        """
 
     def take_unparked(self) -> tuple[int, ...]:
-        """Return the sequences that were parked for it and may go on now."""
-        ...
+        """Return the ids of sequences that were parked for it and may run again."""
+        return ()
 
+    @abstractmethod
     def cancel(self) -> None:
-        """Give up what has not reached the scheduler."""
-        ...
+        """Give up work that has not reached the scheduler."""
 
+    @abstractmethod
     def fail(self, error: DescantError) -> None:
-        """End it with an error."""
-        ...
+        """End it with an error. Only the first end counts."""
+
+    @abstractmethod
+    def _render_into(self, messages: list[ServerMessage]) -> None:
+        """Append the messages that are new since the last call. Sets `_is_end_rendered` with the last one."""
+
+    def _rewind(self) -> None:
+        """Allow its end to be rendered and sent again."""
+        self._is_end_rendered = False
+        self.end_sent_s = None
+        self._on_change(self)
+
+
+def error_message(error: DescantError, request_id: str | None = None) -> Error:
+    """Return an error as it goes over the wire. Errors of actors, which have no wire code, become InternalError."""
+    if isinstance(error, ActorError):
+        error = InternalError(str(error))
+    return Error(code=error.code, message=str(error), request_id=request_id, data=error.data())

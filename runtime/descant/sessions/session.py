@@ -1,7 +1,7 @@
-"""Sessions: what a client comes back to. They belong to the system and outlive both the connection and the gateway.
+"""Sessions: the requests of one client, kept for it over reconnects. They outlive connections and the gateway.
 
-A session has at most one connection at a time; a newer one takes over. What it holds, streams and operations on
-adapters, goes on while it has none, until `ServerConfig.resume_window_s` has passed.
+A session has at most one connection at a time; a newer one replaces it. Its streams and operations go on without a
+connection until `ServerConfig.resume_window_s` has passed.
 """
 
 from __future__ import annotations
@@ -13,46 +13,46 @@ from collections.abc import Iterator
 import anyio.lowlevel
 
 from descant.contract.principal import Principal
-from descant.sessions.operation import Operation
+from descant.sessions.operation import OutgoingOperation
 from descant.sessions.outgoing import Outgoing
-from descant.sessions.stream import Stream
+from descant.sessions.stream import OutgoingStream
 from descant_client.errors import InvalidRequest, Overloaded, StreamNotFound
 
 RETRY_AFTER_S = 1.0
-FINISHED_PER_STREAM = 4  # finished ones a session keeps for each unfinished one it may have
+FINISHED_PER_STREAM = 4  # finished streams kept for each unfinished one that is allowed
 
 
 class Session:
-    """What one client has asked for, and which of it has something to send."""
+    """Streams and operations of one client, and which of them have something to send."""
 
     def __init__(self, session_id: str, principal: Principal, max_streams: int, buffer_bytes: int) -> None:
         self.id = session_id
         self.principal = principal
-        self.detached_s: float | None = None  # since when it has no connection
-        self.connection = 0  # number of the newest connection; an older one finds itself replaced
+        self.detached_s: float | None = None  # time at which its last connection closed; None: it has one
+        self.connection = 0  # number of the newest connection
         self._outgoing: dict[str, Outgoing] = {}
-        self._unfinished: dict[str, Outgoing] = {}  # those that may be; looked through only at the limit
+        self._unfinished: dict[str, Outgoing] = {}  # includes ended ones, which are removed at the limit
         self._changed: dict[str, None] = {}  # request ids, in the order they changed
-        self._waker: asyncio.Future[None] | None = None  # what its connection waits on
+        self._waker: asyncio.Future[None] | None = None  # awaited by its connection
         self._max_streams = max_streams
         self._buffer_bytes = buffer_bytes
 
-    def open_stream(self, request_id: str) -> Stream:
-        """Make the stream of a new request.
+    def open_stream(self, request_id: str) -> OutgoingStream:
+        """Add the stream of a new request.
 
         Raises:
             InvalidRequest: the id is in use.
-            Overloaded: too much is unfinished, or finished and not read.
+            Overloaded: too many are unfinished, or finished and not read.
         """
         self._make_room(request_id)
-        stream = Stream(request_id, f"{self.id}/{request_id}", self._buffer_bytes, self._mark)
+        stream = OutgoingStream(request_id, f"{self.id}/{request_id}", self._buffer_bytes, self._mark)
         self._outgoing[request_id] = self._unfinished[request_id] = stream
         return stream
 
-    def open_operation(self, request_id: str) -> Operation:
-        """Make the operation of a new request; it counts as a stream. Raises as `open_stream`."""
+    def open_operation(self, request_id: str) -> OutgoingOperation:
+        """Add the operation of a new request. It counts as a stream. Raises as `open_stream`."""
         self._make_room(request_id)
-        operation = Operation(request_id, f"{self.id}/{request_id}", self._mark)
+        operation = OutgoingOperation(request_id, f"{self.id}/{request_id}", self._mark)
         self._outgoing[request_id] = self._unfinished[request_id] = operation
         return operation
 
@@ -68,20 +68,29 @@ class Session:
             table.pop(request_id, None)
 
     def attach(self) -> int:
-        """Take note of a new connection; return its number, which ends the one before."""
+        """Register a new connection and return its number. The connection before it is replaced."""
         self.connection += 1
         self.detached_s = None
         self._wake()
         return self.connection
 
-    async def next_changed(self, connection: int) -> Outgoing | None:
-        """Wait for something with something to send; None once another connection has taken over.
+    def detach(self, connection: int, now_s: float) -> None:
+        """Record that a connection has closed. Ignored if a newer one has replaced it."""
+        if self.is_current(connection):
+            self.detached_s = now_s
 
-        Others have their turn first if there is something at once; what comes meanwhile shares a frame.
+    def is_current(self, connection: int) -> bool:
+        """Return whether no newer connection has replaced this one."""
+        return self.connection == connection
+
+    async def next_changed(self, connection: int) -> Outgoing | None:
+        """Wait for the next answer with something to send. None: a newer connection has replaced this one.
+
+        If there is one already, other tasks run first, so that tokens that arrive meanwhile share its frame.
         """
         if self._changed:
             await anyio.lowlevel.checkpoint()
-        while self.connection == connection:
+        while self.is_current(connection):
             if self._changed:
                 request_id = next(iter(self._changed))
                 del self._changed[request_id]
@@ -110,8 +119,8 @@ class Session:
                 raise Overloaded(f"This session has {max_kept} streams that its client does not read.", RETRY_AFTER_S)
 
     def _forget_sent(self) -> None:
-        """Forget the older half of what was sent and never acknowledged; half, so that this is seldom done."""
-        sent = [(one.is_kept, one.ended_s, one.request_id) for one in self if one.ended_s is not None]
+        """Forget the older half of the answers that were sent and not acknowledged. Half, so that it is done seldom."""
+        sent = [(one.is_kept, one.end_sent_s, one.request_id) for one in self if one.end_sent_s is not None]
         for _, _, request_id in sorted(sent)[: (len(sent) + 1) // 2]:
             self.release(request_id)
 
@@ -131,18 +140,18 @@ class SessionTable:
 
     def __init__(self, max_streams: int, buffer_bytes: int, max_sessions: int = 1024) -> None:
         self._sessions: dict[str, Session] = {}
-        self._evicted: list[Session] = []  # forgotten; `expire` has yet to say what was in them
+        self._evicted: list[Session] = []  # removed to make room; `expire` yields their contents
         self._max_streams = max_streams
         self._buffer_bytes = buffer_bytes
         self._max_sessions = max_sessions  # of one principal
 
-    def attach(self, session_id: str | None, principal: Principal) -> Session:
-        """Return the session to go on with: the one asked for if it is this principal's, else a new one.
+    def open_or_resume(self, session_id: str | None, principal: Principal) -> Session:
+        """Return the session of that id if it belongs to the principal, else a new one.
 
-        For a new one, the principal's session that has been without a connection for longest may have to go.
+        A new one may replace the principal's session that has been without a connection for longest.
 
         Raises:
-            Overloaded: the principal has as many sessions as it may, each with a connection.
+            Overloaded: the principal has the maximum number of sessions, each with a connection.
         """
         session = self._sessions.get(session_id) if session_id else None
         if session is None or session.principal.name != principal.name:
@@ -156,9 +165,9 @@ class SessionTable:
         self._sessions.pop(session.id, None)
 
     def expire(self, now_s: float, window_s: float) -> Iterator[Outgoing]:
-        """Forget sessions without a connection and finished streams, both older than the window.
+        """Forget sessions without a connection and streams whose end was sent, both longer ago than `window_s`.
 
-        Yields what was in forgotten sessions: whoever runs it should cancel it.
+        Yields the contents of forgotten sessions. The caller cancels them.
         """
         evicted, self._evicted = self._evicted, []
         for session in evicted:
@@ -169,14 +178,14 @@ class SessionTable:
                 yield from session
                 continue
             for one in session:
-                if one.ended_s is not None and now_s - one.ended_s >= window_s and not one.is_kept:
+                if one.end_sent_s is not None and now_s - one.end_sent_s >= window_s and not one.is_kept:
                     session.release(one.request_id)
 
     @property
     def is_busy(self) -> bool:
-        """Whether something still runs, or has not been sent to a client that is there."""
+        """Whether a request still runs, or its answer has not been sent to a client that is connected."""
         return any(
-            not one.is_ended or (session.detached_s is None and one.ended_s is None)
+            not one.is_ended or (session.detached_s is None and one.end_sent_s is None)
             for session in self._sessions.values()
             for one in session
         )

@@ -1,7 +1,7 @@
-"""A stream: one request's output on its way to one session.
+"""`OutgoingStream`: the output of one request on its way to one session.
 
-It is the sink of the request's sequences. There is no buffer of events: what a client has yet to get is the part of
-each sequence's own tokens behind a cursor, so a slow reader gets larger deltas, and resuming only moves the cursor.
+It is the sink of the request's sequences and has no buffer of its own. Unsent output is the part of each sequence's
+tokens behind a cursor. So a slow reader gets larger deltas, and resuming only moves the cursor.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from typing import ClassVar
 
 import anyio
 
-from descant.actor.errors import ActorError
 from descant.model.tokenizer import Detokenizer, Tokenizer
 from descant.scheduling.sequence import Sequence as TokenSequence
 from descant.scheduling.sequence import TokenLogprobs
 from descant.sessions.leases import Lease
+from descant.sessions.outgoing import Outgoing, error_message
 from descant_client.errors import DescantError, InternalError, InvalidRequest
 from descant_client.protocol import (
     Accepted,
     ChoiceEnd,
     Delta,
     Done,
-    Error,
-    Progress,
     ServerMessage,
     TokenLogprob,
     TopLogprob,
@@ -33,38 +31,34 @@ from descant_client.protocol import (
 )
 from descant_client.timings import Timings
 
-BYTES_PER_TOKEN = 16  # what an unsent token is counted as
-MAX_DELTA_TOKENS = 512  # so that one stream's backlog does not hold up the others of its connection
+BYTES_PER_TOKEN = 16  # assumed size of an unsent token
+MAX_DELTA_TOKENS = 512  # bounds the time for which one stream's backlog delays the others of its connection
 
 
-class Stream:
-    """The sink of a request's sequences, and the maker of its messages.
+class OutgoingStream(Outgoing):
+    """The sink of a request's sequences. It renders their tokens as messages."""
 
-    `changed` is called, without waiting, whenever there may be something new to render.
-    """
-
-    is_kept: ClassVar[bool] = False  # once sent, only for a while
+    is_kept: ClassVar[bool] = False  # forgotten some time after it was sent
     orphaned: ClassVar[str] = "the gateway crashed while the request was being prepared; send it again."
 
-    def __init__(self, request_id: str, key: str, buffer_bytes: int, changed: Callable[[Stream], None]) -> None:
-        self.request_id = request_id
-        self.key = key  # unique in the server: what the scheduler cancels by
-        self.is_cancelled = False  # asked for
-        self.is_submitted = False  # the scheduler has it: it ends by itself
-        self.ended_s: float | None = None  # when the last message was sent
+    def __init__(self, request_id: str, key: str, buffer_bytes: int, on_change: Callable[[Outgoing], None]) -> None:
+        super().__init__(request_id, key, on_change)
+        self.is_cancelled = False  # the client has asked for it
         self._max_unsent = buffer_bytes // BYTES_PER_TOKEN
-        self._changed = changed
         self._accepted: Accepted | None = None
         self._choices: list[_Choice] = []
-        self._notes: list[ServerMessage] = []  # sent once, never again on resume
         self._error: DescantError | None = None
-        self._over_budget: list[int] = []  # sequences parked because of us
+        self._over_budget: list[int] = []  # ids of the sequences parked for this stream
         self._lease: Lease | None = None
         self._preparation: anyio.CancelScope | None = None
         self._is_accepted_sent = False
-        self._is_end_sent = False
 
-    # ---- what happens to it -----------------------------------------------------------------------
+    # ---- state of the request ---------------------------------------------------------------------
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether nothing more will be generated for it."""
+        return self._error is not None or (bool(self._choices) and all(c.is_finished for c in self._choices))
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -77,114 +71,98 @@ class Stream:
         self._preparation = None
 
     def cancel(self) -> None:
-        """The client wants no more of it. What the scheduler has by now is the scheduler's to cancel."""
+        """Cancel the preparation. Sequences that the scheduler has already are cancelled there."""
         self.is_cancelled = True
         if self._preparation is not None:
             self._preparation.cancel()
 
     def expect(self, sequences: Sequence[TokenSequence], tokenizer: Tokenizer) -> None:
-        """These are its choices, if the scheduler takes them: they may come to their sink before `accept`."""
+        """Set the choices that are about to be submitted: their tokens may arrive before `accept` is called."""
         self._choices = [_Choice(sequence, tokenizer, self.request_id) for sequence in sequences]
 
     def accept(self, accepted: Accepted) -> None:
-        """The request is taken, with the choices it expected."""
+        """Record that the scheduler has taken the expected choices. Messages are rendered from now on."""
         self._accepted = accepted
-        self._changed(self)
+        self._on_change(self)
 
-    def hold(self, lease: Lease) -> None:
-        """Keep the versions of this lease until nothing more is generated."""
+    def keep_until_ended(self, lease: Lease) -> None:
+        """Release `lease` when nothing more is generated."""
         self._lease = lease
         self._release_if_ended()
 
-    def note(self, message: Progress) -> None:
-        """Tell the client something in passing."""
-        self._notes.append(message)
-        self._changed(self)
-
     def fail(self, error: DescantError) -> None:
-        """End the stream with an error. What was not sent yet is not sent any more."""
+        """End the stream with an error. Tokens that were not sent yet are dropped."""
         self._error = self._error or error
         self._release_if_ended()
-        self._changed(self)
+        self._on_change(self)
 
     def put(self, sequence: TokenSequence, num_new: int) -> bool:
-        """Hear of new tokens; answers False over the budget, upon which the scheduler parks the sequence."""
-        self._changed(self)
+        """Buffer the last `num_new` tokens of a sequence without blocking.
+
+        Return False when the unsent output exceeds the buffer budget; the scheduler then parks the sequence.
+        """
+        self._on_change(self)
         if self._num_unsent() <= self._max_unsent:
             return True
         self._over_budget.append(sequence.id)
         return False
 
     def end(self, sequence: TokenSequence) -> None:
-        """Hear that a sequence has finished."""
+        """Record that a sequence has finished."""
         if sequence.finish_reason == "error":
             self.fail(sequence.error or InternalError("a sequence ended without saying why."))
         self._release_if_ended()
-        self._changed(self)
+        self._on_change(self)
 
     def _release_if_ended(self) -> None:
         if self._lease is not None and self.is_ended:
             self._lease.release()
 
-    # ---- what the client gets ---------------------------------------------------------------------
+    # ---- messages for the client ------------------------------------------------------------------
 
-    @property
-    def is_ended(self) -> bool:
-        """Whether nothing more will be generated for it."""
-        return self._error is not None or (bool(self._choices) and all(c.is_finished for c in self._choices))
-
-    @property
-    def is_end_sent(self) -> bool:
-        """Whether its last message has been rendered."""
-        return self._is_end_sent
-
-    def render(self) -> list[ServerMessage]:
-        """Return what is new since the last call, at most `MAX_DELTA_TOKENS` tokens of each choice."""
-        if self._is_end_sent:
-            return []
-        messages, self._notes = self._notes, []
+    def _render_into(self, messages: list[ServerMessage]) -> None:
+        """Append at most `MAX_DELTA_TOKENS` new tokens of each choice, and the end once all were rendered."""
         if self._error is not None:
-            self._is_end_sent = True
-            return [*messages, error_message(self._error, self.request_id)]
+            self._is_end_rendered = True
+            messages.append(error_message(self._error, self.request_id))
+            return
         if self._accepted is None:
-            return messages
+            return
         if not self._is_accepted_sent:
             self._is_accepted_sent = True
             messages.append(self._accepted)
         messages += [delta for choice in self._choices if (delta := choice.render()) is not None]
         if self._num_unsent():
-            self._changed(self)
+            self._on_change(self)
         elif all(choice.is_finished for choice in self._choices):
-            self._is_end_sent = True
+            self._is_end_rendered = True
             messages.append(self._done())
-        return messages
 
     def take_unparked(self) -> tuple[int, ...]:
-        """Return the sequences that were parked for this stream and may go on now."""
+        """Return the ids of sequences that were parked for this stream and may run again."""
         if not self._over_budget or self._num_unsent() > self._max_unsent // 2:
             return ()
         unparked, self._over_budget = tuple(self._over_budget), []
         return unparked
 
     def resume(self, have: Mapping[int, int]) -> None:
-        """Go on behind the tokens the client already has.
+        """Move each choice's cursor behind the tokens that the client has.
 
         Raises:
-            InvalidRequest: it claims more than there is.
+            InvalidRequest: the client claims more tokens than there are.
         """
         for index, num_tokens in have.items():
             available = self._choices[index].num_tokens if 0 <= index < len(self._choices) else 0
-            if num_tokens > available:  # having nothing of a choice is always true, also before it is accepted
+            if num_tokens > available:  # zero tokens are always valid, also before the choices are known
                 raise InvalidRequest("have", f"choice {index} has no {num_tokens} tokens.")
         for index, choice in enumerate(self._choices):
             choice.rewind(have.get(index, 0))
-        self._is_accepted_sent = self._is_end_sent = False
-        self.ended_s = None
-        self._changed(self)
+        self._is_accepted_sent = False
+        self._rewind()
 
     def _num_unsent(self) -> int:
         num_unsent = 0
-        for choice in self._choices:  # a plain loop: this is asked three times for every token
+        for choice in self._choices:  # a plain loop: called three times for every token
             num_unsent += choice.num_unsent
         return num_unsent
 
@@ -267,7 +245,7 @@ class _Choice:
     def _text(self, start: int, end: int) -> str:
         token_ids = self.sequence.output_ids
         if end == len(token_ids) and self.sequence.is_ended_by_token:
-            end -= 1  # that token is no part of the text
+            end -= 1  # the stop token is no part of the text
         return self._detokenizer.push(token_ids[start:end])
 
     def _logprobs(self, start: int, end: int) -> list[TokenLogprob] | None:
@@ -288,13 +266,6 @@ class _Choice:
             logprob=entry.logprob,
             top=[TopLogprob(token_id=other, text=text(other), logprob=value) for other, value in entry.top],
         )
-
-
-def error_message(error: DescantError, request_id: str | None = None) -> Error:
-    """Return an error as it goes over the wire; what passes between actors only is a fault of ours."""
-    if isinstance(error, ActorError):
-        error = InternalError(str(error))
-    return Error(code=error.code, message=str(error), request_id=request_id, data=error.data())
 
 
 def _timings(sequences: Sequence[TokenSequence]) -> Timings:

@@ -1,1 +1,1 @@
-"""Where models and adapters come from: one file per source. Blocking code, run in threads by the fetch actor."""
+"""Sources of models and adapters, one file each. Blocking code, run in threads by the fetch actor."""

@@ -1,7 +1,7 @@
-"""The grammar of adapter references: what a user's string means.
+"""The grammar of adapter references.
 
-`hub:`, `s3:`, `local:`, `pbase:` or `s3://` name the source; a leading `/` or `./` is a local path; a slash inside
-means the Hub; anything else is a registered name.
+`hub:`, `s3:`, `local:`, `pbase:` or `s3://` name the source. A leading `/`, `./`, `../` or `~` means a local path, a
+slash elsewhere the Hub. Anything else is a registered name.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from descant_client.errors import AdapterUnsupported, InvalidRequest
 Source = Literal["name", "local", "hub", "s3", "pbase"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_LENGTH = 4096
-MAX_SHOWN = 200  # characters of what was sent that an error repeats
+MAX_SHOWN = 200  # characters of the input that an error repeats
 SERVED: tuple[Source, ...] = ("name", "local")
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """A parsed reference: where to look, and for what."""
+    """A parsed reference: its source, and the id there."""
 
     source: Source
     id: str
 
 
 def parse_reference(text: str, source: str | None = None) -> Reference:
-    """Parse a reference; an explicit `source` wins over the grammar.
+    """Parse a reference. An explicit `source` overrides the grammar.
 
     Raises:
-        InvalidRequest: not a reference at all.
-        AdapterUnsupported: a source this version does not read adapters from.
+        InvalidRequest: it is no reference.
+        AdapterUnsupported: this version does not read adapters from its source.
     """
     if not text or len(text) > MAX_LENGTH or "\0" in text:
         raise InvalidRequest("adapter", f"a reference has 1 to {MAX_LENGTH} characters and no NUL.")
@@ -45,7 +45,7 @@ def parse_reference(text: str, source: str | None = None) -> Reference:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if an adapter may be called so. Raises InvalidRequest."""
+    """Return `name` if it is a valid name of an adapter. Raises InvalidRequest."""
     if not NAME.fullmatch(name):
         raise InvalidRequest("name", f"{name[:MAX_SHOWN]!r} is no name of an adapter ({NAME.pattern}).")
     return name

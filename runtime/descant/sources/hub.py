@@ -13,7 +13,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")  # no pickles, no code
 
 
 def download_model(model: str, revision: str | None) -> Path:
-    """Return the local snapshot of a Hub model, downloading what is missing; progress bars go to stderr.
+    """Return the local snapshot of a Hub model, downloading missing files. Progress bars go to stderr.
 
     Raises:
         ModelInvalid: no such model or revision, or no access to it.
@@ -23,5 +23,5 @@ def download_model(model: str, revision: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=list(MODEL_FILES)))
     except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError, HFValidationError) as exc:
         raise ModelInvalid(model, f"the Hub says: {exc}") from exc
-    except Exception as exc:  # the HTTP library below the Hub client, and so its errors, depend on the version
+    except Exception as exc:  # the Hub client's HTTP library, and so its errors, depend on the version
         raise SourceUnavailable("Hugging Face Hub", f"{exc} Or give the path of a local directory.") from exc

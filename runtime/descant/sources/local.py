@@ -1,4 +1,4 @@
-"""Directories of this machine, limited to allowed roots."""
+"""Local directories, limited to allowed roots."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from descant_client.errors import AdapterForbidden, AdapterNotFound, InvalidRequ
 
 
 def find_adapter(adapter: str, path: str, roots: Sequence[str] | None) -> Path:
-    """Return the real directory of an adapter; symbolic links are followed before the roots are checked.
+    """Return the real directory of an adapter. Symbolic links are followed before the roots are checked.
 
     Raises:
-        AdapterForbidden: it, or a file in it, is not below one of `roots` (None: no limit). Said before anything
-            else, so that the answer does not tell what exists elsewhere.
+        AdapterForbidden: it, or a file in it, is not below one of `roots` (None: no limit). Checked first, so that the
+            error does not reveal which paths exist elsewhere.
         AdapterNotFound: there is no such directory.
     """
     try:
@@ -31,11 +31,11 @@ def find_adapter(adapter: str, path: str, roots: Sequence[str] | None) -> Path:
 
 
 def find_target(adapter: str, path: str, roots: Sequence[str] | None) -> Path:
-    """Return the real path at which a directory is to be written; what exists of it is followed through links.
+    """Return the real path of a directory that is to be written. Existing parts of it are followed through links.
 
     Raises:
-        InvalidRequest: not an absolute path, or none at all.
-        AdapterForbidden: it does not lead below one of `roots` (None: no limit), whether it exists or not.
+        InvalidRequest: it is no absolute path, or no path at all.
+        AdapterForbidden: it is not below one of `roots` (None: no limit), whether it exists or not.
     """
     if not Path(path).is_absolute() or "\0" in path:
         raise InvalidRequest("path", "give an absolute path of the server's machine.")

@@ -1,7 +1,7 @@
-"""Draft heads (Medusa): small networks on the base's last hidden state that guess tokens further ahead.
+"""Draft heads (Medusa): small networks on the base's last hidden state that draft tokens further ahead.
 
-What they guess is verified before anybody sees it, so they never change a token. This file says what they are and how
-they lie in a flat tensor; computing with them is the engine's.
+Drafts are verified before they are emitted, so heads never change a token. This module defines heads and their layout
+in a flat tensor; the engine computes with them.
 """
 
 import math
@@ -18,7 +18,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class HeadsShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """All that the base's own shape does not say of a version's heads."""
+    """The sizes of a version's heads that do not follow from the shape of the base."""
 
     num_heads: _Count
     num_layers: _Count  # residual blocks of each head
@@ -27,11 +27,11 @@ class HeadsShape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DraftHeads:
-    """n heads of L residual blocks: x += silu(weight @ x + bias), L times, from the base's last hidden state on.
+    """The n heads of a version, each with L residual blocks: x += silu(weight @ x + bias), L times.
 
-    The logits are those of the head's own LM head (Medusa v1), or of the base's (v2). Head 0 guesses the token after
-    the one that the base itself predicts, head 1 the next one, and so on. Adapters have them in float32 on the CPU, the
-    arena as views in its dtype.
+    The input is the base's last hidden state. The logits come from the head's own LM head (Medusa v1) or from that of
+    the base (v2). Head 0 drafts the token after the one that the base predicts, head 1 the next one, and so on. In
+    adapters the tensors are float32 on the CPU, in the arena they are views in its dtype.
     """
 
     weight: Tensor  # [n, L, H, H], out before in
@@ -40,18 +40,18 @@ class DraftHeads:
 
     @property
     def shape(self) -> HeadsShape:
-        """n, L, and whether there are LM heads."""
+        """The shape: n, L, and whether there are LM heads."""
         num_heads, num_layers, _ = self.bias.shape
         return HeadsShape(num_heads, num_layers, self.lm_heads is not None)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors there are, in the order of a flat tensor."""
+        """Return the existing tensors in the order of a flat tensor."""
         return [self.weight, self.bias, *([] if self.lm_heads is None else [self.lm_heads])]
 
 
 @dataclass(frozen=True, slots=True)
 class HeadsLayout:
-    """Where the tensors of heads lie in a flat tensor: one after the other, each beginning where a pair may."""
+    """The layout of heads in a flat tensor: one tensor after the other, each at a multiple of `ALIGNMENT`."""
 
     shape: HeadsShape
     hidden_size: int
@@ -59,7 +59,7 @@ class HeadsLayout:
 
     @property
     def size(self) -> int:
-        """Of all tensors, in elements, a multiple of ALIGNMENT."""
+        """Number of elements of all tensors, a multiple of `ALIGNMENT`."""
         return sum(padded(math.prod(dims), ALIGNMENT) for dims in self._dims())
 
     def views(self, flat: Tensor, offset: int) -> DraftHeads:
@@ -72,7 +72,7 @@ class HeadsLayout:
         return DraftHeads(tensors[0], tensors[1], tensors[2] if self.shape.has_lm_heads else None)
 
     def empty(self) -> DraftHeads:
-        """Return heads that are yet to be filled."""
+        """Return heads with uninitialized memory."""
         return self.views(torch.empty(self.size), 0)
 
     def _dims(self) -> list[tuple[int, ...]]:

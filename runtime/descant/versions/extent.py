@@ -1,7 +1,7 @@
-"""How a version lies in one flat tensor: the same in the store's files and in the arena, in every dtype.
+"""The layout of a version in one flat tensor: the same in the store's files and in the arena, in every dtype.
 
-Module after module in the order of the LoRA tables, each pair as `descant_kernels.PairLayout` has it; then the draft
-heads, if there are any, as `HeadsLayout` has them. The padding is zeros. Modules that are not touched take no room.
+Modules follow each other in the order of the LoRA tables, each pair laid out by `descant_kernels.PairLayout`. Draft
+heads, if any, follow, laid out by `HeadsLayout`. The padding is zeros. Untouched modules take no room.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from descant_kernels import PairLayout
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extent:
-    """A version in one piece. Lists are per module of the base; a rank of 0 means untouched."""
+    """A version in one flat tensor. Lists are per module of the base; rank 0 means untouched."""
 
     data: Tensor  # [extent elements] float32 on the CPU; B as in `Factors`, without its scaling
     ranks: list[int]
@@ -29,24 +29,24 @@ class Extent:
 
 
 def extent_offsets(ranks: Sequence[int], modules: Sequence[LoraModule]) -> list[int]:
-    """Return where each module's pair begins, in elements, and at the end where the heads do, if there are any."""
+    """Return the first element of each module's pair and, as the last entry, that of the heads."""
     return [0, *accumulate(_layout(rank, module).size for rank, module in zip(ranks, modules, strict=True))]
 
 
 def heads_layout(shape: HeadsShape, modules: Sequence[LoraModule]) -> HeadsLayout:
-    """Return the layout of heads on the base that has these modules, the last of which is its LM head."""
+    """Return the layout of heads for the base with these modules. The last module is its LM head."""
     return HeadsLayout(shape, modules[-1].in_features, modules[-1].out_features)
 
 
 def extent_elements(ranks: Sequence[int], modules: Sequence[LoraModule], heads: HeadsShape | None = None) -> int:
-    """Return how many elements an extent has."""
+    """Return the number of elements of an extent."""
     return extent_offsets(ranks, modules)[-1] + (heads_layout(heads, modules).size if heads else 0)
 
 
 def extent_bytes(
     ranks: Sequence[int], modules: Sequence[LoraModule], itemsize: int, heads: HeadsShape | None = None
 ) -> int:
-    """Return how many bytes a version takes in an arena whose elements have `itemsize` bytes."""
+    """Return the bytes of a version in an arena with elements of `itemsize` bytes."""
     return extent_elements(ranks, modules, heads) * itemsize
 
 
@@ -59,7 +59,7 @@ def pack(adapter: LowRankAdapter, modules: Sequence[LoraModule]) -> Extent:
     """Copy an adapter into one flat tensor.
 
     Raises:
-        KeyError: a module that the base does not have.
+        KeyError: the adapter has a module that the base lacks.
     """
     if foreign := adapter.factors.keys() - {module.name for module in modules}:
         raise KeyError(f"modules {sorted(foreign)} are not the base's")
@@ -75,13 +75,13 @@ def pack(adapter: LowRankAdapter, modules: Sequence[LoraModule]) -> Extent:
         views.b.copy_(adapter.factors[name].b)
     if packed.heads and adapter.heads:
         for view, tensor in zip(packed.heads.tensors(), adapter.heads.tensors(), strict=True):
-            assert view.shape == tensor.shape, "heads are as wide as the base they were read for"
+            assert view.shape == tensor.shape, "heads have the width of the base they were read for"
             view.copy_(tensor)
     return extent
 
 
 def unpack(extent: Extent, modules: Sequence[LoraModule]) -> LowRankAdapter:
-    """Return the adapter an extent holds; its factors and heads are views of the extent's data."""
+    """Return the adapter in an extent. Its factors and heads are views of the extent's data."""
     *starts, heads_start = extent_offsets(extent.ranks, modules)
     factors: dict[str, Factors] = {}
     for module, rank, scaling, start in zip(modules, extent.ranks, extent.scalings, starts, strict=True):
@@ -92,7 +92,7 @@ def unpack(extent: Extent, modules: Sequence[LoraModule]) -> LowRankAdapter:
 
 
 def apply_scalings(extent: Extent, modules: Sequence[LoraModule]) -> None:
-    """Multiply every B by its scaling, in place: what kernels multiply with, as `Factors.scaled_b`."""
+    """Multiply every B by its scaling, in place. The result is the B that kernels use, as in `Factors.scaled_b`."""
     starts = extent_offsets(extent.ranks, modules)[:-1]
     slices: list[Tensor] = []
     scalings: list[float] = []
@@ -101,7 +101,7 @@ def apply_scalings(extent: Extent, modules: Sequence[LoraModule]) -> None:
             layout = _layout(rank, module)
             slices.append(extent.data[start + layout.b_start : start + layout.size])
             scalings.append(scaling)
-    pieces.multiply(slices, scalings)  # it runs beside the step loop
+    pieces.multiply(slices, scalings)  # in pieces, because this runs beside the step loop
 
 
 def _layout(rank: int, module: LoraModule) -> PairLayout:

@@ -1,4 +1,4 @@
-"""An adapter as the rest of this package sees it: low-rank factors per module of the base model, and draft heads."""
+"""An adapter in memory: low-rank factors per module of the base model, and draft heads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from descant.versions.draft_heads import DraftHeads
 
 
 def float32(value: float) -> float:
-    """Return the float32 number nearest to `value`: infinite beyond their range, 0.0 for -0.0."""
+    """Return the float32 number nearest to `value`: infinite beyond the range of float32, and 0.0 for -0.0."""
     return torch.tensor(value, dtype=torch.float64).to(torch.float32).item() + 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """One module's update: y += (x @ a.T) @ b.T * scaling.
+    """The update of one module: y += (x @ a.T) @ b.T * scaling.
 
-    `scaling` is kept apart so that an adapter can be saved as it was; it is a float32 number, so that it survives
-    being saved as `alpha = scaling * rank` and read again.
+    `scaling` is separate so that an adapter can be saved unchanged. It is a float32 number, so that saving it as
+    `alpha = scaling * rank` and reading it back is exact.
     """
 
     a: Tensor  # [R, in] float32
@@ -28,19 +28,19 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """R, the inner dimension."""
+        """Inner dimension R."""
         return self.a.shape[0]
 
     def scaled_b(self) -> Tensor:
-        """Return `b * scaling`, [out, R] float32: what kernels multiply with."""
+        """Return `b * scaling`, `[out, R]` float32: the B that kernels use."""
         return self.b if self.scaling == 1.0 else self.b * self.scaling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankAdapter:
-    """Factors by module name, e.g. `model.layers.0.self_attn.q_proj`, and draft heads. Either may be missing.
+    """Factors by module name, such as `model.layers.0.self_attn.q_proj`, and draft heads. Either may be missing.
 
-    Modules not named are untouched.
+    Modules without factors are untouched.
     """
 
     factors: Mapping[str, Factors]

@@ -1,17 +1,15 @@
 """The store of normalized versions: one safetensors file per effective version, named by the digest of its content.
 
 A file holds one flat float32 tensor `data`, laid out as in `extent`, so that reading a version is one read and one
-hash; its metadata say which modules of which base have factors, and what draft heads there are. The header is
-canonical: content and file determine each other, byte by byte. A file is written under a temporary name, synced and
-renamed, so that a visible file is a whole one; should it be damaged all the same, it is written anew when its adapter
-is next prepared.
+hash. Its metadata list the modules with factors, the fingerprint of the base and the shape of the draft heads. The
+header is canonical: content and file determine each other, byte by byte. A file is written under a temporary name,
+synced and renamed, so that a visible file is complete. A damaged file is rewritten when its adapter is next prepared.
 """
 
 import contextlib
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, BinaryIO, NamedTuple
@@ -21,23 +19,21 @@ import torch
 
 from descant.model.arch import LoraModule
 from descant.versions.draft_heads import HeadsShape
+from descant.versions.durable import remove_abandoned, sync
 from descant.versions.extent import Extent, extent_elements, pack, unpack
 from descant.versions.low_rank import LowRankAdapter
 from descant_client.errors import AdapterInvalid
 
 FORMAT = "descant-version-4"
-ABANDONED_AFTER_S = 3600.0
-"""Age from which a temporary file belongs to a writer that was killed: nobody writes one version for so long."""
-
 _FOLDER = "versions"
 _TEMPORARY = ".partial"
-_MAX_HEADER_BYTES = 16 << 20  # some 100,000 modules
-_LENGTH_BYTES = 8  # of the header's length, little-endian, before the header: safetensors' own format
+_MAX_HEADER_BYTES = 16 << 20  # about 100,000 modules
+_LENGTH_BYTES = 8  # of the header's length, little-endian, before the header (safetensors format)
 _DAMAGED = "its file in the store is damaged"
 
 
 class StoredVersion(NamedTuple):
-    """A version's file and how many bytes it takes."""
+    """A version's file and its size in bytes."""
 
     digest: str
     path: Path
@@ -45,15 +41,15 @@ class StoredVersion(NamedTuple):
 
 
 def base_fingerprint(modules: Sequence[LoraModule]) -> str:
-    """Return a digest of the names and shapes that module indices stand for."""
+    """Return a digest of the modules' names and shapes, in order: the meaning of module indices."""
     lines = (f"{module.name} {module.in_features} {module.out_features}\n" for module in modules)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_version(store_dir: Path, adapter: LowRankAdapter, modules: Sequence[LoraModule]) -> StoredVersion:
-    """Store an adapter. A sound file already there is the same content and is kept.
+    """Store an adapter. An existing sound file has the same content and is kept.
 
-    `store_dir` is created if need be. Raises OSError if it cannot be written.
+    `store_dir` is created if necessary. Raises OSError if it cannot be written.
     """
     extent, base = pack(adapter, modules), base_fingerprint(modules)
     tables = _encode_tables(extent)
@@ -67,25 +63,22 @@ def write_version(store_dir: Path, adapter: LowRankAdapter, modules: Sequence[Lo
 
 
 def sweep(store_dir: Path) -> None:
-    """Remove temporary files that killed writers left behind. Other servers may be writing theirs: these are young."""
-    for path in (store_dir / _FOLDER).glob(f".*{_TEMPORARY}"):
-        with contextlib.suppress(OSError):  # another server sweeps too, or the store is not ours to clean
-            if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
-                path.unlink()
+    """Remove temporary files that killed writers left behind. Other servers may write to the same store."""
+    remove_abandoned((store_dir / _FOLDER).glob(f".*{_TEMPORARY}"))
 
 
 def read_version(path: Path, modules: Sequence[LoraModule], adapter: str | None = None) -> LowRankAdapter:
-    """Read a version as `read_extent`; its factors and heads are views of one tensor."""
+    """Read a version as `read_extent` does. Its factors and heads are views of one tensor."""
     return unpack(read_extent(path, modules, adapter), modules)
 
 
 def read_extent(path: Path, modules: Sequence[LoraModule], adapter: str | None = None) -> Extent:
-    """Read a version into memory of its own, verifying its content against the digest in its name.
+    """Read a version into new memory and verify its content against the digest in its file name.
 
-    Errors call it `adapter`, or by its digest.
+    Errors name it `adapter`, or by its digest.
 
     Raises:
-        AdapterInvalid: missing, damaged, of another format, or made for another base.
+        AdapterInvalid: the file is missing, damaged, of another format, or made for another base.
     """
     name = adapter or path.stem
     base = base_fingerprint(modules)
@@ -106,25 +99,25 @@ def read_extent(path: Path, modules: Sequence[LoraModule], adapter: str | None =
     return extent
 
 
-# ---- the file's parts -----------------------------------------------------------------------------------------------
+# ---- parts of the file ----------------------------------------------------------------------------------------------
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the table says of a module that has factors."""
+    """The table entry of a module with factors."""
 
     rank: Annotated[int, msgspec.Meta(ge=1)]
     scaling: float
 
 
 class _Tables(NamedTuple):
-    """What the file has, in JSON."""
+    """The contents of a file, in JSON."""
 
-    modules: str  # a table of entries by module index
-    heads: str  # a HeadsShape; empty if there are none
+    modules: str  # entries by module index
+    heads: str  # a HeadsShape; empty without heads
 
 
 class _Metadata(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Strings all of them, as metadata of safetensors are; the last two are `_Tables`."""
+    """The safetensors metadata, which are strings. The last two are `_Tables`."""
 
     format: str = ""
     base: str = ""
@@ -150,7 +143,7 @@ def _encode_tables(extent: Extent) -> _Tables:
 
 
 def _encode_header(base: str, tables: _Tables, num_elements: int) -> bytes:
-    """Return everything before the data."""
+    """Return the bytes before the data."""
     info = _TensorInfo("F32", [num_elements], [0, 4 * num_elements])
     text = msgspec.json.encode(_Header(_Metadata(FORMAT, base, *tables), info))
     text += b" " * (-len(text) % _LENGTH_BYTES)
@@ -170,7 +163,7 @@ def _read_tables(name: str, header: bytes, base: str) -> _Tables:
 
 
 def _allocate(name: str, tables: _Tables, modules: Sequence[LoraModule], max_elements: int) -> Extent:
-    """Return an extent for what the tables promise, with memory not yet filled; nothing if the file has not so much."""
+    """Return an uninitialized extent of the size given by the tables. Raises AdapterInvalid beyond `max_elements`."""
     entries = msgspec.json.decode(tables.modules, type=dict[int, _Entry])
     heads = msgspec.json.decode(tables.heads, type=HeadsShape) if tables.heads else None
     ranks, scalings = [0] * len(modules), [1.0] * len(modules)
@@ -185,9 +178,10 @@ def _allocate(name: str, tables: _Tables, modules: Sequence[LoraModule], max_ele
 
 
 def _content_digest(base: str, tables: _Tables, data: torch.Tensor) -> str:
-    """sha256 over the base's fingerprint, the tables and the data.
+    """Return the sha256 of the base's fingerprint, the tables and the data.
 
-    Without heads it is what it was before there were any: names keep their versions, whose files are written anew.
+    Without heads the digest is the same as in the format before heads, so that names keep their versions. The files are
+    rewritten.
     """
     lines = (line for line in (base, *tables) if line)
     digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode())
@@ -196,7 +190,7 @@ def _content_digest(base: str, tables: _Tables, data: torch.Tensor) -> str:
 
 
 def _bytes_of(data: torch.Tensor) -> memoryview:
-    """Return the data's own memory."""
+    """Return the memory of the data, without a copy."""
     return data.view(torch.uint8).numpy().data
 
 
@@ -217,18 +211,10 @@ def _write_atomically(path: Path, header: bytes, data: torch.Tensor) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(header)
             file.write(_bytes_of(data))
-        _sync(Path(temporary))
+        sync(Path(temporary))
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,6 @@
-"""One WebSocket connection: a reader and a writer over one session.
+"""`WebSocketConnection`: a reader and a writer over one session.
 
-What the reader answers itself it answers before it reads on: a client that does not read is not read from.
-
+The reader sends its own answers before it reads the next frame, so a client that does not read is not read from.
 Requests run as tasks of the gateway, not of the connection, so they outlive it.
 """
 
@@ -21,12 +20,11 @@ from descant.actor.errors import AskTimeout
 from descant.config import is_loopback
 from descant.contract.principal import Principal
 from descant.messages import AdapterList, Authenticate, CancelRequest, ListRegistered, Unpark
-from descant.requests.change import operate
+from descant.requests.change import make_change
 from descant.requests.generate import start_stream
 from descant.requests.services import Services
-from descant.sessions.outgoing import Outgoing
+from descant.sessions.outgoing import Outgoing, error_message
 from descant.sessions.session import Session
-from descant.sessions.stream import error_message
 from descant.websocket.socket_protocol import BINARY, TEXT, SocketProtocol
 from descant_client.errors import (
     DeadlineExceeded,
@@ -80,8 +78,11 @@ CLOSE_TIMEOUT_S = 1.0
 StartTask = Callable[..., None]
 
 
-class Connection:
-    """Speaks `descant_client.protocol` over an accepted WebSocket."""
+class WebSocketConnection:
+    """One connection: `descant_client.protocol` over a WebSocket.
+
+    `start_task` starts a task of the gateway. `draining` returns the reason why new requests are refused, if they are.
+    """
 
     def __init__(
         self, socket: WebSocket, services: Services, start_task: StartTask, draining: Callable[[], str | None]
@@ -99,12 +100,13 @@ class Connection:
         self._session: Session
 
     async def serve(self) -> None:
-        """Run until either side closes. Cancelling closes the socket; the session stays for a while."""
+        """Run until either side closes. Cancelling closes the socket; the session is kept until it expires."""
         await self._socket.accept(subprotocol=self._subprotocol)
         try:
             principal = await self._authenticate()
             await self._services.model.ready()
-            self._session = self._services.sessions.attach(self._socket.query_params.get("session"), principal)
+            asked_id = self._socket.query_params.get("session")
+            self._session = self._services.sessions.open_or_resume(asked_id, principal)
         except DescantError as error:
             await self._send(error_message(error))
             await self._close(CLOSE_CODES.get(type(error), INTERNAL_ERROR), error.code)
@@ -117,8 +119,7 @@ class Connection:
                 await self._read(number)
                 tasks.cancel_scope.cancel()
         finally:
-            if self._session.connection == number:
-                self._session.detached_s = time.monotonic()
+            self._session.detach(number, time.monotonic())
             with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
                 await self._close(SERVICE_RESTART)
 
@@ -144,8 +145,8 @@ class Connection:
             except (WebSocketDisconnect, RuntimeError):
                 return
             if event["type"] == "websocket.disconnect":
-                # It said goodbye: nobody will come back, unless somebody already has.
-                if event.get("code") == NORMAL_CLOSURE and self._session.connection == number:
+                # After a normal closure the client will not resume, unless a newer connection already has.
+                if event.get("code") == NORMAL_CLOSURE and self._session.is_current(number):
                     await self._abandon()
                 return
             await self._receive(event["bytes"] if event.get("text") is None else event["text"])
@@ -187,7 +188,7 @@ class Connection:
     def _operate(self, change: AdapterChange) -> None:
         self._refuse_if_draining()
         operation = self._session.open_operation(change.request_id)
-        self._start_task(operate, self._services, change, operation, self._session.principal)
+        self._start_task(make_change, self._services, change, operation, self._session.principal)
 
     def _refuse_if_draining(self) -> None:
         reason = self._draining()
@@ -195,7 +196,7 @@ class Connection:
             raise Draining(reason)
 
     def _acknowledge(self, request_id: str) -> None:
-        with contextlib.suppress(StreamNotFound):  # released already: nothing to complain about
+        with contextlib.suppress(StreamNotFound):  # released already
             if self._session.outgoing(request_id).is_ended:
                 self._session.release(request_id)
 
@@ -223,12 +224,12 @@ class Connection:
         while (outgoing := await self._session.next_changed(number)) is not None:
             for message in outgoing.render():
                 await self._send(message)
-            if outgoing.is_end_sent:
-                outgoing.ended_s = time.monotonic()
+            if outgoing.is_end_rendered:
+                outgoing.on_end_sent(time.monotonic())
             unparked = outgoing.take_unparked()
             if unparked:
                 await self._services.scheduler.tell(Unpark(unparked))
-        scope.cancel()  # another connection has taken over
+        scope.cancel()  # a newer connection has replaced this one
 
     def _hello(self) -> Hello:
         config = self._services.config.server
@@ -251,7 +252,7 @@ class Connection:
 
 
 def _is_local(origin: str) -> bool:
-    """Return whether a page of that origin comes from this machine. A browser sends it; other clients need not."""
+    """Return whether a page of that origin comes from this machine. Browsers send an origin; other clients need not."""
     try:
         return is_loopback(urlsplit(origin).hostname or "")
     except ValueError:

@@ -1,7 +1,7 @@
-"""A WebSocket's way to its socket: uvicorn's protocol, with a short way for messages.
+"""`SocketProtocol`: uvicorn's WebSocket protocol with a shorter path for outgoing messages.
 
-The handshake, pings and closing are uvicorn's. Messages are framed here and written at once while the client reads,
-because a server spends most of its time on frames of one token.
+The handshake, pings and closing are uvicorn's. Messages are framed here and written directly to the transport, because
+a server spends most of its time on frames of one token.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from websockets.protocol import OPEN
 STATE_KEY = "descant.websocket.socket_protocol"
 TEXT, BINARY = 1, 2  # opcodes
 FINAL = 0x80  # a message is one frame
-MAX_SHORT, MAX_MEDIUM = 125, 0xFFFF  # bytes of payload whose length needs no bytes of its own, or two
+MAX_SHORT, MAX_MEDIUM = 125, 0xFFFF  # largest payloads in bytes whose length takes no extra bytes, or two
 LENGTH_IN_2_BYTES, LENGTH_IN_8_BYTES = 126, 127
 
 
 class SocketProtocol(WebSocketsSansIOProtocol):
-    """What `uvicorn.Config(ws=…)` is given, without extensions; its application finds it with `of`."""
+    """Protocol class for `uvicorn.Config(ws=…)`, without extensions. The application gets its instance from `of`."""
 
     async def run_asgi(self) -> None:
-        """Let the application find it."""
+        """Run the application, with this instance in its scope."""
         self.scope.setdefault("state", {})[STATE_KEY] = self
         await super().run_asgi()
 
     @staticmethod
     def of(socket: WebSocket) -> SocketProtocol:
-        """Return what carries a WebSocket."""
+        """Return the protocol instance of a WebSocket."""
         found = socket.scope["state"][STATE_KEY]
         assert isinstance(found, SocketProtocol), "the gateway listens with it"
         return found
 
     async def send_message(self, opcode: int, payload: bytes) -> None:
-        """Write a frame, at once if the client reads, else when it does again. After a close nothing happens.
+        """Write one frame, waiting while the client does not read. After a close nothing is written.
 
-        A frame is never mixed with those that other tasks send.
+        Frames of different tasks are never mixed.
         """
         while not self.writable.is_set():
             await self.writable.wait()
@@ -46,7 +46,7 @@ class SocketProtocol(WebSocketsSansIOProtocol):
 
 
 def frame_header(opcode: int, size: int) -> bytes:
-    """Return what precedes a payload of `size` bytes in a server's frame (RFC 6455, section 5.2)."""
+    """Return the header of a server's frame with a payload of `size` bytes (RFC 6455, section 5.2)."""
     if size <= MAX_SHORT:
         return bytes((FINAL | opcode, size))
     if size <= MAX_MEDIUM:

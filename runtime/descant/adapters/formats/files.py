@@ -1,4 +1,4 @@
-"""What every format does with a stranger's files: nothing larger than allowed is read, and no pickle at all."""
+"""Safe reading of untrusted adapter files, for every format: sizes are limited and pickles are never read."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ _MAX_NAME_CHARS = 512
 
 
 def read_config_bytes(adapter: str, path: Path, limits: AdapterLimits) -> bytes:
-    """Return a config file's content. Raises AdapterInvalid: it is not there, not readable or too large."""
+    """Return a config file's content. Raises AdapterInvalid if it is missing, not readable or too large."""
     try:
         with path.open("rb") as file:
             data = file.read(limits.max_config_bytes + 1)
@@ -31,7 +31,7 @@ def read_config_bytes(adapter: str, path: Path, limits: AdapterLimits) -> bytes:
 
 @contextmanager
 def open_tensors(adapter: str, path: Path) -> Iterator[Any]:
-    """Open a safetensors file; what is wrong with it at any time while it is open is the adapter's fault."""
+    """Open a safetensors file. While it is open, its errors are raised as AdapterInvalid."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -40,7 +40,7 @@ def open_tensors(adapter: str, path: Path) -> Iterator[Any]:
 
 
 def tensor_names(adapter: str, file: Any) -> list[str]:
-    """Return the names in an open file. Raises AdapterInvalid: one is too long to be repeated in an error."""
+    """Return the names in an open file. Raises AdapterInvalid if one is too long to be repeated in an error."""
     names: list[str] = file.keys()
     for name in names:
         if len(name) > _MAX_NAME_CHARS:
@@ -49,7 +49,7 @@ def tensor_names(adapter: str, file: Any) -> list[str]:
 
 
 def check_shape(adapter: str, file: Any, name: str, shape: Sequence[int]) -> None:
-    """Raise AdapterInvalid unless a tensor has this shape. None of it is read."""
+    """Raise AdapterInvalid unless a tensor has this shape. Its data is not read."""
     found = list(file.get_slice(name).get_shape())
     if found != list(shape):
         raise AdapterInvalid(
@@ -58,10 +58,10 @@ def check_shape(adapter: str, file: Any, name: str, shape: Sequence[int]) -> Non
 
 
 def read_tensor(adapter: str, file: Any, name: str, shape: Sequence[int]) -> Tensor:
-    """Read a tensor as float32, having checked its shape before any of it is read.
+    """Read a tensor as float32, after a check of its shape.
 
     Raises:
-        AdapterInvalid: another shape, not floating point, or values that are not finite.
+        AdapterInvalid: the tensor has another shape, is not floating point, or has values that are not finite.
     """
     check_shape(adapter, file, name, shape)
     tensor: Tensor = file.get_tensor(name)

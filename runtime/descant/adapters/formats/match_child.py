@@ -1,6 +1,6 @@
-"""Evaluates regular expressions that may take forever. Standard library only: it also runs as a script, alone.
+"""Evaluation of regular expressions that may take forever. Uses the standard library only, because it runs as a script.
 
-As a script it reads one JSON request from standard input, `{"queries", "names", "budget_s"}`, and writes the result.
+The script reads one JSON request from standard input, `{"queries", "names", "budget_s"}`, and writes the result.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 
 
 def evaluate(queries: list[tuple[str, bool]], names: list[str]) -> list[list[str | None]]:
-    """Match every name against every query, which is a regular expression and whether it must match all of the name.
+    """Match every name against every query: a regular expression, and whether it must match the whole name.
 
-    Returns, per query and name, None for no match, else what the group called `idx` holds ("" without one).
-    Raises re.error, OverflowError or RecursionError for an expression Python does not take.
+    Returns, per query and name, None for no match, else the content of the group `idx` ("" without one).
+    Raises re.error, OverflowError or RecursionError for an expression that Python does not accept.
     """
     results: list[list[str | None]] = []
     for expression, is_full in queries:
@@ -27,13 +27,13 @@ def evaluate(queries: list[tuple[str, bool]], names: list[str]) -> list[list[str
 
 
 def main() -> None:
-    """Answer one request; ends itself when it uses more processor time than its budget."""
+    """Answer one request. The process is killed when it uses more processor time than its budget."""
     request = json.load(sys.stdin)
-    with contextlib.suppress(ImportError):  # no such limits on this system: the parent's timeout remains
+    with contextlib.suppress(ImportError):  # some systems have no such limits; the parent's timeout remains
         import resource
 
-        seconds = int(request["budget_s"]) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        limit_s = int(request["budget_s"]) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s))
     try:
         answer = {"results": evaluate(request["queries"], request["names"])}
     except (re.error, OverflowError, RecursionError) as exc:

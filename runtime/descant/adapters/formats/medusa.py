@@ -1,8 +1,8 @@
-"""Medusa's directories: `config.json` with `medusa_num_heads`, and safetensors files with what the heads are made of.
+"""Medusa directories: `config.json` with `medusa_num_heads`, and safetensors files with the tensors of the heads.
 
-`{i}.{j}.linear.weight` and `.bias` are residual block j of head i; `{i}.{num_layers}.weight` is its own LM head: all
-heads have one (v1), or none (v2). Beside an `adapter_config.json` the heads come with a LoRA adapter, whose file may
-hold them too; any other file holds nothing else.
+`{i}.{j}.linear.weight` and `.bias` are residual block j of head i. `{i}.{num_layers}.weight` is its own LM head: either
+all heads have one (v1), or none has (v2). With an `adapter_config.json` in the directory the heads belong to a LoRA
+adapter, and its tensor file may hold them too. All other files may hold only tensors of heads.
 """
 
 import re
@@ -35,8 +35,8 @@ _VERSIONS = (1.0, 2.0)
 class MedusaConfig(msgspec.Struct, frozen=True):
     """The keys that are read.
 
-    Others are not: heads only draft, so that no key, whatever it means to its author, could change a token. Whether a
-    head has an LM head of its own is told by the tensors, not by `version`.
+    Other keys are ignored: heads only draft, so no key could change a token. Whether heads have LM heads of their own
+    follows from the tensors, not from `version`.
     """
 
     medusa_num_heads: int
@@ -60,11 +60,11 @@ class _Place(NamedTuple):
 
 
 def read_config(adapter: str, directory: Path, limits: AdapterLimits) -> MedusaConfig | None:
-    """Read and check a directory's config; None if there is none, or it is not one of heads.
+    """Read and check a directory's config. Return None if it is missing or is not a config of heads.
 
     Raises:
-        AdapterInvalid: not readable, a key's value is of another type, or there are too many heads or layers, or none.
-        AdapterUnsupported: another version than 1 and 2.
+        AdapterInvalid: the config is not readable, a value has another type, or heads or layers are zero or too many.
+        AdapterUnsupported: the version is neither 1 nor 2.
     """
     path = directory / CONFIG_FILE
     if not path.exists():
@@ -96,8 +96,8 @@ def read_heads(
     """Read the heads of a directory for a base model, float32.
 
     Raises:
-        AdapterInvalid: damaged, contradicting its config, not finite, or made for another base.
-        AdapterUnsupported: an unknown tensor, or the heads are in a pickle.
+        AdapterInvalid: the heads are damaged, contradict their config, are not finite, or belong to another base.
+        AdapterUnsupported: there is an unknown tensor, or the heads are in a pickle.
         AdapterTooLarge: the files are larger than the limit.
     """
     files = sorted(directory.glob("*.safetensors"))
@@ -135,7 +135,7 @@ def _keys(shape: HeadsShape) -> list[_Key]:
 
 
 def _find_tensors(adapter: str, path: Path, config: MedusaConfig, base: BaseModel) -> Iterator[tuple[_Key, str]]:
-    """Yield what a file holds of heads, its shape checked. Whatever else it holds is refused by name."""
+    """Yield the tensors of heads in a file, after a check of their shapes. Other tensors are refused by name."""
     is_shared = path.name == peft.TENSOR_FILE and (path.parent / peft.CONFIG_FILE).exists()
     with open_tensors(adapter, path) as file:
         for name in tensor_names(adapter, file):
@@ -144,7 +144,7 @@ def _find_tensors(adapter: str, path: Path, config: MedusaConfig, base: BaseMode
                 _check_key(adapter, name, key, config)
                 check_shape(adapter, file, name, _dims(key, base))
                 yield key, name
-            elif not is_shared:  # there, PEFT's reader looks at it
+            elif not is_shared:  # in a shared file, the PEFT reader checks it
                 raise AdapterUnsupported(adapter, f"the unknown tensor {name}")
 
 

@@ -1,7 +1,7 @@
-"""Regular expressions from adapter configs, which come from strangers and may be written to run forever.
+"""Matching of regular expressions from adapter configs, which are untrusted and may be made to run forever.
 
-Python's `re` has no time limit and cannot be interrupted, so whatever is more than a literal is evaluated in a child
-process that is killed when the budget is spent.
+Python's `re` has no time limit and cannot be interrupted. So all patterns but literals are evaluated in a child
+process, which is killed when the time budget is spent.
 """
 
 import json
@@ -15,11 +15,11 @@ from descant_client.errors import AdapterInvalid
 
 MAX_PATTERN_CHARS = 4096
 MAX_PATTERNS = 4096
-_HARMLESS = re.compile(r"[\w.\-]*")  # no quantifier, no alternative: linear time, whatever we put around it
+_HARMLESS = re.compile(r"[\w.\-]*")  # without quantifier and alternative: linear time also within our expressions
 
 
 class Patterns:
-    """Matches patterns of one adapter against module names, within one adapter's limits."""
+    """A matcher of one adapter's patterns against module names, within the limits for an adapter."""
 
     def __init__(self, adapter: str, names: Sequence[str], budget_s: float) -> None:
         self._adapter = adapter
@@ -32,7 +32,7 @@ class Patterns:
         return {name for name, found in zip(self._names, row, strict=True) if found is not None}
 
     def first_suffix_matches(self, patterns: Iterable[str]) -> dict[str, str]:
-        """Return, by name, the first pattern that matches the name or what follows one of its dots (PEFT's rule)."""
+        """Return, by name, the first pattern that matches the name or its suffix after a dot (rule of PEFT)."""
         keys = list(patterns)
         rows = self._run(keys, [(rf"(.*\.)?({key})$", False) for key in keys])
         first: dict[str, str] = {}
@@ -43,9 +43,9 @@ class Patterns:
         return first
 
     def layer_indices(self, patterns: Sequence[str]) -> dict[str, int]:
-        """Return, by name, the layer number that follows the first of `patterns` that matches (PEFT's rule).
+        """Return, by name, the layer number after the first matching pattern of `patterns` (rule of PEFT).
 
-        No pattern: the first number that is a whole part of the name, below at least two parts.
+        Without patterns: the first number that is a whole part of the name, after at least two parts.
         """
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
         rows = self._run(patterns, [(expr, False) for expr in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."]])

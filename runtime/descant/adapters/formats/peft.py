@@ -1,7 +1,7 @@
-"""PEFT's LoRA directories: `adapter_config.json` and `adapter_model.safetensors`.
+"""PEFT LoRA directories: `adapter_config.json` and `adapter_model.safetensors`.
 
-The config says which modules have factors; the file must hold exactly these and nothing else, in the right shapes.
-PEFT itself drops what it does not match and keeps random values for what it misses; here both are errors.
+The config determines the modules with factors. The file must hold exactly these factors, in the right shapes. PEFT
+itself ignores tensors without a match and keeps random values for missing ones; here both are errors.
 """
 
 import re
@@ -22,7 +22,7 @@ PICKLE_FILE = "adapter_model.bin"
 
 _BASE_COPY = re.compile(r"(?P<module>model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 
-# Some producers leave the prefix out or write it twice, or leave the adapter's name in the key.
+# Some producers omit the prefix, write it twice, or leave the adapter's name in the key.
 _PREFIX = re.compile(r"(?:base_model\.model\.)*")
 _FACTOR = re.compile(r"(?P<module>[^\s]+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
 
@@ -53,11 +53,11 @@ def read_peft(
     """Read a PEFT LoRA directory for a base model.
 
     Args:
-      is_foreign: whether a tensor of that name belongs to another format, whose reader looks at it.
+      is_foreign: whether a tensor of that name belongs to another format, which reads it.
 
     Raises:
-        AdapterInvalid: damaged, contradicting its config, not finite, or made for another base.
-        AdapterUnsupported: more than plain LoRA; names the feature, the key or the tensor.
+        AdapterInvalid: the adapter is damaged, contradicts its config, is not finite, or belongs to another base.
+        AdapterUnsupported: the adapter is more than plain LoRA; the error names the feature, the key or the tensor.
         AdapterTooLarge: the file is larger than the limit.
     """
     config = read_config(adapter, directory / CONFIG_FILE, limits)
@@ -82,7 +82,7 @@ def _check_files(adapter: str, directory: Path, limits: AdapterLimits) -> None:
 
 
 def _sort_keys(adapter: str, names: Sequence[str], file: Any, base: BaseModel) -> dict[_Key, str]:
-    """Tensor name by module and side. Whatever is not a factor is refused by name."""
+    """Return the tensor names by module and side. Other tensors than factors are refused by name."""
     keys: dict[_Key, str] = {}
     for name in names:
         bare = _PREFIX.sub("", name, count=1)
@@ -97,7 +97,7 @@ def _sort_keys(adapter: str, names: Sequence[str], file: Any, base: BaseModel) -
 
 
 def _accept_or_refuse(adapter: str, name: str, bare: str, file: Any, base: BaseModel) -> None:
-    """PEFT saves a head it adapted, and if asked to both embeddings; that is fine if they are the base's own."""
+    """Accept a copy of the base's own embedding or head, which PEFT may save. Refuse any other tensor by name."""
     if match := _BASE_COPY.fullmatch(bare):
         if base.holds(match["module"], file.get_tensor(name)):
             return

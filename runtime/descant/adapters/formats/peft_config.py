@@ -1,7 +1,7 @@
-"""`adapter_config.json` of PEFT: what it asks for, and which modules it means.
+"""PEFT's `adapter_config.json`: its checks, and the modules that it targets.
 
-Whatever would change the adapter's output and is not implemented is refused by name; so is a key nobody here knows,
-unless its value says that it is off.
+A setting that would change the adapter's output and is not implemented is refused by name. So is an unknown key, unless
+its value turns it off.
 """
 
 import math
@@ -19,11 +19,11 @@ from descant_client.errors import AdapterInvalid, AdapterUnsupported
 _FILE = "adapter_config.json"
 _HEAD = "lm_head"
 _EMBEDDING = "model.embed_tokens"
-_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # PEFT's table has these for every family of `arch`
+_DEFAULT_TARGETS = ["q_proj", "v_proj"]  # PEFT's defaults for every family of `arch`
 
 
 class PeftConfig(msgspec.Struct, frozen=True):
-    """The keys that decide what plain LoRA computes; defaults are PEFT's."""
+    """The keys that determine the result of plain LoRA. Defaults are those of PEFT."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -37,14 +37,14 @@ class PeftConfig(msgspec.Struct, frozen=True):
 
 
 class TargetModule(msgspec.Struct, frozen=True):
-    """A module the config targets, with the rank its tensors must have and the scaling of its update."""
+    """A module targeted by the config, with the rank of its tensors and the scaling of its update."""
 
     module: LoraModule
     rank: int
     scaling: float
 
 
-# Say nothing about inference, or nothing beyond what another key says.
+# Keys without effect on inference, or without effect beyond that of another key.
 _IGNORED = {
     "peft_type",
     "task_type",
@@ -54,14 +54,14 @@ _IGNORED = {
     "peft_version",
     "inference_mode",
     "lora_dropout",
-    "fan_in_fan_out",  # PEFT turns it off for every linear we know
+    "fan_in_fan_out",  # PEFT turns it off for every linear of the supported families
     "eva_config",
     "corda_config",
     "lora_ga_config",
     "loftq_config",
     "runtime_config",
-    "megatron_core",  # a default; nothing without megatron_config
-    "qalora_group_size",  # a default; nothing without use_qalora
+    "megatron_core",  # a default, without effect unless megatron_config is set
+    "qalora_group_size",  # a default, without effect unless use_qalora is set
 }
 
 _REFUSED = {
@@ -83,14 +83,14 @@ _REFUSED = {
 }
 
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
-"""Initializations that leave the base as it is; the others (PiSSA, OLoRA, ...) subtract from it when loaded."""
+"""Initializations that do not change the base. Others (PiSSA, OLoRA, ...) subtract from it when loaded."""
 
 
 def read_config(adapter: str, path: Path, limits: AdapterLimits) -> PeftConfig:
     """Read and check a config.
 
     Raises:
-        AdapterInvalid: not readable, or contradicting itself. AdapterUnsupported: more than plain LoRA.
+        AdapterInvalid: the config is not readable or contradicts itself. AdapterUnsupported: it is not plain LoRA.
     """
     data = read_config_bytes(adapter, path, limits)
     try:
@@ -106,10 +106,11 @@ def read_config(adapter: str, path: Path, limits: AdapterLimits) -> PeftConfig:
 def select_targets(
     adapter: str, config: PeftConfig, modules: tuple[LoraModule, ...], limits: AdapterLimits
 ) -> list[TargetModule]:
-    """Return the modules that the config means, in the base's order, each with its own rank and scaling.
+    """Return the modules that the config targets, in the base's order, each with its rank and scaling.
 
     Raises:
-        AdapterInvalid: none is meant, or a rank is out of range. AdapterUnsupported: the input embedding is meant.
+        AdapterInvalid: no module is targeted, or a rank is out of range.
+        AdapterUnsupported: the input embedding is targeted.
     """
     patterns = Patterns(adapter, [_EMBEDDING, *(module.name for module in modules)], limits.pattern_budget_s)
     names = _targeted_names(config, modules, patterns)
@@ -188,7 +189,7 @@ def _excluded_names(config: PeftConfig, names: set[str], patterns: Patterns) -> 
 
 
 def _listed(names: set[str], entries: list[str]) -> set[str]:
-    """Names that are an entry or end with a dot and an entry."""
+    """Return the names that are an entry or end with a dot and an entry."""
     whole = set(entries)
     return {name for name in names if any(suffix in whole for suffix in _suffixes(name))}
 
@@ -199,7 +200,7 @@ def _suffixes(name: str) -> list[str]:
 
 
 def _in_layers(config: PeftConfig, selected: set[str], exact: set[str], patterns: Patterns) -> set[str]:
-    """Restrict to the wanted layers; modules listed by their whole name are taken whatever their layer (as in PEFT)."""
+    """Return the selected modules of the wanted layers, and those listed by whole name in any layer (as in PEFT)."""
     layers_pattern = config.layers_pattern or []
     indices = patterns.layer_indices([layers_pattern] if isinstance(layers_pattern, str) else layers_pattern)
     wanted = config.layers_to_transform

@@ -1,4 +1,4 @@
-"""Reads an adapter directory of any format we know."""
+"""Reading of an adapter directory in any supported format."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def read_adapter(adapter: str, directory: Path, base: BaseModel, limits: Adapter
     """Read the adapter in `directory`; errors name it `adapter`.
 
     Raises:
-        AdapterInvalid, AdapterUnsupported, AdapterTooLarge: as the format's reader says.
+        AdapterInvalid, AdapterUnsupported, AdapterTooLarge: as the reader of the format.
     """
     if not directory.is_dir():
         raise AdapterInvalid(adapter, f"there is no directory {directory.name}")
