@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from descant.contract.executor import AdapterMove
-from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.scheduling.placement.loads import AdapterLoad
 from descant.scheduling.placement.residency import ALIGNMENT_BYTES, aligned
 
 Content = list[tuple[str, int] | None]  # which unit of which version; None: nothing yet

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from descant.contract.version import AdapterVersion
-from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.scheduling.placement.loads import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence, SequenceRequest, SequenceTable, Stopper

@@ -14,7 +14,7 @@ import peft_fixture
 from descant.actors.worker import Worker
 from descant.adapters.create import choose_targets, create
 from descant.adapters.prepare import AdapterWorker
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.contract.worker import CreateVersion, Prepared
 from descant.model.base_model import BaseModel
 from descant.versions.low_rank import LowRankAdapter

@@ -18,7 +18,7 @@ import peft_fixture
 from descant.actors.worker import Worker
 from descant.adapters.formats.read import read_adapter
 from descant.adapters.prepare import AdapterWorker
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.contract.version import AdapterVersion
 from descant.contract.worker import ExportAdapter, Exported
 from descant.model.arch import from_hf, lora_modules

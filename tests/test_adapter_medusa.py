@@ -15,7 +15,7 @@ from peft import PeftModel
 import medusa_fixture
 import peft_fixture
 from descant.adapters.prepare import AdapterWorker
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.contract.version import AdapterVersion
 from descant.model.arch import from_hf, lora_modules
 from descant.versions.draft_heads import DraftHeads

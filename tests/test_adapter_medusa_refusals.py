@@ -14,7 +14,7 @@ import medusa_fixture
 import peft_fixture
 from descant.adapters.formats.read import read_adapter
 from descant.adapters.prepare import AdapterWorker
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.base_model import BaseModel
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from medusa_fixture import CONFIG, TENSORS, edit_tensors, random_heads, save_config, save_heads

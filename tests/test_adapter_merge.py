@@ -15,7 +15,7 @@ from descant.adapters.merge import combine
 from descant.adapters.prepare import AdapterWorker
 from descant.adapters.prune import drop_mask, keep_largest
 from descant.adapters.truncate import truncated_matrix, truncated_product
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.versions import store
 from descant.versions.low_rank import Factors, LowRankAdapter
 from descant_client.errors import AdapterInvalid, AdapterTooLarge

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import peft_fixture
 from descant.adapters.formats.read import read_adapter
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.base_model import BaseModel
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

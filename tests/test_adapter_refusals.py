@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import peft_fixture
 from descant.adapters.formats.read import read_adapter
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.base_model import BaseModel
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported
 from peft_fixture import TENSORS, edit_config, edit_tensors

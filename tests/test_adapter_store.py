@@ -13,7 +13,7 @@ import peft_fixture
 from descant.actors.worker import Worker
 from descant.adapters.merge import weighted_sum
 from descant.adapters.prepare import AdapterWorker
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.contract.worker import ComposeAdapters, Member
 from descant.model.arch import LoraModule
 from descant.versions import store

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from descant.contract.plan import NO_ADAPTER, EngineLimits, LogprobRows, RowResult, StepResult
-from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.scheduling.placement.loads import AdapterLoad
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, InternalError, UnsupportedRequest
 from fake_engine import LIMITS, FakeEngine

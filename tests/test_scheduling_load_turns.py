@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 from descant.contract.plan import EngineLimits
-from descant.scheduling.placement.adapter_work import AdapterLoad
-from descant.scheduling.placement.load_turns import MAX_READS, LoadTurns
+from descant.scheduling.placement.loads import MAX_READS, AdapterLoad, LoadTurns
 from fake_engine import FakeEngine
 from fakes import Loop, version
 

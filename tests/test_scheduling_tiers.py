@@ -12,7 +12,7 @@ import pytest
 
 from descant.contract.plan import EngineLimits
 from descant.contract.version import AdapterVersion
-from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.scheduling.placement.loads import AdapterLoad
 from descant.scheduling.placement.residency import AdapterResidency
 from descant.scheduling.sequence import Sequence
 from descant_client.errors import AdapterInvalid, DescantError

@@ -16,13 +16,12 @@ from pathlib import Path
 
 from descant.actor.actor import Actor, Later
 from descant.actor.ref import Ref
+from descant.catalog.budgets import OwnerQuota, PinBudget
 from descant.catalog.catalog import Catalog
 from descant.catalog.changes import Changes
 from descant.catalog.contents import Contents
 from descant.catalog.entry import Entry
 from descant.catalog.journal import Journal
-from descant.catalog.pins import PinBudget
-from descant.catalog.quota import OwnerQuota
 from descant.catalog.register import Register
 from descant.catalog.versions import Versions
 from descant.catalog.worker_asks import WorkerAsks

@@ -44,7 +44,7 @@ from descant.messages import (
     VersionFailed,
 )
 from descant.requests.services import ModelState
-from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.scheduling.placement.loads import AdapterLoad
 from descant.scheduling.policy import Policy
 from descant.scheduling.rows import PlannedStep
 from descant.scheduling.sequence import Sequence, SequenceRequest

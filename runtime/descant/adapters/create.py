@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from descant.adapters.formats.peft_config import PeftConfig, TargetModule, select_targets
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.base_model import BaseModel
 from descant.versions.low_rank import Factors, LowRankAdapter, float32
 from descant_client.errors import AdapterInvalid

@@ -13,8 +13,8 @@ from descant.adapters.export import check_exportable, is_adapter, write_adapter
 from descant.adapters.formats.read import read_adapter
 from descant.adapters.merge import combine
 from descant.adapters.merged_checkpoint import write_merged
+from descant.contract.child_config import AdapterLimits
 from descant.contract.engine import Dtype
-from descant.contract.limits import AdapterLimits
 from descant.contract.version import AdapterVersion
 from descant.model.base_model import BaseModel
 from descant.versions.draft_heads import HeadsShape

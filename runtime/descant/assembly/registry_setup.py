@@ -22,9 +22,8 @@ from descant.assembly.site import Site
 from descant.catalog.configured import reconcile
 from descant.catalog.journal import open_journal
 from descant.config import AdapterConfig, AdapterEntry, Config
-from descant.contract.child_config import WorkerConfig
+from descant.contract.child_config import AdapterLimits, WorkerConfig
 from descant.contract.engine import Dtype
-from descant.contract.limits import AdapterLimits
 from descant.contract.worker import WorkerMessage, WorkerReply
 from descant.messages import FetchMessage, ForgetVersion, PinVersions, RegistryMessage, VersionUnused
 from descant.model.arch import from_hf

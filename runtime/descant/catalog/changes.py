@@ -14,11 +14,10 @@ from typing import Any
 import anyio.to_thread
 import msgspec
 
+from descant.catalog.budgets import OwnerQuota, PinBudget
 from descant.catalog.catalog import Catalog
 from descant.catalog.contents import Contents, local_reference
 from descant.catalog.entry import SHARED, Entry, Key
-from descant.catalog.pins import PinBudget
-from descant.catalog.quota import OwnerQuota
 from descant.catalog.register import Register
 from descant.catalog.versions import Versions
 from descant.catalog.worker_asks import WorkerAsks

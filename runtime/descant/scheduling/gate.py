@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from descant.contract.executor import AdapterMove
 from descant.contract.plan import BASE_SPANS, NO_ADAPTER, AdapterSpan
 from descant.contract.version import AdapterVersion
-from descant.scheduling.placement.adapter_work import AdapterLoad, AdapterWork
-from descant.scheduling.placement.load_turns import LoadTurns
+from descant.scheduling.placement.loads import AdapterLoad, AdapterWork, LoadTurns
 from descant.scheduling.placement.residency import AdapterResidency, Placement, aligned
 from descant.scheduling.sequence import Sequence, by_arrival
 from descant.scheduling.waiting_versions import WaitingVersion, WaitingVersions

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from descant.contract.version import AdapterVersion
 from descant.scheduling.gate import AdapterGate
-from descant.scheduling.placement.adapter_work import AdapterLoad, AdapterWork
+from descant.scheduling.placement.loads import AdapterLoad, AdapterWork
 from descant.scheduling.sequence_states import SequenceStates
 from descant_client.errors import DescantError
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant_client.errors import AdapterInvalid
 
 _MAX_NAME_CHARS = 512

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from descant.adapters.formats import peft
 from descant.adapters.formats.files import check_shape, open_tensors, read_config_bytes, read_tensor, tensor_names
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.base_model import BaseModel
 from descant.versions.draft_heads import DraftHeads, HeadsLayout, HeadsShape
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from descant.adapters.formats.files import open_tensors, read_tensor, tensor_names
 from descant.adapters.formats.peft_config import TargetModule, read_config, select_targets
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.base_model import BaseModel
 from descant.versions.low_rank import Factors, LowRankAdapter, float32
 from descant_client.errors import AdapterInvalid, AdapterTooLarge, AdapterUnsupported

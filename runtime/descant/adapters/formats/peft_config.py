@@ -12,7 +12,7 @@ import msgspec
 
 from descant.adapters.formats.files import read_config_bytes
 from descant.adapters.formats.patterns import Patterns
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.arch import LoraModule
 from descant_client.errors import AdapterInvalid, AdapterUnsupported
 

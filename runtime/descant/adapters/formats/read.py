@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from descant.adapters.formats import medusa, peft
-from descant.contract.limits import AdapterLimits
+from descant.contract.child_config import AdapterLimits
 from descant.model.base_model import BaseModel
 from descant.versions.low_rank import LowRankAdapter
 from descant_client.errors import AdapterInvalid

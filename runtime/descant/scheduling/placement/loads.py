@@ -1,4 +1,4 @@
-"""`LoadTurns`: the order in which versions that have a place are read.
+"""Loads of versions that have a place: what the executor is to do, and `LoadTurns`, the order of the reads.
 
 At most `MAX_READS` reads are under way, which the executor carries out at once. No read is begun for a principal that
 has as many under way as are left for all others. So one cold adapter never waits for all earlier loads of another
@@ -9,13 +9,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
-from descant.scheduling.placement.adapter_work import AdapterLoad
+from descant.contract.executor import AdapterMove
+from descant.contract.version import AdapterVersion
 
 MAX_READS = 8  # under way at once
 
 # The principals that wait for a digest; none if it is only to be pinned.
 Claimants = Callable[[str], Iterable[str]]
+
+
+class AdapterLoad(NamedTuple):
+    """A version to be put on the device. `epoch` tells an answer of the present executor from a late one."""
+
+    epoch: int
+    version: AdapterVersion
+    adapter_slot: int
+    offset: int
+
+
+class AdapterWork(NamedTuple):
+    """Work for the executor, in this order: moves, then loads. `prefetches` are read into host memory only."""
+
+    moves: tuple[AdapterMove, ...] = ()
+    loads: tuple[AdapterLoad, ...] = ()
+    prefetches: tuple[AdapterVersion, ...] = ()
 
 
 class LoadTurns:
