@@ -68,7 +68,7 @@ async def test_a_stream_is_printed_with_all_its_choices(client: Client) -> None:
 
 async def test_voices_are_printed_once_where_there_is_no_terminal(client: Client) -> None:
     console, status = paper(), StatusLine()
-    status.say("executor killed (pid 12)")
+    status.add("executor killed (pid 12)")
     voices = [("high", client.generate([1, 2])), ("low", client.generate([3, 4]))]
     outcomes = await side_by_side(voices, console, status=status)
     text = written(console)

@@ -22,7 +22,7 @@ asyncio.run(main())
 """
 
 
-async def _last_words(uri: str, body: str) -> str:
+async def _last_line(uri: str, body: str) -> str:
     """Run a script until its client fails. Return the last line on its standard error."""
     run = await anyio.run_process([sys.executable, "-c", SCRIPT.format(body=body), uri], check=False)
     stderr = run.stderr.decode()
@@ -37,14 +37,14 @@ async def test_nothing_listens() -> None:
     async with FakeServer() as server:
         await server.stop()
 
-        last = await _last_words(server.uri, "pass")
+        last = await _last_line(server.uri, "pass")
 
     sentence = "nothing listens there. Start a server with `descant serve`."
     assert last == f"descant_client.errors.ConnectionLost: Connection to {server.uri}/ws is lost: {sentence}"
 
 
 async def test_the_address_is_none() -> None:
-    last = await _last_words("localhost:8080", "pass")
+    last = await _last_line("localhost:8080", "pass")
 
     assert last.endswith("is no server's address. Give one like ws://127.0.0.1:8080.")
 
@@ -60,7 +60,7 @@ async def test_the_address_is_none() -> None:
 )
 async def test_the_server_dies(body: str) -> None:
     async with FakeServer(drops=[0] * 1000) as server:
-        last = await _last_words(server.uri, body)
+        last = await _last_line(server.uri, body)
 
     assert last.startswith(f"descant_client.errors.ConnectionLost: Connection to {server.uri}/ws is lost: ")
     assert last.endswith("Gave up after 0.1 s.")

@@ -44,7 +44,7 @@ async def test_every_stream_has_the_tokens_of_exactly_one_version_while_its_name
         alone = {}
         for path in versions:
             adapter = await client.adapters.load("song", path)
-            alone[adapter.digest] = (await results([_sing(client)]))[0].token_ids
+            alone[adapter.digest] = (await results([_start_stream(client)]))[0].token_ids
         assert len(alone) == len({tuple(token_ids) for token_ids in alone.values()}) == len(versions)
         stop = asyncio.Event()
         choir = asyncio.ensure_future(_choir(client, stop))
@@ -68,7 +68,7 @@ def _stored(data_dir: Path) -> set[str]:
     return {path.stem for path in data_dir.rglob("versions/*.safetensors")}
 
 
-def _sing(client: Client) -> Stream:
+def _start_stream(client: Client) -> Stream:
     return client.generate("sing", adapter="song", seed=3, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
@@ -78,7 +78,7 @@ async def _choir(client: Client, stop: asyncio.Event) -> list[tuple[str | None, 
 
     async def voice() -> None:
         while not stop.is_set():
-            result = await _sing(client).result()
+            result = await _start_stream(client).result()
             finished.append((result.adapter_digest, result.token_ids))
 
     await asyncio.gather(*[voice() for _ in range(NUM_STREAMS)])

@@ -121,6 +121,38 @@ async def test_a_child_whose_launcher_is_gone_ends_with_a_status_that_nobody_kno
     assert await ask(child) == b"x"
 
 
+async def test_a_launcher_that_hangs_is_replaced_and_delays_no_child_for_long(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(house.spawn("first"))
+    hanging = house.launching.pid
+    assert hanging is not None
+    monkeypatch.setattr("descant.actor.launcher.FORK_TIMEOUT_S", 0.2)
+
+    os.kill(hanging, signal.SIGSTOP)
+    child = house.spawn("second")
+
+    assert await ask(child) == b"x"
+    assert child.pid is not None
+    assert parent_of(child.pid) == os.getpid()
+    with anyio.fail_after(LONG):
+        while house.launching.pid in (hanging, None):  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+
+
+async def test_a_start_that_is_given_up_sends_no_descriptor_to_the_launcher(house: House) -> None:
+    await ask(house.spawn("first"))
+    launcher = house.launching.pid
+    assert launcher is not None
+
+    with anyio.move_on_after(0):
+        await house.launching("remote_fixture:make")
+
+    assert await ask(house.spawn("second")) == b"x"
+    assert house.launching.pid == launcher
+    assert len(sockets_of(launcher)) == 1
+
+
 async def test_without_a_launcher_children_start_from_nothing() -> None:
     async with Supervisor(on_escalate=lambda name, error: None) as supervisor:
         house = House(supervisor, ["there_is_no_such_module"])

@@ -38,10 +38,12 @@ _LOCAL = "local:"
 class Adapter:
     """A handle for a name at the server, with its latest known state; another client may have changed it since.
 
-    Every method except `save` and `merge_and_save` changes the adapter for all users of its name. Cancelling a method
-    does not undo it: the change may still be made. A change is made once. If the server restarts meanwhile, `fork`,
-    `merge_and_save` and `destroy`, which cannot safely be repeated, raise `ConnectionLost`. All methods raise
-    `AdapterNotFound` if the name no longer exists, and on this handle once `destroy` was answered.
+    Every method except `fork`, `save` and `merge_and_save` changes the adapter for all users of its name. Cancelling a
+    method does not undo it: the change may still be made. A change is made once. If the server restarts meanwhile,
+    `fork`, `merge_and_save` and `destroy`, which cannot safely be repeated, raise `ConnectionLost`. All methods except
+    `load`, which makes the name again, raise `AdapterNotFound` if the name no longer exists; all of them do on this
+    handle once `destroy` was answered. Methods that change a shared adapter raise `AdapterForbidden` unless the client
+    is an administrator.
     """
 
     def __init__(self, info: AdapterInfo, connection: Connection) -> None:
@@ -58,7 +60,7 @@ class Adapter:
 
     @property
     def source(self) -> str:
-        """Reference that its content was read from."""
+        """Kind of origin of its content, such as `local`, `create` or `merge`."""
         return self.info.source
 
     @property
@@ -83,7 +85,7 @@ class Adapter:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it stays on the device."""
+        """Whether it is pinned: kept on the device, if there is room (`is_unplaceable`)."""
         return self.info.is_pinned
 
     @property
@@ -115,13 +117,15 @@ class Adapter:
         Running requests finish on the old version.
 
         Raises:
+            AdapterNotFound: there is no adapter at `ref`.
+            AdapterForbidden: this client may not read `ref`, or may not change this name.
             AdapterInvalid, AdapterUnsupported, AdapterTooLarge: the new adapter cannot be used; the old version stays.
         """
         request_id, name = self._connection.new_request_id(), self.require_name()
         return await self._update(LoadAdapter(request_id, name, reference(ref, source), source, self.is_shared))
 
     async def save(self, path: Path) -> Adapter:
-        """Write it as a directory that PEFT reads, at a path of the server's machine.
+        """Write it as a directory that PEFT reads, at a path on the server's machine.
 
         A relative path is relative to the working directory of this program, not of the server.
 
@@ -139,7 +143,12 @@ class Adapter:
         return await self._update(MergeAndSave(self._connection.new_request_id(), self.require_name(), _absolute(path)))
 
     async def pin(self) -> Adapter:
-        """Load it onto the device and keep it there. Raises AdapterTooLarge if pins have no room left."""
+        """Load it onto the device and keep it there. Returns when the pin is recorded, before the version is loaded.
+
+        Raises:
+            AdapterTooLarge: it is larger than all pins together may be.
+            InvalidRequest: there is no room for it beside the other pins.
+        """
         return await self._update(PinAdapter(self._connection.new_request_id(), self.require_name()))
 
     async def unpin(self) -> Adapter:
@@ -207,12 +216,14 @@ class AdapterCatalog:
         target_modules: Sequence[str] | None = None,
         shared: bool = False,
     ) -> Adapter:
-        """Make a zero adapter: its answers are those of the base model until it is loaded into.
+        """Make a zero adapter: its answers are those of the base model until `load` or `merge` replaces its content.
 
         The default of `alpha` is the rank. `target_modules` are ends of module names, by default `q_proj` and `v_proj`.
 
         Raises:
             AdapterExists: the name is taken.
+            AdapterInvalid: a target matches no linear module, or the rank or alpha is out of range.
+            AdapterUnsupported: a target matches the input embedding.
         """
         targets = None if target_modules is None else list(target_modules)
         change = CreateAdapter(self._connection.new_request_id(), name, rank, alpha, targets, shared)
@@ -251,7 +262,8 @@ class AdapterCatalog:
 
         Raises:
             AdapterInvalid: the ranks of the members do not fit this type.
-            AdapterUnsupported: a member cannot be combined with this type; the error names the feature.
+            AdapterNotFound, AdapterForbidden: as `load`, for a member.
+            AdapterUnsupported: a member's reference or files need a feature that the server does not support.
             InvalidRequest: a keyword that this type needs is missing, or one that it does not take is given.
         """
         change = MergeAdapters(
@@ -289,7 +301,7 @@ def reference(adapter: Path | Adapter, source: AdapterSource | None = None) -> s
 def weighted(
     members: Sequence[tuple[str | Adapter, float]], source: AdapterSource | None = None
 ) -> list[WeightedAdapter]:
-    """Return weighted members in the form of a request, each as by `reference`."""
+    """Return weighted members in the form of a request, with the texts that `reference` returns."""
     return [WeightedAdapter(reference(member, source), weight) for member, weight in members]
 
 

@@ -33,7 +33,7 @@ class Receiver(Protocol):
     """A request as the connection sees it: it gets the messages that carry its `request_id`. No method waits.
 
     `open` sends the request, `reopen` continues it after a reconnect, `fail` ends it, and `cancel` asks the server to
-    end it. `is_answered` is whether the server has shown that it knows the request.
+    end it, if the server can. `is_answered` is whether the server has shown that it knows the request.
     """
 
     @property
@@ -226,7 +226,7 @@ class Connection:
         return self._link
 
     async def _reconnect(self, reason: str) -> None:
-        """Open another link, then let every open request go on. Raises as `Dialer.reopen`."""
+        """Open another link and continue every open request on it. Raises as `Dialer.reopen`."""
         lost = self._current
         self._link = await self._dialer.reopen(lost, reason)
         self._reopen(is_same_session=self.hello.session == lost.hello.session)

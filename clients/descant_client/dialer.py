@@ -1,4 +1,4 @@
-"""How a session gets its sockets: the first one, and another whenever one is lost."""
+"""`Dialer`: opens the first socket of a session, and another whenever one is lost."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ The server sends every other error of the tree. An `ActorError`, or an exception
 settings of a server and the parameters of a load test.
 
 An error carries data: the annotated fields of its class, which are also its constructor's parameters. `str()` makes the
-sentence, which says how to go on. On the wire an error is `code`, `message` and `data`; `from_wire` makes the same
-object again.
+sentence, with a remedy where there is one. On the wire an error is `code`, `message` and `data`; `from_wire` makes the
+same object again.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ class AdapterInfo(Wire, frozen=True):
     """A registered adapter."""
 
     name: str
-    source: str
+    source: str  # kind of origin of its content: `local`, `create`, `merge`
     digest: str | None = None  # of its version; None until it is first prepared, as are the next two
     rank: int | None = None  # the largest over its modules
     num_bytes: int | None = None  # on the device

@@ -1,4 +1,4 @@
-"""A change to an adapter, requested at most once through reconnects."""
+"""A change to an adapter, made at most once in a session, also through reconnects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Operation(Question[Adapters]):
     """One change, made at most once in a session.
 
     After a reconnect to the same session, its answer is requested; the change itself is sent again only if the server
-    has never seen it. After a restart of the server, a change that may have been made is sent again only if repeating
+    has not received it. After a restart of the server, a change that may have been made is sent again only if repeating
     it has the same effect; otherwise it fails with `ConnectionLost`.
     """
 

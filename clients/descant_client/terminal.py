@@ -102,7 +102,7 @@ class StatusLine:
     def __init__(self) -> None:
         self.messages: list[str] = []
 
-    def say(self, message: str) -> None:
+    def add(self, message: str) -> None:
         """Add a message and show it in place of the one before."""
         self.messages.append(message)
 

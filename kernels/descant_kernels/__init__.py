@@ -1,10 +1,12 @@
 """The public ops: contracts here, implementations by device.
 
 CPU tensors go to the `cpu` modules (fast, and every row bitwise independent of the rest of its batch). CUDA tensors go
-to the Triton kernel where one exists, and else to `reference`, the plain-torch specification of every op.
+to the Triton kernel where one exists, and else to `reference`, the specification of the ops in plain torch.
+`copy_blocks` and `gumbel_noise` are the same torch code on every device.
 
-Shape letters: T packed tokens of all sequences, S sequences, G segments, R rank, H hidden size, Hq and Hkv heads,
-D head size, V vocabulary, N rows of logits. Ops allocate their result unless marked "in place".
+Shape letters: T packed tokens of all sequences, S sequences, G segments, R rank, H hidden size, I intermediate size,
+Hq and Hkv heads, D head size, V vocabulary, N rows of logits, M positions or blocks to move. Ops allocate their result
+unless marked "in place".
 The caller guarantees shapes and dtypes. A wrong one is a bug, caught by `assert` at best.
 """
 
@@ -48,7 +50,7 @@ __all__ = [
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Lay out a weight for `linear`, once, at load. Where the result is packed it does not alias `weight`.
+    """Return a weight in the layout that `linear` multiplies fastest. If that is its own layout, the result aliases it.
 
     Args:
       weight: `[out, in]`, float32, bfloat16 or float16. bias: `[out]` of the same dtype, or None.
@@ -112,7 +114,8 @@ def paged_attention(
 
     Args:
       q: `[T, Hq, D]`. k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype, the new tokens' keys and
-      values already written. window: positions seen, the token itself included; None = all. soft_cap: None = none.
+      values already written. window: number of positions attended to, the token itself included; None = all.
+      soft_cap: None = none.
     Returns `[T, Hq, D]` of q's dtype. Softmax and sums are float32. Cache content outside a sequence's visible
     positions, NaN included, never affects the result.
     """
@@ -133,12 +136,13 @@ def rope_write_kv(
 
     Semantics, halves convention, x1 and x2 the halves of the first 2·d components of a head (the rest is unchanged):
       x1, x2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin, in float32; then, for slot = slot_mapping[t] >= 0,
-      cache[slot // block_size, :, slot % block_size] = k[t].
+      k_cache[slot // block_size, :, slot % block_size] = k[t], and v_cache likewise = v[t].
 
     Args:
       q: `[T, Hq, D]`. k, v: `[T, Hkv, D]`; the content of `k` afterwards is unspecified. cos, sin: `[T, d]` float32,
-      d <= D / 2 (d = D / 2 rotates whole heads). k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same dtype,
-      contiguous. slot_mapping: `[T]` int64, no slot twice; -1 = do not store.
+      contiguous, d <= D / 2 (d = D / 2 rotates whole heads). k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`, same
+      dtype, contiguous. slot_mapping: `[T]` int64, no slot twice; -1 = do not store. Each head of q, k and v is
+      contiguous.
     """
     _implementation("kv", k).rope_write_kv(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
 
@@ -162,7 +166,7 @@ def copy_blocks(cache: Tensor, src_blocks: Tensor, dst_blocks: Tensor) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Return the root mean square norm over the last axis, after adding to the residual stream if one is given.
+    """Return the root mean square norm of x, or of residual + x, over the last axis. In place on `residual`, if given.
 
     Semantics: with a residual, residual += x, in place, and then x = residual;
       returns weight * (x * rsqrt(mean(x²) + eps)).to(dtype): the inner part in float32, the weight last, as in Llama.
@@ -232,6 +236,7 @@ def walk_tree(
       cu_nodes: `[S + 1]` int64, no sequence empty. draft_tokens: `[N]` int64; that of node 0 (the last known token)
       is ignored. sampled_tokens: `[N]` int64. max_nodes: width of the result; no sequence has more nodes. None reads
       it from `cu_nodes`, which blocks until the device is done (so never inside a CUDA graph).
+    Returns a `Walk`.
     """
     if max_nodes is None:
         max_nodes = max(cu_nodes.diff().tolist(), default=0)
@@ -257,7 +262,7 @@ def _implementation(topic: str, tensor: Tensor) -> ModuleType:
 
 @functools.cache
 def _triton_module(topic: str) -> ModuleType | None:
-    """Return the module of Triton kernels for a topic. Imported on first use, so a CPU server needs no Triton."""
+    """Return the module of Triton kernels for a topic, None without one or without Triton. Imported on first use."""
     if topic not in _TRITON_TOPICS or importlib.util.find_spec("triton") is None:
         return None
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns about every kernel if this is not set

@@ -199,6 +199,6 @@ class Walk:
     of which the last is not in the cache yet.
     """
 
-    counts: Tensor  # [S] int64, at least 1
+    counts: Tensor  # [S] int64, at least 1; 0 for a sequence without nodes, which only the CUDA path accepts
     nodes: Tensor  # [S, max_nodes] int64
     tokens: Tensor  # [S, max_nodes] int64

@@ -11,8 +11,8 @@ block of columns (`fused_kernel`). There are no atomics, and no memory needs to 
 Padding in the arena may hold any values: padding of A only reaches ranks, and padding of B only columns, that are
 discarded. So loads are masked at the end of the padding, not at its start: the masks then cover whole vectors.
 
-A program first issues the loads that do not depend on computed values (table entries, y, B), before it checks whether
-it has work. On an H100 the latency of memory is most of a small batch's time.
+`expand_kernel` and `fused_kernel` issue the loads of the table entries and of y before they check whether the module
+has a rank. On an H100 the latency of memory is most of a small batch's time.
 """
 
 import triton
@@ -27,7 +27,7 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 BLOCK_R = tl.constexpr(64)
 """Ranks in a block of an adapter with a rank above `SMALL_RANK`."""
 SMALL_RANK = tl.constexpr(16)
-"""Ranks in the single block of an adapter of at most this rank."""
+"""Highest rank that takes a single block, and the number of ranks in that block."""
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def shrink_kernel(
 ):
     """Store h[plane, slice, rows] = x[rows] @ A.T over the plane's `program_size` features.
 
-    Grid: (tiles, slices * programs that share the blocks of ranks, planes).
+    Grid: (tiles, slices * programs that share the blocks of ranks, planes). For rank 0 nothing is stored.
     """
     tile = tl.program_id(0)
     slice_index = tl.program_id(1) % num_slices
@@ -198,7 +198,7 @@ def fused_kernel(
 
 @triton.jit
 def _rows_and_entry(tiles_ptr, tile, num_modules, module, BLOCK_M: tl.constexpr):
-    """Return the tile's rows `[BLOCK_M, 1]`, the number that exist, and the table entry of its slot's module."""
+    """Return the tile's rows, `[BLOCK_M, 1]` int64, their number, and the index of its slot's module in the tables."""
     rows = tl.load(tiles_ptr + tile * 3).to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
     num_rows = tl.load(tiles_ptr + tile * 3 + 1)
     slot = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int64)
@@ -263,7 +263,7 @@ def _shrink(
 
 @triton.jit
 def _load_b(b_ptr, n, r_start, rank, out_size, RANKS: tl.constexpr):
-    """Return B.T of a block of ranks and columns."""
+    """Return B.T of a block of ranks and columns: `[RANKS, BLOCK_N]`, 0 beyond the rank."""
     b_stride = tl.cdiv(out_size, _OUT_STEP) * _OUT_STEP
     r = r_start + tl.arange(0, RANKS)
     b_mask = (r < rank)[:, None] & (n < b_stride)[None, :]

@@ -54,7 +54,7 @@ def print_report(report: Report, console: Console) -> None:
     """Print a report without its records."""
     summary = report.summary
     if not report.is_complete:
-        console.print("Interrupted: this is what there was.", style="bold red")
+        console.print("Interrupted: these are the results until then.", style="bold red")
     for line in _lines(report):
         console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     console.print(_latencies(summary))

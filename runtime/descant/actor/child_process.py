@@ -1,13 +1,15 @@
-"""`ChildProcess`: the handle on a child, and `execute`, which starts one from nothing."""
+"""`Child`: a process that runs a remote actor and the sockets to it, and `execute`, which starts one from nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 
 class ChildProcess(Protocol):
@@ -30,9 +32,41 @@ class ChildProcess(Protocol):
         ...
 
 
-# Starts a process that runs a factory (`remote_child.Factory`) on two sockets: for frames and for the heartbeat. The
-# caller closes its copies of the descriptors afterwards.
-StartChild = Callable[[str, Sequence[int]], Awaitable[ChildProcess]]
+class Line(NamedTuple):
+    """The parent's ends of the two sockets to a child."""
+
+    frames: socket.socket
+    pulse: socket.socket  # heartbeats
+
+    def close(self) -> None:
+        """Close both."""
+        self.frames.close()
+        self.pulse.close()
+
+
+class Child(NamedTuple):
+    """A started child process and the line to it, which the owner closes."""
+
+    process: ChildProcess
+    line: Line
+
+
+# Starts a process that runs a factory, given as "module:function" (`remote_child.Factory`).
+StartChild = Callable[[str], Awaitable[Child]]
+
+
+@contextmanager
+def new_line() -> Generator[tuple[Line, tuple[int, int]]]:
+    """Yield a new line and the descriptors of the child's ends, which are closed at the end of the block.
+
+    After an exception in the block the line is closed as well.
+    """
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        pairs = [socket.socketpair(), socket.socketpair()]
+        frames, pulse = (ours.enter_context(own) for own, _ in pairs)
+        fds = [theirs.enter_context(other).fileno() for _, other in pairs]
+        yield Line(frames, pulse), (fds[0], fds[1])
+        ours.pop_all()
 
 
 class _ExecutedChild:
@@ -48,9 +82,11 @@ class _ExecutedChild:
         return await self._process.wait()
 
 
-async def execute(factory: str, fds: Sequence[int]) -> ChildProcess:
+async def execute(factory: str) -> Child:
     """Start a new interpreter for a child. It imports all it needs itself."""
-    return await execute_module("descant.actor.remote_child", (factory, *map(str, fds)), fds)
+    with new_line() as (line, fds):
+        process = await execute_module("descant.actor.remote_child", (factory, *map(str, fds)), fds)
+        return Child(process, line)
 
 
 async def execute_module(module: str, args: Sequence[str], fds: Sequence[int]) -> ChildProcess:

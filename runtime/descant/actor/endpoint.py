@@ -21,13 +21,13 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     factory: str  # "module:function" of type remote_child.Factory
     config: bytes = b""  # argument of the factory
     replies: Any  # the closed union of its replies
-    notices: Any = None  # the closed union of its notices: messages up that answer no ask
+    notices: Any = None  # the closed union of its notices: messages to the parent that answer no ask
 
 
 class Remote(Generic[MessageT]):
     """The owner's handle on a remote actor over all its lives. Other actors get its `ref` only.
 
-    A new `program` is used from the next life on.
+    Setting `program` takes effect in the next life.
     """
 
     def __init__(self, name: str, program: Program) -> None:
@@ -44,16 +44,16 @@ class Remote(Generic[MessageT]):
 
     @property
     def pid(self) -> int | None:
-        """Process id of the newest life; None between lives, and for an inline one."""
+        """Process id of the newest life; None between lives, before its process starts, and for an inline one."""
         return None if self.endpoint is None else self.endpoint.pid
 
     def mark_productive(self) -> None:
-        """Clear the record of crashes, and do not count the end of this life."""
+        """Clear the record of crashes, and do not count the end of this life. Do nothing between lives."""
         if self.endpoint is not None:
             self.endpoint.is_productive = True
 
     def kill(self) -> None:
-        """End this life at once, as a crash would (SIGKILL)."""
+        """End this life at once, as a crash would (SIGKILL). Do nothing between lives."""
         if self.endpoint is not None:
             self.endpoint.kill()
 
@@ -67,7 +67,7 @@ class Watchers(msgspec.Struct, frozen=True):
 
 
 class Endpoint(Actor[Any]):
-    """Base of both placements: reports the beginning and the end of a life to the watchers."""
+    """Base of the endpoints of both placements. Reports the start of a life, and its end unless it is stopped."""
 
     keeps_mailbox = False  # messages to a life that ended are not for the next one
 

@@ -19,14 +19,15 @@ import anyio
 import msgspec
 
 from descant.actor.actor import Actor, Later
-from descant.actor.child_process import ChildProcess, execute, execute_module
-from descant.actor.errors import ActorError, ActorFailed, CannotFork
+from descant.actor.child_process import Child, ChildProcess, execute, execute_module, new_line
+from descant.actor.errors import ActorError, ActorFailed, AskTimeout, CannotFork
 from descant.actor.launcher_child import PACKET_BYTES, Exited, Fork, Forked, LauncherNote, Ready, Refused
 from descant.actor.message import Ask
 from descant.actor.ref import Ref
 from descant.actor.supervision import RestartPolicy, Supervisor
 
-START_TIMEOUT_S = 120.0  # of a launcher's imports and a fork; then the child is started from nothing
+FORK_TIMEOUT_S = 10.0  # of a launcher that is ready; then it is killed and the child starts from nothing
+START_TIMEOUT_S = 120.0  # of a launcher's imports and a fork; likewise
 STATUS_GRACE_S = 1.0  # between the end of a child and the launcher's report of its exit status
 EXIT_GRACE_S = 5.0
 RESTARTS = RestartPolicy(max_restarts=30, within_s=60.0)  # of launchers that die during their imports
@@ -55,7 +56,7 @@ class ForkedChild:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def wait(self) -> int | None:
-        """Wait for the end; return the exit status, None if the launcher died before it told."""
+        """Wait for the end; return the exit status, None if the launcher does not report it in time."""
         await asyncio.shield(self._ended)
         with anyio.move_on_after(STATUS_GRACE_S):
             return await asyncio.shield(self._status)
@@ -112,6 +113,11 @@ class Launcher(Actor[Launch]):
     def pid(self) -> int | None:
         """Process id, once it runs."""
         return None if self._process is None else self._process.pid
+
+    def kill(self) -> None:
+        """End the process as a crash would."""
+        if self._process is not None:
+            self._process.kill()
 
     async def on_receive(self, message: Launch) -> Later:
         """Ask the process for a fork."""
@@ -177,12 +183,22 @@ class Launching:
         self._actor: Launcher | None = None  # of the newest life
         self._launcher: Ref[Launch] = supervisor.spawn(self._new_life, name, restarts=RESTARTS)
 
-    async def __call__(self, factory: str, fds: Sequence[int]) -> ChildProcess:
-        """Start a child as `child_process.execute` does."""
+    async def __call__(self, factory: str) -> Child:
+        """Start a child as `child_process.execute` does. A launcher that does not answer in time is killed."""
+        is_ready = self._actor is not None and self._actor.is_productive
         try:
-            return await self._launcher.ask(Launch(factory, tuple(fds)), timeout=START_TIMEOUT_S)
+            with new_line() as (line, fds):
+                process = await self._launcher.ask(
+                    Launch(factory, fds), timeout=FORK_TIMEOUT_S if is_ready else START_TIMEOUT_S
+                )
+                return Child(process, line)
+        except AskTimeout:
+            if self._actor is not None:
+                self._actor.kill()
         except ActorError:
-            return await execute(factory, fds)
+            pass
+        # On new sockets: a child that was forked all the same must find the end of file on the old ones.
+        return await execute(factory)
 
     @property
     def pid(self) -> int | None:

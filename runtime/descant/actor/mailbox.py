@@ -24,7 +24,7 @@ class Mailbox:
     def __init__(self, size: int) -> None:
         self.size = size
         self.queue: deque[Envelope] = deque()
-        # Senders waiting for room: their message, and the future that tells them it is in (asks have none).
+        # Senders waiting for room: their message, and the future that is done once it is queued (asks have none).
         self.overflow: deque[tuple[Envelope, asyncio.Future[None] | None]] = deque()
         self.high_water = 0
         self.waker: asyncio.Future[None] | None = None  # awaited by the taker

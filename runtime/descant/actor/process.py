@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import signal
-import socket
 from typing import Any
 
 import anyio
@@ -60,7 +59,7 @@ class ProcessEndpoint(Endpoint):
         self._heartbeat = placement.heartbeat
         self._exit_grace_s = placement.exit_grace_s
         self._started = anyio.Event()
-        self._last_words: str | None = None  # the cause of death, if the child or the heartbeat reported one
+        self._reported_cause: str | None = None  # the cause of death, if the child or the heartbeat reported one
         self._asks: dict[int, asyncio.Future[Any]] = {}
         self._num_asks = 0
         self._decode_reply = msgspec.msgpack.Decoder(remote.program.replies).decode
@@ -108,15 +107,12 @@ class ProcessEndpoint(Endpoint):
             self._process.kill()
 
     async def _launch(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._pulse, their_pulse = socket.socketpair()
-        self._sockets.enter_context(self._pulse)
-        self._pulse.setblocking(False)
-        with theirs, their_pulse:
-            self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=READ_LIMIT)
-            fds = (theirs.fileno(), their_pulse.fileno())
-            self._process = await self._start_child(self._remote.program.factory, fds)
+        self._process, line = await self._start_child(self._remote.program.factory)
+        self._sockets.callback(line.close)
         self.pid = self._process.pid
+        self._pulse = line.pulse
+        self._pulse.setblocking(False)
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=line.frames, limit=READ_LIMIT)
 
     async def _send(self, frame: bytearray) -> None:
         assert self._writer is not None, "a message before on_start"
@@ -124,13 +120,13 @@ class ProcessEndpoint(Endpoint):
         try:
             await self._writer.drain()
         except ConnectionError:
-            raise await self._obituary() from None
+            raise await self._cause_of_death() from None
 
     async def _read(self) -> None:
         while (frame := await self._next_frame()) is not None:
             self._receive(frame)
         if not self.is_stopping:
-            raise await self._obituary()
+            raise await self._cause_of_death()
 
     async def _next_frame(self) -> Frame | None:
         try:
@@ -155,7 +151,7 @@ class ProcessEndpoint(Endpoint):
             case Kind.UP:
                 self._started.set()
             case Kind.FATAL:
-                self._last_words = msgspec.msgpack.decode(frame.payload, type=str)
+                self._reported_cause = msgspec.msgpack.decode(frame.payload, type=str)
             case _:
                 raise ValueError(f"unexpected frame {frame.kind!r}")
 
@@ -174,17 +170,17 @@ class ProcessEndpoint(Endpoint):
                     return
                 missed = 0
                 await anyio.sleep_forever()
-        self._last_words = f"no heartbeat for {self._heartbeat.allowance_s} s"
+        self._reported_cause = f"no heartbeat for {self._heartbeat.allowance_s} s"
         self.kill()
-        raise await self._obituary()
+        raise await self._cause_of_death()
 
-    async def _obituary(self) -> DescantError:
+    async def _cause_of_death(self) -> DescantError:
         """Wait for the end of the process and return its cause."""
         status = await self._wait_for_exit(self._exit_grace_s)
         if self._death is None:
             killed_by = signal.Signals(-status).name if status is not None and status < 0 else None
             known = f"killed by {killed_by}" if killed_by else f"exit status {status}"
-            reason = self._last_words or ("exit status unknown" if status is None else known)
+            reason = self._reported_cause or ("exit status unknown" if status is None else known)
             self._death = self._failure(reason, exit_status=None if killed_by else status, killed_by=killed_by)
         return self._death
 

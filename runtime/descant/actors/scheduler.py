@@ -53,7 +53,7 @@ from descant_client.protocol import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-STEP_TIMEOUT_S = 600.0  # a longer step is our fault; a dead executor is noticed by its socket and heartbeat
+STEP_TIMEOUT_S = 600.0  # a longer step is a fault; the end of the process is detected by socket and heartbeat
 STAGE_TIMEOUT_S = 600.0  # for reading one version; then the requests that wait for it fail
 MAX_PREFETCHES = 4  # at once; the other side threads of the executor are for loads
 
@@ -82,7 +82,7 @@ class Scheduler(Actor[SchedulerMessage]):
         self._work_turn = anyio.Lock()  # adapter work is told in the order in which it was decided
 
     async def on_start(self) -> None:
-        """Start the step loop. If the executor is up, go on with it: a restart of this actor loses only its rows."""
+        """Start the step loop. If the executor is up, keep using it: a restart of this actor loses only its rows."""
         self.start_soon(self._run)
         self._policy.adapters.set_pins(self._model.pinned)
         if self._model.is_up:
@@ -120,11 +120,11 @@ class Scheduler(Actor[SchedulerMessage]):
             self._policy.submit([self._probe()])
 
     async def _report_pins(self) -> None:
-        """Tell the registry which pins have no room on the device, if that has changed. It shows them to clients."""
+        """Send the registry the pins without room on the device, for its answers to clients, if they have changed."""
         refused = tuple(version.digest for version in self._policy.adapters.unplaceable_pins)
         if self._model.is_up and refused != self._refused_pins:
             self._refused_pins = refused
-            with contextlib.suppress(ActorError):  # a registry that is gone has no clients to show them to
+            with contextlib.suppress(ActorError):  # without a registry no client can list adapters
                 await self._registry.tell(PinsRefused(refused))
 
     def _down(self, reason: str) -> None:

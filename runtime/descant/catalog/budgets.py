@@ -59,7 +59,7 @@ class PinBudget(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, config: AdapterConfig) -> PinBudget:
-        """Return the budget of the configuration. One version may always be pinned unless the share is zero."""
+        """Return the budget of the configuration, of at least one version unless the share is zero."""
         share = config.max_pinned_share
         max_versions = max(1, int(share * config.num_slots)) if share else 0
         return cls(int(share * config.memory_bytes), max_versions, owner_share(config))
@@ -68,7 +68,8 @@ class PinBudget(msgspec.Struct, frozen=True):
         """Check that a name may pin a version beside the entries that are `pinned`. Errors do not name these.
 
         Raises:
-            AdapterTooLarge: it is larger than the whole budget. InvalidRequest: the others leave too little of it.
+            AdapterTooLarge: it is larger than the whole budget. InvalidRequest: the budget, or the owner's share of it,
+            has no room for it beside the others.
         """
         owner, name = key
         others = [entry for entry in pinned if entry.key != key]
@@ -91,7 +92,7 @@ class PinBudget(msgspec.Struct, frozen=True):
             raise InvalidRequest("name", reason + f"(`adapters.{setting}`); unpin another.")
 
     def _share(self) -> PinBudget:
-        """Return the budget of one principal. One version may always be pinned."""
+        """Return the budget of one principal, of at least one version unless the whole budget is of none."""
         max_versions = max(1, int(self.max_owner_share * self.max_versions)) if self.max_versions else 0
         return PinBudget(int(self.max_owner_share * self.max_bytes), max_versions)
 

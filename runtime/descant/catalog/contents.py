@@ -1,4 +1,4 @@
-"""`Contents`: from the names in a request to versions that are held, prepared or made again first if need be."""
+"""`Contents`: resolves the adapters of a request to versions held by a lease, and changes the entries of names."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Resolution(NamedTuple):
 
     @contextmanager
     def naming_damage(self) -> Iterator[None]:
-        """Let an error about a damaged member in this block name the adapter that the request named.
+        """Replace the name in an AdapterInvalid of the block about a damaged member by the name in the request.
 
         Raises:
-            AdapterInvalid: in place of one whose digest is that of a member.
+            AdapterInvalid: with the other name, if its digest is that of a member; else unchanged.
         """
         try:
             yield
@@ -45,7 +45,7 @@ class Resolution(NamedTuple):
 
 
 class Contents:
-    """Names and the versions they stand for, changed together.
+    """Names and the versions that they stand for.
 
     `on_change` is called after everything that may change which versions are pinned.
     """
@@ -70,8 +70,9 @@ class Contents:
         Disabled ones are left out unless `includes_disabled`. With `is_anew` the directories of paths are read again.
 
         Raises:
-            InvalidRequest, AdapterUnsupported: no reference that is served. AdapterNotFound: no such name.
-            AdapterForbidden: a path outside the principal's roots. Others as `obtain` and `Versions.read`.
+            InvalidRequest: the text is no reference. AdapterUnsupported: its source is not served.
+            AdapterNotFound: there is no such name or directory. AdapterForbidden: the path is outside the principal's
+            roots. Others as `obtain`, `Versions.find` and `Versions.read`.
         """
         members: list[Member] = []
         names: dict[str, str] = {}
@@ -100,9 +101,9 @@ class Contents:
         return self._register.catalog.require(principal, reference.id)
 
     async def obtain(self, entry: Entry, lease: Lease) -> AdapterVersion:
-        """Return an entry's version, held by `lease`, reading it first if it is not in the store.
+        """Return an entry's version, held by `lease`. Read it first if it is damaged or not in the store.
 
-        `entry` must be the one that is in the catalog now.
+        `entry` must be the one that is in the catalog now. If it has no version, it gets the one that was read.
 
         Raises:
             AdapterInvalid: its file is gone or damaged, and cannot be made again. DescantError: of its source.
@@ -125,7 +126,7 @@ class Contents:
         return found
 
     def mark_damaged(self, error: AdapterInvalid) -> None:
-        """Mark the stored version that the worker found damaged: it is made again when it is next obtained.
+        """Mark the stored version that `error` is about as damaged: it is made again when it is next obtained.
 
         Raises:
             AdapterInvalid: `error` itself, if it is not about a stored version.
@@ -136,7 +137,10 @@ class Contents:
         self._on_change()
 
     async def change(self, key: Key, edit: Edit) -> Entry | None:
-        """Edit an entry, durably, and drop the version that it no longer stands for. Raises as `Register.change`."""
+        """Edit an entry, durably, and return the new one. Raises as `Register.change`.
+
+        The version that it stood for is deleted, once unused, if no name stands for it any more.
+        """
         before, after = await self._register.change(key, edit)
         self._on_change()
         old, new = version_of(before), version_of(after)
@@ -151,7 +155,7 @@ def local_reference(directory: str) -> str:
 
 
 def _with_version(asked: Entry, now: Entry | None, version: AdapterVersion) -> Entry | None:
-    """Return the entry with the version that was prepared, unchanged if the name stands for something else by now."""
+    """Return the present entry with the version, or unchanged if it has a version or another reference by now."""
     if now is None or now.version is not None or now.reference != asked.reference:
         return now
     return msgspec.structs.replace(now, version=version)

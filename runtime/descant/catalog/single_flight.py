@@ -1,7 +1,7 @@
 """`SingleFlight`: work done once for all concurrent callers, with a cache of the results.
 
-An error names things as its caller did. So callers share work in flight only if they have the same label, which stands
-for these names. Results are shared by all callers.
+An error contains the name under which its caller gave the adapter. So callers share work in flight only if they have
+the same label, which is this name. Results are shared by all callers.
 """
 
 from __future__ import annotations

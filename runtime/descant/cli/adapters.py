@@ -22,13 +22,13 @@ from descant_client.wire import AdapterSource
 
 _SHARED = click.option("--shared", is_flag=True, help="For every principal to use; administrators only.")
 _SOURCE = click.option(
-    "--source", type=click.Choice(get_args(AdapterSource)), help="Where to look; default: as REF says."
+    "--source", type=click.Choice(get_args(AdapterSource)), help="Kind of the references; default: by their form."
 )
 
 
 @click.group()
 def adapter() -> None:
-    """Adapters of a running server: names, versions, merges."""
+    """List and change the adapters of a running server."""
 
 
 @adapter.command("list")
@@ -54,9 +54,9 @@ async def list_adapters(uri: str, token: str | None) -> None:
 @connection_options
 @asyncly
 async def create(uri: str, token: str | None, name: str, targets: tuple[str, ...], **options: Any) -> None:
-    """Create the adapter NAME. Its output equals the base's until it is loaded or merged onto."""
+    """Create the adapter NAME, which changes nothing until `load` or `merge` puts content under the name."""
     async with connect(uri, token) as client:
-        _say(await client.adapters.create(name, target_modules=targets or None, **options))
+        _print_entry(await client.adapters.create(name, target_modules=targets or None, **options))
 
 
 @adapter.command("load")
@@ -67,9 +67,9 @@ async def create(uri: str, token: str | None, name: str, targets: tuple[str, ...
 @connection_options
 @asyncly
 async def load(uri: str, token: str | None, name: str, ref: str, **options: Any) -> None:
-    """Load REF under NAME. Running requests finish on the version before."""
+    """Load REF under NAME. Running requests finish on the previous version."""
     async with connect(uri, token) as client:
-        _say(await client.adapters.load(name, ref, **options))
+        _print_entry(await client.adapters.load(name, ref, **options))
 
 
 @adapter.command("merge")
@@ -77,10 +77,10 @@ async def load(uri: str, token: str | None, name: str, ref: str, **options: Any)
 @click.argument("members", nargs=-1, required=True, type=WeightedName())
 @click.option("--type", type=click.Choice(get_args(CombinationType)), default="cat", show_default=True)
 @click.option("--rank", type=int, help="Of the result, for the svd types; default: the largest of the members'.")
-@click.option("--clamp", type=float, help="For the svd types: the quantile beyond which singular vectors are cut.")
+@click.option("--clamp", type=float, help="For the svd types: the quantile that values are clamped to.")
 @click.option("--density", type=float, help="For ties, dare and magnitude_prune: the share of values kept.")
 @click.option("--sign", "majority_sign_method", type=click.Choice(["total", "frequency"]), default="total")
-@click.option("--seed", type=int, default=0, help="Draws what dare drops.")
+@click.option("--seed", type=int, default=0, help="Of the random choice of the values that dare drops.")
 @_SOURCE
 @_SHARED
 @connection_options
@@ -88,7 +88,7 @@ async def load(uri: str, token: str | None, name: str, ref: str, **options: Any)
 async def merge(uri: str, token: str | None, name: str, members: tuple[tuple[str, float], ...], **options: Any) -> None:
     """Put a combination of adapters, each with a weight (default 1), under NAME."""
     async with connect(uri, token) as client:
-        _say(await client.adapters.merge(name, members, **options))
+        _print_entry(await client.adapters.merge(name, members, **options))
 
 
 @adapter.command("fork")
@@ -100,7 +100,7 @@ async def merge(uri: str, token: str | None, name: str, members: tuple[tuple[str
 async def fork(uri: str, token: str | None, name: str, new_name: str, shared: bool) -> None:
     """Give the version under NAME a second name, NEW_NAME."""
     async with _opened(uri, token, name) as entry:
-        _say(await entry.fork(new_name, shared=shared))
+        _print_entry(await entry.fork(new_name, shared=shared))
 
 
 @adapter.command("save")
@@ -111,7 +111,7 @@ async def fork(uri: str, token: str | None, name: str, new_name: str, shared: bo
 async def save(uri: str, token: str | None, name: str, directory: str) -> None:
     """Write NAME as a directory that PEFT reads, on the server's machine."""
     async with _opened(uri, token, name) as entry:
-        _say(await entry.save(directory))
+        _print_entry(await entry.save(directory))
 
 
 @adapter.command("merge-and-save")
@@ -122,7 +122,7 @@ async def save(uri: str, token: str | None, name: str, directory: str) -> None:
 async def merge_and_save(uri: str, token: str | None, name: str, directory: str) -> None:
     """Write the base model with NAME merged into it as a checkpoint, on the server's machine."""
     async with _opened(uri, token, name) as entry:
-        _say(await entry.merge_and_save(directory))
+        _print_entry(await entry.merge_and_save(directory))
 
 
 @adapter.command("destroy")
@@ -138,14 +138,14 @@ async def destroy(uri: str, token: str | None, name: str) -> None:
 
 async def _set_flag(change: Callable[[Adapter], Any], uri: str, token: str | None, name: str) -> None:
     async with _opened(uri, token, name) as entry:
-        _say(await change(entry))
+        _print_entry(await change(entry))
 
 
 for _change, _help in (
-    (Adapter.pin, "Keep NAME on the device."),
-    (Adapter.unpin, "Let NAME leave the device when others need the room."),
-    (Adapter.enable, "Let NAME act again."),
-    (Adapter.disable, "Let requests for NAME be answered by the base model."),
+    (Adapter.pin, "Load NAME onto the device and keep it there."),
+    (Adapter.unpin, "Allow the eviction of NAME from the device."),
+    (Adapter.enable, "Apply NAME again in new requests for it."),
+    (Adapter.disable, "Answer new requests for NAME with the base model."),
 ):
     _command = click.argument("name")(connection_options(asyncly(partial(_set_flag, _change))))
     adapter.command(_change.__name__, help=_help)(_command)
@@ -160,7 +160,7 @@ async def _opened(uri: str, token: str | None, name: str) -> AsyncIterator[Adapt
         yield entry
 
 
-def _say(entry: Adapter) -> None:
+def _print_entry(entry: Adapter) -> None:
     rank = None if entry.rank is None else f"rank {entry.rank}"
     num_bytes = None if entry.num_bytes is None else f"{entry.num_bytes:,} bytes"
     version = _version(entry) or "not read yet"

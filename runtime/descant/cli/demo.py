@@ -68,11 +68,11 @@ async def _kill_in_the_middle(system: System, num_voices: int, status: StatusLin
         await anyio.sleep(POLL_S)
     pid, lives, killed_s = system.executor.pid, model.num_lives, time.monotonic()
     system.kill_executor()
-    status.say(f"executor killed (kill -9 {pid}) after {KILL_AFTER_TOKENS} tokens of every voice")
+    status.add(f"executor killed (kill -9 {pid}) after {KILL_AFTER_TOKENS} tokens of every voice")
     while model.num_lives == lives:  # noqa: ASYNC110 - a demo may poll
         await anyio.sleep(POLL_S)
     lengths = {sequence.id: len(sequence.output_ids) for sequence in sequences}
     while any(lengths.get(one.id) == len(one.output_ids) for one in sequences):  # noqa: ASYNC110 - as above
         await anyio.sleep(POLL_S)
     seconds = time.monotonic() - killed_s
-    status.say(f"a new executor (pid {system.executor.pid}) took over; every voice went on after {seconds:.2f} s")
+    status.add(f"a new executor (pid {system.executor.pid}) took over; every voice went on after {seconds:.2f} s")

@@ -1,4 +1,4 @@
-"""`descant serve`: one server until a signal. The stages of its start are shown on standard error."""
+"""`descant serve`: runs a server until a signal, and shows the stages of its start on standard error."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ async def _serve(config: Config) -> None:
     started_s = time.monotonic()
     with StartUp(console) as start_up:
         async with running(config, start_up.show) as system:
-            # Only now: until the server runs, a signal ends the process, so that a download is interrupted.
+            # Not earlier: during the start a signal ends the process, which interrupts a download too.
             with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(_announce, system, console, start_up, started_s)
-                    tasks.start_soon(_drain_when_told, system, signals, console, tasks.cancel_scope)
+                    tasks.start_soon(_drain_on_signal, system, signals, console, tasks.cancel_scope)
             if system.failure is not None:
                 raise system.failure
 
@@ -60,18 +60,18 @@ def banner(system: System, engine: EngineReady) -> str:
     return f"Descant at ws://{host}:{system.port} · {model} · KV for {capacity:,} tokens"
 
 
-async def _drain_when_told(
+async def _drain_on_signal(
     system: System, signals: AsyncIterator[signal.Signals], console: Console, scope: anyio.CancelScope
 ) -> None:
     await first_of(partial(anext, signals), system.failed.wait)
-    reason = "it was told to stop." if system.failure is None else str(system.failure)
+    reason = "it received a signal to stop." if system.failure is None else str(system.failure)
     console.print("Draining; a second signal ends it at once.")
     await first_of(partial(anext, signals), partial(system.drain, reason))
     scope.cancel()
 
 
 class StartUp:
-    """The stages of a start: a progress bar on a terminal, elsewhere one line for each."""
+    """The display of a start: a progress bar on a terminal, elsewhere one line for each stage."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
@@ -89,7 +89,7 @@ class StartUp:
         self.stop()
 
     def show(self, note: LoadProgress) -> None:
-        """Show a stage and the fraction of it that is done. Ignored after `stop`, when an executor starts again."""
+        """Show a stage and the progress of the start. Ignored after `stop`, when an executor starts again."""
         if self._is_stopped:
             return
         self._progress.update(self._task, description=note.stage, completed=note.fraction)
@@ -98,6 +98,6 @@ class StartUp:
         self._stage = note.stage
 
     def stop(self) -> None:
-        """Clear the bar and show nothing any more."""
+        """Remove the bar and ignore all later stages."""
         self._progress.stop()
         self._is_stopped = True

@@ -11,7 +11,7 @@ from descant.contract.version import AdapterVersion
 
 
 class AdapterMove(msgspec.Struct, frozen=True):
-    """What is in this slot goes to `offset` bytes; nothing that is in use is there."""
+    """A move of the version in a slot to `offset` bytes of the arena. It overwrites no other version in use."""
 
     adapter_slot: int
     offset: int
@@ -30,7 +30,7 @@ class Placed(Message, frozen=True):
 
 
 class StepDone(Message, frozen=True):
-    """What a step did."""
+    """The result of a step."""
 
     result: StepResult
 
@@ -84,7 +84,7 @@ class EngineReady(Message, frozen=True):
 
 
 class LoadProgress(Message, frozen=True):
-    """Upward from a child: what it is doing before it is ready, 0 to 1."""
+    """Upward from a child: the stage of its start, and the progress of the start, 0 to 1."""
 
     stage: str
     fraction: float

@@ -1,1 +1,1 @@
-"""Requests, checked, prepared and submitted. Used by every door; knows of none."""
+"""Checking, preparation and submission of requests, independent of the protocol that carries them."""

@@ -1,4 +1,4 @@
-"""`CheckedRequest`: a `generate` message, checked and read once, whichever door it came through."""
+"""`CheckedRequest`: a `generate` message after its checks, with defaults resolved."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from descant.scheduling.preemption import may_take, richest
 from descant.scheduling.sequence import Sequence, by_arrival
 
 MAX_TRIES = 8  # principals per step for which others may be preempted
-LOOK_EVERY = 8  # steps, while no sequence comes or leaves: the order by service may change all the same
+LOOK_EVERY = 8  # steps between comparisons while no sequence is added or removed: service changes
 
 
 class AdapterTurns:
@@ -124,9 +124,9 @@ class AdapterTurns:
         return {account: float(len(own)) for account, own in digests.items() if own}
 
     def _spare_lane(self, gate: AdapterGate, holder: Account, taken: list[Lane]) -> Lane | None:
-        """Return the lane that its principal misses least, None if all adapters are pinned or used by others too.
+        """Return the lane of `holder` to preempt; None if all its adapters are pinned or used by others too.
 
-        That is one without running sequences if there is one; between equals, the one whose first user came last.
+        A lane without running sequences comes first; among equals, the one with the latest first user.
         """
         others = {
             lane.digest

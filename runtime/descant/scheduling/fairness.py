@@ -4,7 +4,7 @@ This is the virtual token counter of "Fairness in Serving Large Language Models"
 principal has a counter of the service it received: prompt tokens computed and output tokens, weighted, divided by the
 principal's own weight. The principal with the lowest counter is served next. A principal that begins to wait is lifted
 to the lowest counter of those already waiting, so idle time earns no credit. If no principal waits, it is lifted to
-the highest counter of all, because nothing is owed to any of them. Between the adapters of one principal the same
+the highest counter of all, because then no principal is behind. Between the adapters of one principal the same
 counters decide, then arrival.
 
 A token is charged once, however often it is computed. Tokens found in the prefix cache are not charged.
@@ -87,7 +87,7 @@ class Account:
         lane.service = max(lane.service, least)
 
     def forget_idle_lanes(self) -> None:
-        """If there are many lanes, forget those that would be lifted anyway when they come back."""
+        """If there are many lanes, remove the idle ones that would be lifted at their next sequence anyway."""
         if len(self.lanes) <= self._max_lanes:
             return
         services = [lane.service for lane in self.lanes.values()]

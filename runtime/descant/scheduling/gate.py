@@ -61,7 +61,7 @@ class AdapterGate:
     def enter(self, sequence: Sequence) -> bool:
         """Give the sequence the place of its adapter, or add it to the queue. Return whether it may run now.
 
-        A sequence with output was admitted before, and newer pins do not keep it from going on.
+        A sequence with output was admitted before, so newer pins do not exclude it.
 
         Raises:
             AdapterTooLarge, UnsupportedRequest: its adapter will never have a place.

@@ -66,7 +66,7 @@ class Policy:
 
     @property
     def num_running(self) -> int:
-        """Number of sequences with a seat."""
+        """Number of running sequences, without those that only keep a seat until their last step is applied."""
         return len(self.states.lineup.running)
 
     @property
@@ -104,7 +104,7 @@ class Policy:
             self.states.finish(sequence, "cancelled")
 
     def unpark(self, sequence_id: int) -> None:
-        """Let a parked sequence go on: its sink has room again. Does nothing to sequences that are not parked."""
+        """Continue a parked sequence: its sink has room again. Does nothing to sequences that are not parked."""
         sequence = self.states.table.get(sequence_id)
         if sequence is None or sequence.status != "parked":
             return
@@ -136,9 +136,9 @@ class Policy:
         self.states.start_life(life)
 
     def on_executor_lost(self, reason: str) -> bool:
-        """Preempt everything, because the executor died. A sequence found guilty fails with ExecutorFailed.
+        """Preempt every sequence, because the executor died. The culprit, if found, fails with ExecutorFailed.
 
-        Returns whether that life was of use: it completed a step, or its death narrowed the circle of suspects.
+        Returns whether that life was productive: it completed a step, or there are fewer suspects than before.
         """
         life, verdict = self.states.life, self.states.end_life()
         if verdict.culprit is not None and (culprit := self.states.table.get(verdict.culprit)) is not None:
@@ -170,7 +170,7 @@ class Policy:
         return self.states.in_flight.has_step(planned)
 
     def apply(self, planned: PlannedStep, result: StepResult) -> None:
-        """Take over the result of the oldest step and tell the sinks. Results of an earlier executor are discarded.
+        """Apply the result of the oldest step and pass new tokens to the sinks. Discard results of an earlier executor.
 
         Raises:
             InternalError: the result answers another plan. Nothing was applied and the executor cannot be trusted.

@@ -88,7 +88,7 @@ def growth_victim(fairness: Fairness, running: list[Sequence], sequence: Sequenc
     """Return the sequence to preempt so that a running one may grow, perhaps itself: the latest of the richest account.
 
     If that would leave its principal with less than the growing sequence's, it is the latest of all. Either way the
-    sequence that arrived first of all goes on.
+    sequence that arrived first of all keeps running.
     """
     held = blocks_by_account(fairness, running)
     holder, taker = richest_in_blocks(held, running), fairness.account(sequence)

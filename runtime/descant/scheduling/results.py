@@ -39,7 +39,7 @@ def take_result(life: ExecutorLife, sequence: Sequence, row: Row, result: RowRes
 
 
 def _take_verdict(sequence: Sequence, draft: TokenDraft, num_sampled: int) -> int:
-    """Tell the drafter the outcome of its draft; return the number of accepted tokens.
+    """Record the outcome of a draft in its drafter; return the number of accepted tokens.
 
     Raises:
         InternalError: more tokens were accepted than drafted.

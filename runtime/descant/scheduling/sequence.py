@@ -263,7 +263,7 @@ class DraftCounts(NamedTuple):
 class SequenceTable:
     """All live sequences, and the numbers that must never repeat.
 
-    It belongs to the system and outlives the scheduler actor: the next policy goes on with the sequences in it.
+    It belongs to the system and outlives the scheduler actor: the next policy continues its sequences.
     """
 
     def __init__(self) -> None:

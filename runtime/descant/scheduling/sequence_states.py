@@ -39,7 +39,7 @@ class SequenceStates:
         self._admit_held()
 
     def end_life(self) -> Verdict:
-        """Preempt and hold everything, because the executor died; return what its death shows of those in flight."""
+        """Preempt and hold every sequence, because the executor died; return the verdict on those in flight."""
         in_flight = self.in_flight.sequences + (self.life.gate.loading if self.life else [])
         self.life = None
         self.in_flight.clear()
@@ -115,7 +115,7 @@ class SequenceStates:
         return not self._is_draining
 
     def preempt(self, sequence: Sequence) -> None:
-        """Take everything from a running sequence but its tokens, and let it enter again."""
+        """Release all state of a running sequence but its tokens, and put it into a queue again."""
         sequence.num_preemptions += 1
         self._release(sequence)
         self.enter(sequence)

@@ -1,7 +1,7 @@
-"""Sessions: the requests of one client, kept for it over reconnects. They outlive connections and the gateway.
+"""Sessions: the requests of one client, kept over reconnects. They outlive connections and lives of the gateway.
 
-A session has at most one connection at a time; a newer one replaces it. Its streams and operations go on without a
-connection until `ServerConfig.resume_window_s` has passed.
+A session has at most one connection at a time; a newer one replaces it. Without a connection its streams and operations
+continue. After `ServerConfig.resume_window_s` the session is removed and its unfinished streams are cancelled.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Session:
         return self._outgoing[request_id]
 
     def release(self, request_id: str) -> None:
-        """Forget a stream or operation; nothing happens if there is none."""
+        """Remove a stream or operation. Do nothing if there is none."""
         for table in (self._outgoing, self._unfinished, self._changed):
             table.pop(request_id, None)
 
@@ -84,9 +84,10 @@ class Session:
         return self.connection == connection
 
     async def next_changed(self, connection: int) -> Outgoing | None:
-        """Wait for the next answer with something to send. None: a newer connection has replaced this one.
+        """Return the next answer with something to send, None once a newer connection has replaced this one.
 
-        If there is one already, other tasks run first, so that tokens that arrive meanwhile share its frame.
+        If there is one already, other tasks run first, so that tokens that arrive meanwhile share its frame. Cancelling
+        the wait loses no answer.
         """
         if self._changed:
             await anyio.lowlevel.checkpoint()
@@ -119,7 +120,10 @@ class Session:
                 raise Overloaded(f"This session has {max_kept} streams that its client does not read.", RETRY_AFTER_S)
 
     def _forget_sent(self) -> None:
-        """Forget the older half of the answers that were sent and not acknowledged. Half, so that it is done seldom."""
+        """Remove half of the answers that were sent and not acknowledged: streams before operations, the oldest first.
+
+        Half of them at once, so that the search is seldom repeated.
+        """
         sent = [(one.is_kept, one.end_sent_s, one.request_id) for one in self if one.end_sent_s is not None]
         for _, _, request_id in sorted(sent)[: (len(sent) + 1) // 2]:
             self.release(request_id)
@@ -161,13 +165,13 @@ class SessionTable:
         return session
 
     def remove(self, session: Session) -> None:
-        """Forget a session."""
+        """Remove a session."""
         self._sessions.pop(session.id, None)
 
     def expire(self, now_s: float, window_s: float) -> Iterator[Outgoing]:
-        """Forget sessions without a connection and streams whose end was sent, both longer ago than `window_s`.
+        """Remove sessions without a connection for `window_s`, and streams whose end was sent that long ago.
 
-        Yields the contents of forgotten sessions. The caller cancels them.
+        Yields the streams and operations of the sessions removed, evicted sessions included. The caller cancels them.
         """
         evicted, self._evicted = self._evicted, []
         for session in evicted:

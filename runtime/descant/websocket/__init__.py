@@ -1,1 +1,1 @@
-"""The WebSocket door: `descant.v1.json` and `descant.v1.msgpack`."""
+"""The WebSocket endpoint: `descant.v1.json` and `descant.v1.msgpack`."""

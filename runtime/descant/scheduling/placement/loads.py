@@ -21,7 +21,7 @@ Claimants = Callable[[str], Iterable[str]]
 
 
 class AdapterLoad(NamedTuple):
-    """A version to be put on the device. `epoch` tells an answer of the present executor from a late one."""
+    """A version to be put on the device of the executor with this `epoch`; outcomes for earlier ones are ignored."""
 
     epoch: int
     version: AdapterVersion

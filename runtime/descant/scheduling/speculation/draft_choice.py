@@ -19,7 +19,7 @@ from descant.scheduling.speculation.guess import Guess, discounted, pruned
 from descant.scheduling.speculation.ngram import DraftTree
 from descant.scheduling.speculation.step_costs import AddedCosts, StepCosts
 
-MARGIN = 1.05  # factor by which verifying must promise to be faster
+MARGIN = 1.05  # factor by which the estimated speed with drafts must exceed that without
 PROBE_EVERY = 64  # steps without a draft, or without a plain step: then the other is measured again
 MAX_PROBE_EVERY = 1024  # while one probe after the other finds that drafts do not pay
 PROBE_NODES = 4
@@ -184,7 +184,7 @@ class StepChoice:
         return least
 
     def _probe(self, guesses: Mapping[int, tuple[Drafter, Guess]]) -> dict[int, DraftTree]:
-        """Return a few nodes of the surest guess if a probe is due."""
+        """Return the likeliest nodes of the guess with the likeliest node, by sequence, if a probe is due."""
         if not self._is_probe_due or self._is_plain_due or not guesses:
             return {}
         key, (drafter, guess) = max(guesses.items(), key=lambda one: max(one[1][1].probabilities))

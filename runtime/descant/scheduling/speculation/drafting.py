@@ -1,7 +1,7 @@
 """`Drafter`: guesses the next tokens of a sequence from its own text and from the draft heads of its adapter.
 
-It learns the reliability of its guesses from the text alone: each new token is compared with the one it would have
-guessed, whether or not that guess was verified. So it notices soon when a text begins to repeat itself.
+The reliability of guesses is measured on the text alone: each new token is compared with the guess for its position,
+whether or not that guess was verified. So a text that begins to repeat itself is detected soon.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_PATIENCE = 3  # up to this many more than one
 AUTO = Speculation()
 
 
-class Spoken(Protocol):
+class TokenText(Protocol):
     """The part of a sequence that drafting reads."""
 
     @property
@@ -80,10 +80,10 @@ class Drafter:
         self._acceptance = _Record(2.0, 2.0)
         self._num_expected = 0.0  # expected number of accepted tokens of the draft in flight; 0: not to be compared
 
-    def read(self, sequence: Spoken, max_tokens: int) -> int:
+    def read(self, sequence: TokenText, max_tokens: int) -> int:
         """Read at most `max_tokens` tokens that the text has gained since the last call; return their number.
 
-        If there was no guess for long, it waits for several tokens: reading them at once takes less time.
+        After several reads without a guess, nothing is read until a few tokens are new: this takes less time.
         """
         num_tokens, index = sequence.num_tokens, self._index
         if self._awaited:
@@ -104,7 +104,7 @@ class Drafter:
                 self._text_record.add(is_hit)
         return len(new)
 
-    def guess(self, sequence: Spoken, max_nodes: int, least: float = 0.0) -> Guess | None:
+    def guess(self, sequence: TokenText, max_nodes: int, least: float = 0.0) -> Guess | None:
         """Return a guess of the next tokens; None if there is none, or the text is not completely read.
 
         Args:
@@ -123,7 +123,7 @@ class Drafter:
         return self._acceptance.rate
 
     def expect(self, num_tokens: float) -> None:
-        """Record the sum of the nodes' likelihoods of a draft that will be verified. 0: do not judge it by that."""
+        """Set the expected number of accepted tokens of the draft to verify. 0: do not compare it with the result."""
         self._num_expected = num_tokens
 
     def heads_gain(self, least: float) -> float:
@@ -181,7 +181,7 @@ class Drafter:
         self._awaited.clear()
         self._candidates = None
 
-    def _judge_heads(self, sequence: Spoken) -> None:
+    def _judge_heads(self, sequence: TokenText) -> None:
         """Compare earlier first choices of heads with the tokens that are known by now."""
         later: list[tuple[int, int, int, float]] = []
         for position, head, token_id, likelihood in self._awaited:
@@ -192,7 +192,7 @@ class Drafter:
         self._awaited.clear()
         self._awaited.extend(later)
 
-    def _text_guess(self, sequence: Spoken, max_nodes: int, least: float) -> Guess | None:
+    def _text_guess(self, sequence: TokenText, max_nodes: int, least: float) -> Guess | None:
         settings, rate = self.settings, self._text_record.rate
         if not settings.ngram or self._index.num_tokens < sequence.num_tokens:
             return None
@@ -204,7 +204,7 @@ class Drafter:
         self._num_silent = 0 if tree is not None else self._num_silent + 1
         return None if tree is None else of_text(tree, rate)
 
-    def _heads_guess(self, sequence: Spoken, max_nodes: int) -> Guess | None:
+    def _heads_guess(self, sequence: TokenText, max_nodes: int) -> Guess | None:
         is_of_now = self._candidates is not None and self._candidates[0] == sequence.num_tokens
         return self._heads_tree(max_nodes) if is_of_now else None
 
