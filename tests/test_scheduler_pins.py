@@ -78,12 +78,12 @@ async def test_the_registry_is_told_which_pins_have_no_room_whenever_that_change
         await scheduler.tell(up(1024))
         assert await registry.refusals(1) == [("large",)]
 
-        await scheduler.tell(PinVersions((SMALL, LARGE)))
+        await scheduler.tell(PinVersions((SMALL, LARGE)))  # as a registry tells it that was started again
         await scheduler.tell(PinVersions((SMALL,)))
-        assert await registry.refusals(2) == [("large",), ()]
+        assert await registry.refusals(3) == [("large",), ("large",), ()]
 
         await scheduler.tell(PinVersions((LARGE,)))
         await scheduler.tell(ExecutorDown("gone"))
         await scheduler.tell(up(1 << 20))
-        assert await registry.refusals(4) == [("large",), (), ("large",), ()]
+        assert await registry.refusals(5) == [("large",), ("large",), (), ("large",), ()]
         await supervisor.stop(timeout=0.1)

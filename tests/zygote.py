@@ -9,6 +9,7 @@ in test_launcher.py and test_e2e_process.py start launchers from nothing.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -34,7 +35,7 @@ class Zygote:
             return await execute_module(module, args, fds)
         if self._socket is None:
             self._socket = self._start()
-        socket.send_fds(self._socket, [b"launcher"], fds)
+        socket.send_fds(self._socket, [json.dumps(dict(os.environ)).encode()], fds)
         pid, pidfds, _, _ = socket.recv_fds(self._socket, 16, 1)
         child = launcher.ForkedChild(int(pid), pidfds[0])
         child.on_status(0)  # the exit status of a launcher means nothing
@@ -68,7 +69,7 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGCHLD, _reap)
     with socket.socket(fileno=fd) as control:
         while True:
-            data, fds, _, _ = socket.recv_fds(control, 16, 1)
+            data, fds, _, _ = socket.recv_fds(control, 1 << 17, 1)
             if not data:
                 return
             pid = os.fork()
@@ -79,6 +80,8 @@ def main(fd: int) -> None:
             socket.send_fds(control, [str(pid).encode()], [pidfd])
             os.close(pidfd)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(json.loads(data))  # that of the test: libraries read some of it late
     launcher_child.serve(socket.socket(fileno=fds[0]))
     remote_child.exit_now()
 

@@ -41,6 +41,6 @@ async def running_beside(work: Callable[[], Coroutine[Any, Any, None]]) -> Async
                 failure = exc
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise first_leaf(group) from None
+        raise first_leaf(group) from failure
     if failure is not None:
         raise failure

@@ -55,6 +55,11 @@ class Child(NamedTuple):
 StartChild = Callable[[str], Awaitable[Child]]
 
 
+def _socket_pair(ours: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    own, other = socket.socketpair()
+    return ours.enter_context(own), theirs.enter_context(other)
+
+
 @contextmanager
 def new_line() -> Generator[tuple[Line, tuple[int, int]]]:
     """Yield a new line and the descriptors of the child's ends, which are closed at the end of the block.
@@ -62,10 +67,8 @@ def new_line() -> Generator[tuple[Line, tuple[int, int]]]:
     After an exception in the block the line is closed as well.
     """
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-        pairs = [socket.socketpair(), socket.socketpair()]
-        frames, pulse = (ours.enter_context(own) for own, _ in pairs)
-        fds = [theirs.enter_context(other).fileno() for _, other in pairs]
-        yield Line(frames, pulse), (fds[0], fds[1])
+        own, other = zip(*(_socket_pair(ours, theirs) for _ in range(2)), strict=True)
+        yield Line(*own), (other[0].fileno(), other[1].fileno())
         ours.pop_all()
 
 

@@ -1,14 +1,15 @@
 """`Launching` starts children by a fork of a launcher process, which the `Launcher` actor owns.
 
-A forked child has nothing to import, so it starts in milliseconds. Each life of the actor is one launcher process. When
-the process dies, its children continue. The next child waits for the next launcher, or starts from nothing if there is
-none.
+A forked child finds its imports done (but for Triton, on a GPU), so it starts in milliseconds. Each life of the actor
+is one launcher process. When the process dies, its children continue. The next child waits for the next launcher, or
+starts from nothing if there is none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -29,13 +30,18 @@ from descant.actor.supervision import RestartPolicy, Supervisor
 FORK_TIMEOUT_S = 10.0  # of a launcher that is ready; then it is killed and the child starts from nothing
 START_TIMEOUT_S = 120.0  # of a launcher's imports and a fork; likewise
 STATUS_GRACE_S = 1.0  # between the end of a child and the launcher's report of its exit status
-EXIT_GRACE_S = 5.0
-RESTARTS = RestartPolicy(max_restarts=30, within_s=60.0)  # of launchers that die during their imports
+RESTARTS = RestartPolicy(max_restarts=20, within_s=math.inf)  # of launchers in a row that die during their imports
 
 
 def can_fork() -> bool:
-    """Return whether this platform has what the launcher needs: fork, pidfds, packets with descriptors."""
-    return sys.platform == "linux" and hasattr(os, "pidfd_open") and hasattr(socket, "send_fds")
+    """Return whether the launcher can work here. It needs Linux and pidfds, which a sandbox may forbid."""
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 class ForkedChild:
@@ -60,6 +66,7 @@ class ForkedChild:
         await asyncio.shield(self._ended)
         with anyio.move_on_after(STATUS_GRACE_S):
             return await asyncio.shield(self._status)
+        self.on_status(None)  # no other wait takes as long
         return None
 
     def on_status(self, status: int | None) -> None:
@@ -89,6 +96,7 @@ class Launcher(Actor[Launch]):
         self._modules = modules
         self._process: ChildProcess | None = None
         self._control: socket.socket | None = None
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # of this life, as an exception
         self._forks: dict[int, asyncio.Future[ForkedChild]] = {}  # not answered yet
         self._num_forks = 0
         self._children: dict[int, ForkedChild] = {}  # whose end has not been reported, by pid
@@ -105,7 +113,8 @@ class Launcher(Actor[Launch]):
         with theirs:
             args = (str(theirs.fileno()), *self._modules)
             self._process = await execute_module("descant.actor.launcher_child", args, (theirs.fileno(),))
-        self.start_soon(self._read, self._control)
+        asyncio.get_running_loop().add_reader(self._control, self._on_packet)
+        self.start_soon(self._wait_for_end)
         await self._ready.wait()
         self.is_productive = True
 
@@ -113,6 +122,11 @@ class Launcher(Actor[Launch]):
     def pid(self) -> int | None:
         """Process id, once it runs."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._end.done()
 
     def kill(self) -> None:
         """End the process as a crash would."""
@@ -134,28 +148,34 @@ class Launcher(Actor[Launch]):
         return self.later(fork)
 
     async def on_stop(self) -> None:
-        """End the process. Its children live on."""
+        """Kill the process, which has no state. Its children live on."""
         if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control)
             self._control.close()
         if self._process is not None:
-            with anyio.move_on_after(EXIT_GRACE_S):
-                await self._process.wait()
             self._process.kill()
             await self._process.wait()
         for child in self._children.values():
             child.on_status(None)
 
-    async def _read(self, control: socket.socket) -> None:
-        while True:
-            await anyio.wait_readable(control)
-            try:
-                data, fds, _, _ = socket.recv_fds(control, PACKET_BYTES, 1)
-            except OSError:
-                data, fds = b"", list[int]()
+    async def _wait_for_end(self) -> None:
+        await self._end
+
+    def _on_packet(self) -> None:
+        assert self._control is not None, "it is read"
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, PACKET_BYTES, 1)
+            for fd in fds:
+                os.set_inheritable(fd, False)
             if not data:
-                break
+                raise ActorFailed(self.ref.name, "the launcher process ended")
             self._receive(msgspec.msgpack.decode(data, type=LauncherNote), fds)
-        raise ActorFailed(self.ref.name, "the launcher process ended")
+        except BlockingIOError:
+            return
+        except Exception as exc:  # noqa: BLE001 - it ends this life, whatever it is
+            asyncio.get_running_loop().remove_reader(self._control)
+            if not self._end.done():
+                self._end.set_exception(exc)
 
     def _receive(self, note: LauncherNote, fds: list[int]) -> None:
         match note:
@@ -165,11 +185,7 @@ class Launcher(Actor[Launch]):
                 raise CannotFork(reason)
             case Forked(fork_id, pid):
                 child = self._children[pid] = ForkedChild(pid, fds[0])
-                fork = self._forks.pop(fork_id)
-                if fork.done():
-                    child.kill()  # its start was given up
-                else:
-                    fork.set_result(child)
+                self._forks.pop(fork_id).set_result(child)  # if its start was given up, it finds the end of file
             case Exited(pid, status):
                 self._children.pop(pid).on_status(status)
 
@@ -185,11 +201,10 @@ class Launching:
 
     async def __call__(self, factory: str) -> Child:
         """Start a child as `child_process.execute` does. A launcher that does not answer in time is killed."""
-        is_ready = self._actor is not None and self._actor.is_productive
         try:
             with new_line() as (line, fds):
                 process = await self._launcher.ask(
-                    Launch(factory, fds), timeout=FORK_TIMEOUT_S if is_ready else START_TIMEOUT_S
+                    Launch(factory, fds), timeout=FORK_TIMEOUT_S if self.is_ready else START_TIMEOUT_S
                 )
                 return Child(process, line)
         except AskTimeout:
@@ -199,6 +214,11 @@ class Launching:
             pass
         # On new sockets: a child that was forked all the same must find the end of file on the old ones.
         return await execute(factory)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the launcher has done its imports and not ended."""
+        return self._actor is not None and self._actor.is_productive and not self._actor.has_ended
 
     @property
     def pid(self) -> int | None:

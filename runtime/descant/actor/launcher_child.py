@@ -98,10 +98,14 @@ class Forker:
             return True
         for fd in fds:
             os.close(fd)
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+            socket.send_fds(self._control, [msgspec.msgpack.encode(Forked(request.fork_id, pid))], [pidfd])
+        except OSError:  # nobody will own it
+            os.kill(pid, signal.SIGKILL)
+            raise
         self._pids[pidfd] = pid
         self._poll.register(pidfd, select.POLLIN)
-        socket.send_fds(self._control, [msgspec.msgpack.encode(Forked(request.fork_id, pid))], [pidfd])
         return False
 
     def _report(self, pidfd: int) -> None:
@@ -123,12 +127,15 @@ def preload(modules: list[str]) -> None:
     """
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
         signal.signal(ignored, signal.SIG_IGN)
-    # NumPy's OpenBLAS starts its threads when it is loaded. Children multiply with torch only.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    num_threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's OpenBLAS starts its threads when it is loaded
     for module in modules:
         importlib.import_module(module)
-    if (num_threads := len(os.listdir("/proc/self/task"))) != 1:
-        raise RuntimeError(f"an import of {modules} left {num_threads - 1} threads behind")
+    del os.environ["OPENBLAS_NUM_THREADS"]
+    if num_threads is not None:
+        os.environ["OPENBLAS_NUM_THREADS"] = num_threads
+    if (num_left := len(os.listdir("/proc/self/task")) - 1) > 0:
+        raise RuntimeError(f"an import of {modules} left {num_left} threads behind")
     gc.collect()
     gc.freeze()  # or the children's collections would copy every page
 
@@ -150,7 +157,8 @@ def main(argv: list[str]) -> None:
         try:
             preload(modules)
         except Exception as exc:  # noqa: BLE001 - an import may fail in any way
-            control.send(msgspec.msgpack.encode(Refused(f"{type(exc).__name__}: {exc}")))
+            with contextlib.suppress(ConnectionError):  # the parent is gone
+                control.send(msgspec.msgpack.encode(Refused(f"{type(exc).__name__}: {exc}")))
             return
         serve(control)
     remote_child.exit_now()

@@ -285,6 +285,8 @@ def run(path: str, fd: int, pulse_fd: int) -> NoReturn:
     """Run the factory at `path` on the two sockets until the parent stops the child or is gone, then exit."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
         signal.signal(ignored, signal.SIG_IGN)
+    for own in (fd, pulse_fd):
+        os.set_inheritable(own, False)  # a process that this one starts must not hide its end of file
     pulse = socket.socket(fileno=pulse_fd)
     threading.Thread(target=_beat, args=(pulse,), name="pulse", daemon=True).start()
     with socket.socket(fileno=fd) as sock:

@@ -100,7 +100,7 @@ class Supervisor:
     def reserve(self, name: str, *, mailbox_size: int = 1024) -> Ref[Any]:
         """Return the address of an actor that `start` starts later; until then its messages wait.
 
-        If it is never started, it is stopped when the supervisor stops.
+        If it is never started, it is stopped when the supervisor stops. It must not be stopped before by itself.
         """
         assert name not in self._cells | self._reserved, f"two actors named {name}"
         cell = self._reserved[name] = Cell(Address(name, mailbox_size))

@@ -77,7 +77,7 @@ class Scheduler(Actor[SchedulerMessage]):
         self._num_prefetching = 0
         self._outcomes: deque[tuple[PlannedStep, StepResult | DescantError]] = deque()  # of steps, not yet applied
         self._probe = probe  # makes a request that shows that the first executor can step
-        self._refused_pins: tuple[str, ...] = ()  # as last told to the registry
+        self._refused_pins: tuple[str, ...] | None = None  # as last told to this life of the registry, if ever
         self._work = anyio.Event()
         self._work_turn = anyio.Lock()  # adapter work is told in the order in which it was decided
 
@@ -107,6 +107,7 @@ class Scheduler(Actor[SchedulerMessage]):
             case PinVersions(versions):
                 self._model.pinned = versions
                 self._policy.adapters.set_pins(versions)
+                self._refused_pins = None  # the registry may have been started again
                 await self._report_pins()
             case ForgetVersion(digest):
                 self._policy.adapters.forget_version(digest)

@@ -15,7 +15,7 @@ from descant.actor.supervision import RestartPolicy
 from descant.assembly.site import Site
 from descant.config import Config
 from descant.contract.child_config import ExecutorConfig
-from descant.contract.engine import EngineOptions
+from descant.contract.engine import EngineInfo, EngineOptions
 from descant.contract.executor import EngineReady, ExecutorNote, ExecutorReply, LoadProgress
 from descant.messages import ExecutorDown, ExecutorUp
 
@@ -25,15 +25,15 @@ FACTORY = "descant.actors.executor:start"
 def spawn_executor(site: Site, factory: str, on_progress: Callable[[LoadProgress], None]) -> Remote[Any]:
     """Start the executor's process, which runs `factory` (see `Program.factory`)."""
 
-    def program(is_invariant: bool | None) -> Program:
-        settings = executor_config(site.config, site.model_dir, is_invariant)
+    def program(earlier: EngineInfo | None) -> Program:
+        settings = executor_config(site.config, site.model_dir, earlier)
         return Program(
             factory=factory, config=msgspec.msgpack.encode(settings), replies=ExecutorReply, notices=ExecutorNote
         )
 
     def on_notice(note: EngineReady | LoadProgress) -> None:
         if isinstance(note, EngineReady):
-            executor.program = program(note.info.is_invariant)  # later lives need not probe again
+            executor.program = program(note.info)
             site.tell_scheduler(ExecutorUp(note))
         else:
             on_progress(note)
@@ -52,8 +52,12 @@ def spawn_executor(site: Site, factory: str, on_progress: Callable[[LoadProgress
     return executor
 
 
-def executor_config(config: Config, model_dir: Path, is_invariant: bool | None = None) -> ExecutorConfig:
-    """Return the part of the configuration that the executor needs."""
+def executor_config(config: Config, model_dir: Path, earlier: EngineInfo | None = None) -> ExecutorConfig:
+    """Return the part of the configuration that the executor needs.
+
+    `earlier` is the engine of an earlier life. Later lives take its number of threads, as the bits of sums depend on
+    it, and its result of the probe.
+    """
     return ExecutorConfig(
         engine=config.model.engine,
         model_dir=str(model_dir),
@@ -66,8 +70,8 @@ def executor_config(config: Config, model_dir: Path, is_invariant: bool | None =
             num_adapter_bytes=config.adapters.memory_bytes,
             num_host_bytes=config.adapters.host_bytes,
             max_num_batched_tokens=config.scheduling.max_num_batched_tokens,
-            num_threads=config.model.num_threads,
-            is_invariant=is_invariant,
+            num_threads=earlier.num_threads if earlier else config.model.num_threads,
+            is_invariant=earlier.is_invariant if earlier else None,
         ),
         dummy_tokens_per_s=config.model.dummy_tokens_per_s,
     )

@@ -65,6 +65,7 @@ class EngineInfo:
     num_parameters: int
     num_adapter_bytes: int
     is_invariant: bool  # the probe ran and found rows bitwise independent of the other rows of their batch
+    num_threads: int = 1  # of the process, which the result of the probe is about
 
 
 class StagedAdapter(Protocol):

@@ -198,6 +198,7 @@ class Engine:
             eos_token_ids=self.config.eos_token_ids,
             num_parameters=num_parameters,
             num_adapter_bytes=self._arena.num_bytes,
+            num_threads=torch.get_num_threads(),
             is_invariant=self._probe() if self._options.is_invariant is None else self._options.is_invariant,
         )
 
