@@ -8,8 +8,10 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
+from descant.assembly import system
 from descant.scheduling import life
 from zygote import Zygote
 
@@ -21,7 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
+    from descant.actor.endpoint import Program
     from descant.assembly.system import System
     from servers import Checkpoint, Neighbor
 
@@ -56,6 +60,23 @@ def _zygote() -> Iterator[None]:
     zygote.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _probe_once() -> Iterator[None]:
+    """Let only the first server of a model measure whether rows are invariant. It takes most of an engine's start."""
+    make_program = system._executor_program
+    measured: dict[tuple[Path, bytes], bool] = {}
+
+    def make_program_once(system: System, model_dir: Path, is_invariant: bool | None = None) -> Program:
+        key = (model_dir, msgspec.json.encode(system.config.model))
+        if is_invariant is not None:
+            measured[key] = is_invariant
+        return make_program(system, model_dir, measured.get(key))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(system, "_executor_program", make_program_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A tiny base model with four adapters, built once."""
@@ -71,4 +92,4 @@ async def neighbor(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
     from servers import Neighbor
 
     async with connect(server[1]) as client:
-        yield await Neighbor.beside(client, num_tokens=50)
+        yield await Neighbor.beside(client, num_tokens=20)

@@ -32,7 +32,7 @@ from servers import (
 
 pytestmark = pytest.mark.anyio
 
-NUM_STREAMS, NUM_TOKENS = 16, 96
+NUM_STREAMS, NUM_TOKENS = 16, 48
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ async def test_a_crash_of_the_scheduler_is_not_seen_either_though_the_executor_l
         undisturbed = await results(_start_choir(client))
         pid = system.executor.pid
         streams = _start_choir(client)
-        for minimum in (200, 900):
+        for minimum in (100, 450):
             await wait_until(lambda: _num_tokens(streams) > minimum)  # noqa: B023
             crash(system.services.scheduler)
 

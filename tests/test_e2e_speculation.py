@@ -30,7 +30,7 @@ from servers import kill_executor, results, serve
 
 pytestmark = pytest.mark.anyio
 
-TEXT = "sing la la la and then sing la la la and then sing la la la"
+TEXT = "sing la la la and then sing la la la"
 EAGER = Speculation(always=True)
 
 
