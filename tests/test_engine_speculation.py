@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -101,9 +101,16 @@ def chosen(voice: Voice) -> bytes:
     return b"".join(result.logprobs.chosen for result in voice.results if result.logprobs)
 
 
+@pytest.fixture(scope="module")
+def plain(engine: Engine) -> Sequence[Voice]:
+    """The crowd, decoded without drafts."""
+    return Driver(engine).run(crowd())
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_any_draft_gives_the_tokens_and_the_log_probabilities_of_plain_decoding(engine: Engine, seed: int) -> None:
-    plain = Driver(engine).run(crowd())
+def test_any_draft_gives_the_tokens_and_the_log_probabilities_of_plain_decoding(
+    engine: Engine, plain: Sequence[Voice], seed: int
+) -> None:
     driver = Drafting(engine, [voice.output for voice in plain], seed)
 
     drafted = driver.run(crowd())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +78,15 @@ def save_adapter(directory: Path, model_dir: Path, seed: int = 0, **changes: Any
 
 
 def load_model(model_dir: Path) -> Any:
-    """The model in a directory, as Transformers loads it in float32."""
+    """Return a new copy of the model in a directory, as Transformers loads it in float32."""
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.glob("*.*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return copy.deepcopy(_load_once(model_dir, digest.digest()))
+
+
+@lru_cache(4)
+def _load_once(model_dir: Path, digest: bytes) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager", dtype=torch.float32).eval()
 
 
