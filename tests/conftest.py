@@ -6,6 +6,7 @@ import atexit
 import gc
 import logging
 import os
+import socket
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -83,6 +84,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     from servers import tiny_checkpoint  # the import takes seconds
 
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def small_send_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel hold little of what the server's clients do not read."""
+    open_listener = system.open_listener
+
+    def open_small_listener(host: str, port: int) -> socket.socket:
+        listener = open_listener(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        return listener
+
+    monkeypatch.setattr(system, "open_listener", open_small_listener)
 
 
 @pytest.fixture(scope="module")
