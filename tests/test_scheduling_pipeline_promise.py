@@ -89,7 +89,7 @@ def expected(world: World, seq: Sequence) -> tuple[list[int], str]:
     return output, reason
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_every_sequence_gets_the_tokens_it_would_have_got_alone(random: Random) -> None:
     world = World(random)
@@ -107,7 +107,7 @@ def test_every_sequence_gets_the_tokens_it_would_have_got_alone(random: Random) 
             assert seq.output_ids == world.sinks[seq.id].token_ids
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_everything_is_given_back_in_the_end(random: Random) -> None:
     world = World(random)

@@ -143,7 +143,7 @@ class World:
         raise AssertionError(f"{len(self.loop.table)} sequences starve")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_every_sequence_gets_the_tokens_it_would_have_got_alone(random: Random) -> None:
     world = World(random)
@@ -161,7 +161,7 @@ def test_every_sequence_gets_the_tokens_it_would_have_got_alone(random: Random) 
             assert seq.finish_reason == ("stop" if seq.is_ended_by_token else "length")
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.randoms(use_true_random=False))
 def test_everything_is_given_back_in_the_end(random: Random) -> None:
     world = World(random)
