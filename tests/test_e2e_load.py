@@ -78,7 +78,9 @@ async def test_a_client_that_does_not_read_delays_nobody_and_misses_nothing(
             await wait_until(lambda: [s.status for s in system.services.sequences] == ["parked"] * 2)
             before = {s.request_id: len(s.output_ids) for s in system.services.sequences}
 
-            others = await results([client.generate("x", seed=seed % 2, max_tokens=NUM_LATE_TOKENS) for seed in range(4)])
+            others = await results(
+                [client.generate("x", seed=seed % 2, max_tokens=NUM_LATE_TOKENS) for seed in range(4)]
+            )
 
             assert {s.request_id: len(s.output_ids) for s in system.services.sequences} == before
             assert max(before.values()) < NUM_LATE_TOKENS

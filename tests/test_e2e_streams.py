@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ from servers import (
     results,
     serve,
     wait_until,
+    worker_of,
 )
 from tiny_models import greedy, load_adapted, load_model
 
@@ -236,6 +239,15 @@ async def test_penalties_change_the_answer(client: Client) -> None:
 
     assert plain.text == "a" * 12
     assert penalized.usage == plain.usage
+
+
+async def test_a_cpu_server_does_not_import_triton(client: Client, server: tuple[System, str]) -> None:
+    await client.generate("x", adapter="alpha", max_tokens=2).result()
+
+    for pid in (server[0].executor.pid, worker_of(os.getpid())):
+        maps = await anyio.Path(f"/proc/{pid}/maps").read_text()
+        assert "libtorch" in maps
+        assert "libtriton" not in maps
 
 
 async def test_leaving_the_loop_cancels_at_the_server(client: Client, server: tuple[System, str]) -> None:
