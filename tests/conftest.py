@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+import logging
 import os
+import socket
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import msgspec
 import pytest
 
+from descant.assembly import executor_setup, system
 from descant.scheduling.policy import Policy
 from zygote import Zygote
 
@@ -16,11 +22,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from descant.assembly.system import System
+    from descant.config import Config
+    from descant.contract.child_config import ExecutorConfig
+    from descant.contract.engine import EngineInfo
     from descant.scheduling.life import ExecutorLife
     from descant.scheduling.rows import PlannedStep
     from servers import Checkpoint, Neighbor
+
+
+def pytest_collection_finish() -> None:
+    """Make every test cheaper, once all modules are imported.
+
+    Garbage collections skip the objects of those modules. pytest attaches its log handlers six times per test to each
+    logger that does not propagate; torch and Transformers create 58 of them.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    for logger in logging.getLogger().manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 @pytest.fixture(scope="session")
@@ -59,12 +83,42 @@ def every_idle_moment_shows_what_was_not_given_back() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _probe_once() -> Iterator[None]:
+    """Let only the first server of a model measure whether rows are invariant. It takes most of an engine's start."""
+    make_config = executor_setup.executor_config
+    measured: dict[tuple[Path, bytes], EngineInfo] = {}
+
+    def make_config_once(config: Config, model_dir: Path, earlier: EngineInfo | None = None) -> ExecutorConfig:
+        key = (model_dir, msgspec.json.encode(config.model))
+        if earlier is not None:
+            measured[key] = earlier
+        return make_config(config, model_dir, measured.get(key))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor_setup, "executor_config", make_config_once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A tiny base model with four adapters, built once."""
     from servers import tiny_checkpoint  # the import takes seconds
 
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def small_send_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel hold little of what the server's clients do not read."""
+    open_listener = system.open_listener
+
+    def open_small_listener(host: str, port: int) -> socket.socket:
+        listener = open_listener(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
+        return listener
+
+    monkeypatch.setattr(system, "open_listener", open_small_listener)
 
 
 @pytest.fixture(scope="module")
@@ -74,4 +128,4 @@ async def neighbor(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
     from servers import Neighbor
 
     async with connect(server[1]) as client:
-        yield await Neighbor.beside(client, num_tokens=50)
+        yield await Neighbor.beside(client, num_tokens=20)

@@ -61,11 +61,11 @@ class Driver:
         self._blocks: dict[int, list[int]] = {}
         self._watch()
 
-    def run(self, voices: Sequence[Voice]) -> Sequence[Voice]:
-        """Generate until every voice has its tokens."""
+    def run(self, voices: Sequence[Voice], watched: Voice | None = None) -> Sequence[Voice]:
+        """Generate until every voice has its tokens, or until `watched` has them."""
         waiting = list(enumerate(voices))
         computed: dict[int, int] = {}
-        start = self.num_steps
+        start, is_over = self.num_steps, False
         while waiting or computed:
             joining = [pair for pair in waiting if pair[1].first_step <= self.num_steps - start]
             waiting = [pair for pair in waiting if pair not in joining]
@@ -74,8 +74,13 @@ class Driver:
             for result in results:
                 computed[result.row] = result.num_computed
                 if result.error or len(self._voices[result.row].output) >= self._voices[result.row].max_tokens:
+                    is_over = is_over or self._voices[result.row] is watched
                     del computed[result.row]
                     self.drop(result.row)
+            if is_over:
+                for row in computed:
+                    self.drop(row)
+                break
         return voices
 
     def admit(self, row: int, voice: Voice) -> Admit:

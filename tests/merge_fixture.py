@@ -77,7 +77,7 @@ def peft_model(members: list[MemberSpec]) -> Any:
         model.add_adapter(str(index), config)
     with torch.no_grad():
         for index, member in enumerate(members):
-            torch.manual_seed(member.seed)
+            torch.default_generator.manual_seed(member.seed)
             for name, parameter in model.named_parameters():
                 if f".{index}." in name:
                     parameter.normal_()

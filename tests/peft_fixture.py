@@ -29,7 +29,7 @@ CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 
 def tiny_base(family: str = "llama", **changes: Any) -> PreTrainedModel:
     """Write a float32 base with large random weights, so that every adapter changes its output."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     shape = _SHAPE | changes
     model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**shape))
     return model.eval()
@@ -37,7 +37,7 @@ def tiny_base(family: str = "llama", **changes: Any) -> PreTrainedModel:
 
 def save_peft(base: PreTrainedModel, directory: Path, seed: int = 1, **config: Any) -> Path:
     """Save a new PEFT adapter with random B in `directory`, without training."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

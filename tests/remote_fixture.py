@@ -1,5 +1,6 @@
 """A small remote actor with one action per message, run in a child process by test_remote."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ class Echo(Message, frozen=True):
 
 
 class Spin(Message, frozen=True):
-    """Keeps the main thread busy for a time, without waiting."""
+    """Keeps the main thread busy for a time, without releasing the interpreter's lock."""
 
     seconds: float
 
@@ -118,10 +119,11 @@ class FixtureHandler:
 
 
 def spin(seconds: float) -> None:
-    """Keep the CPU busy."""
+    """Hold the interpreter's lock as a computation does, without using the CPU: `PyDLL` does not release it."""
+    sleep_us = ctypes.PyDLL(None).usleep
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        pass
+        sleep_us(1000)
 
 
 def make(config: bytes, notify: Notify) -> FixtureHandler:

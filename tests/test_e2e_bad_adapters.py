@@ -87,7 +87,7 @@ async def guarded(server: tuple[System, str]) -> AsyncIterator[Client]:
 @pytest.fixture(scope="module")
 async def healthy_client(server: tuple[System, str]) -> AsyncIterator[Neighbor]:
     async with connect(server[1], KEY) as client:
-        yield await Neighbor.beside(client, adapter="gamma")
+        yield await Neighbor.beside(client, num_tokens=24, adapter="gamma")
 
 
 @pytest.fixture

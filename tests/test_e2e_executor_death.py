@@ -32,7 +32,7 @@ from servers import (
 
 pytestmark = pytest.mark.anyio
 
-NUM_STREAMS, NUM_TOKENS = 16, 96
+NUM_STREAMS, NUM_TOKENS = 16, 48
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ async def test_a_crash_of_the_scheduler_is_not_seen_either_though_the_executor_l
         undisturbed = await results(_start_choir(client))
         pid = system.executor.pid
         streams = _start_choir(client)
-        for minimum in (200, 900):
+        for minimum in (100, 450):
             await wait_until(lambda: _num_tokens(streams) > minimum)  # noqa: B023
             crash(system.services.scheduler)
 
@@ -125,7 +125,7 @@ async def test_twenty_kills_at_random_moments_are_not_seen_either(server: tuple[
 
 async def test_a_death_while_the_next_executor_starts_changes_nothing(tmp_path: Path) -> None:
     async with serve(dummy_config(tmp_path, 200)) as (system, uri), connect(uri) as client:
-        stream = client.generate("x", max_tokens=100, seed=3)
+        stream = client.generate("x", max_tokens=40, seed=3)
         await wait_until(lambda: _num_tokens([stream]) > 10)
         first = system.executor.life
         await kill_executor(system)
@@ -133,7 +133,7 @@ async def test_a_death_while_the_next_executor_starts_changes_nothing(tmp_path: 
         await kill_executor(system)
         disturbed = await results([stream])
 
-        assert answers(disturbed) == answers(await results([client.generate("x", max_tokens=100, seed=3)]))
+        assert answers(disturbed) == answers(await results([client.generate("x", max_tokens=40, seed=3)]))
         assert system.executor.life == 3
 
 

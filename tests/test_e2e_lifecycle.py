@@ -18,7 +18,7 @@ from servers import BEGIN, Checkpoint, model_config, raw, serve
 pytestmark = pytest.mark.anyio
 
 PROMPT = [BEGIN, 104, 105, 33]
-GREEDY = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+GREEDY = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def judged(base: Path, adapter: Path | None = None) -> list[int]:
     model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         output = model.generate(
-            input_ids=torch.tensor([PROMPT]), max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None
+            input_ids=torch.tensor([PROMPT]), max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None
         )
     return output[0, len(PROMPT) :].tolist()
 
@@ -182,7 +182,7 @@ async def test_loras_way_of_asking_is_read_with_the_same_meaning(client: Client,
     merged = {"ids": ["alpha", "twin"], "weights": [1.0, 0.5], "merge_strategy": "ties", "density": 0.5}
     async with raw(uri) as hand:
         fields = {"token_ids": PROMPT, "merged_adapters": merged, "sampling": {"temperature": 0.0}}
-        await hand.send("generate", max_tokens=24, ignore_eos=True, **fields)
+        await hand.send("generate", max_tokens=12, ignore_eos=True, **fields)
         messages = await hand.until("done")
 
     assert next(one for one in messages if one["type"] == "accepted")["adapter_digest"] == expected.adapter_digest

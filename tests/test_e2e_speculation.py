@@ -30,7 +30,7 @@ from servers import kill_executor, results, serve
 
 pytestmark = pytest.mark.anyio
 
-TEXT = "sing la la la and then sing la la la and then sing la la la"
+TEXT = "sing la la la and then sing la la la"
 EAGER = Speculation(always=True)
 
 
@@ -44,6 +44,21 @@ def config(directory: Path, speculation: SpeculationChoice = "auto") -> Config:
 @pytest.fixture(scope="module")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[System, str]]:
     async with serve(config(tmp_path_factory.mktemp("data"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def eager_uri(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """A server that guesses always, with fewer heads than the demo's."""
+    eager = config(tmp_path_factory.mktemp("eager"), EAGER)
+    async with serve(msgspec.structs.replace(eager, adapters=AdapterConfig(max_draft_heads=3))) as (_, uri):
+        yield uri
+
+
+@pytest.fixture(scope="module")
+async def named(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[System, str]]:
+    """A server that names heads for the base."""
+    async with serve(config(tmp_path_factory.mktemp("named"), NAMED)) as running:
         yield running
 
 
@@ -83,8 +98,8 @@ async def test_the_servers_health_tells_how_guesses_fared(server: tuple[System, 
     assert told == [timings.num_drafts, timings.num_drafted, timings.num_accepted]
 
 
-async def test_a_request_that_says_nothing_gets_what_the_server_says(tmp_path: Path) -> None:
-    async with serve(config(tmp_path, EAGER)) as (_, uri), connect(uri) as client:
+async def test_a_request_that_says_nothing_gets_what_the_server_says(eager_uri: str) -> None:
+    async with connect(eager_uri) as client:
         silent, plain = await results([ask(client, None), ask(client, "off")])
 
     assert silent.timings.num_accepted > 0
@@ -185,8 +200,8 @@ async def test_heads_that_are_not_there_are_refused(client: Client, tmp_path: Pa
         registry_config(config(tmp_path, Speculation(heads="nobody")))
 
 
-async def test_heads_that_the_server_names_go_with_the_base_alone(tmp_path: Path) -> None:
-    async with serve(config(tmp_path, NAMED)) as (_, uri), connect(uri) as client:
+async def test_heads_that_the_server_names_go_with_the_base_alone(named: tuple[System, str]) -> None:
+    async with connect(named[1]) as client:
         await guided(client)
         await client.adapters.create("headless", rank=1)
         base, auto, heads, headless, upper = await results(
@@ -218,10 +233,13 @@ async def test_the_base_goes_on_without_the_servers_heads_when_their_adapter_is_
     assert caplog.text.count("without the draft heads") == 1
 
 
-async def test_the_base_goes_on_without_the_servers_heads_when_their_file_is_damaged(tmp_path: Path) -> None:
-    async with serve(config(tmp_path, NAMED)) as (system, uri), connect(uri) as client:
+async def test_the_base_goes_on_without_the_servers_heads_when_their_file_is_damaged(
+    named: tuple[System, str],
+) -> None:
+    system, uri = named
+    async with connect(uri) as client:
         first = await guided(client)
-        damage_store(tmp_path)
+        damage_store(Path(system.config.data_dir))
         await kill_executor(system)
         (plain,) = await results([ask(client, None)])
         mended = await guided(client)
@@ -232,10 +250,8 @@ async def test_the_base_goes_on_without_the_servers_heads_when_their_file_is_dam
     assert mended.timings.num_accepted == first.timings.num_accepted
 
 
-async def test_more_heads_than_the_configuration_allows_are_refused(tmp_path: Path) -> None:
-    allowing = msgspec.structs.replace(config(tmp_path), adapters=AdapterConfig(max_draft_heads=3))
-
-    async with serve(allowing) as (_, uri), connect(uri) as client:
+async def test_more_heads_than_the_configuration_allows_are_refused(eager_uri: str) -> None:
+    async with connect(eager_uri) as client:
         with pytest.raises(AdapterInvalid, match="1 to 3 are allowed"):
             await ask(client, NAMED).result()
 

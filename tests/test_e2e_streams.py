@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ from servers import (
     results,
     serve,
     wait_until,
+    worker_of,
 )
 from tiny_models import greedy, load_adapted, load_model
 
@@ -89,7 +92,7 @@ async def test_a_sum_of_one_adapter_with_weight_one_is_that_adapter(client: Clie
 
 
 async def test_each_request_is_the_same_alone_and_in_a_batch(client: Client) -> None:
-    options = [{"adapter": name, "seed": seed, "max_tokens": 40} for name in (None, *ADAPTERS) for seed in (1, 2)]
+    options = [{"adapter": name, "seed": seed, "max_tokens": 20} for name in (None, *ADAPTERS) for seed in (1, 2)]
 
     alone = [await client.generate("same", **each).result() for each in options]
     together = await results([client.generate("same", **each) for each in options])
@@ -238,6 +241,15 @@ async def test_penalties_change_the_answer(client: Client) -> None:
     assert penalized.usage == plain.usage
 
 
+async def test_a_cpu_server_does_not_import_triton(client: Client, server: tuple[System, str]) -> None:
+    await client.generate("x", adapter="alpha", max_tokens=2).result()
+
+    for pid in (server[0].executor.pid, worker_of(os.getpid())):
+        maps = await anyio.Path(f"/proc/{pid}/maps").read_text()
+        assert "libtorch" in maps
+        assert "libtriton" not in maps
+
+
 async def test_leaving_the_loop_cancels_at_the_server(client: Client, server: tuple[System, str]) -> None:
     stream = client.generate("on and on", ignore_eos=True)
 
@@ -291,11 +303,11 @@ async def test_the_hello_and_the_models_tell_the_same(client: Client, checkpoint
 
 async def test_a_client_whose_connection_drops_sees_one_unbroken_stream(server: tuple[System, str]) -> None:
     async with connect(server[1]) as client:
-        expected = await client.generate("again", seed=3, max_tokens=150, ignore_eos=True, n=2).result()
-        stream = client.generate("again", seed=3, max_tokens=150, ignore_eos=True, n=2)
+        expected = await client.generate("again", seed=3, max_tokens=75, ignore_eos=True, n=2).result()
+        stream = client.generate("again", seed=3, max_tokens=75, ignore_eos=True, n=2)
         num_drops = 0
         async for delta in stream:
-            if min(delta.index, 90) // 30 > num_drops:
+            if min(delta.index, 45) // 15 > num_drops:
                 num_drops += 1
                 client._connection._current.websocket.transport.abort()
         result = await stream.result()
@@ -310,7 +322,7 @@ async def test_a_client_whose_connection_drops_sees_one_unbroken_stream(server: 
 async def test_two_hundred_streams_at_once_are_all_complete_and_right(
     client: Client, server: tuple[System, str], num_connections: int
 ) -> None:
-    requests = [{"adapter": [None, *ADAPTERS][i % 5], "seed": i % 20, "max_tokens": 12} for i in range(200)]
+    requests = [{"adapter": [None, *ADAPTERS][i % 5], "seed": i % 20, "max_tokens": 6} for i in range(200)]
     expected = answers([await client.generate("choir", **request).result() for request in requests[:20]])
 
     async with contextlib.AsyncExitStack() as stack:

@@ -67,7 +67,7 @@ def test_every_family_says_what_transformers_says(tmp_path: Path, name: str) -> 
     family, changes = MODELS[name]
     reference = tiny_models.save_model(tmp_path, tiny_models.tiny_config(family, **changes))
     prompts = [tiny_models.random_prompt(length) for length in (1, 2, 15, 64, 300)]
-    for voice in Driver(engine_for(tmp_path)).run([Voice(prompt, max_tokens=64) for prompt in prompts]):
+    for voice in Driver(engine_for(tmp_path)).run([Voice(prompt, max_tokens=24) for prompt in prompts]):
         assert_says_what_the_reference_says(voice, reference)
 
 
@@ -124,5 +124,5 @@ def test_every_number_of_heads_says_what_transformers_says(
     config = tiny_models.tiny_config(family, **shape, hidden_size=72, intermediate_size=77)
     reference = tiny_models.save_model(tmp_path, config)
     prompts = [tiny_models.random_prompt(length) for length in (1, 16, 17, 128, 129, 255, 300)]
-    for voice in Driver(engine_for(tmp_path)).run([Voice(prompt, max_tokens=64) for prompt in prompts]):
+    for voice in Driver(engine_for(tmp_path)).run([Voice(prompt, max_tokens=24) for prompt in prompts]):
         assert_says_what_the_reference_says(voice, reference)

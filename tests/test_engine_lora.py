@@ -80,7 +80,7 @@ def voices_of(choir: Choir) -> dict[str, Voice]:
     return {
         name: Voice(
             prompt=tiny_models.random_prompt(3 + 17 * i % 60, seed=i + 20),
-            max_tokens=12 + i,
+            max_tokens=6 + i,
             adapter_slot=slot,
             chunk=5 + 4 * i,
             first_step=i // 2,

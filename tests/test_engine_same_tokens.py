@@ -1,6 +1,7 @@
 """A sequence's logits and tokens do not change, by a bit, with the rest of its batch or the chunks of its prompt."""
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_adapters(engine: Engine, directory: Path, dtype: Any) -> None:
 
 
 def voice(**changes: Any) -> Voice:
-    values = {"prompt": tiny_models.random_prompt(150), "max_tokens": 24, "sampling": SAMPLED, "seed": 5}
+    values = {"prompt": tiny_models.random_prompt(150), "max_tokens": 16, "sampling": SAMPLED, "seed": 5}
     return Voice(**values | changes)
 
 
@@ -75,6 +76,16 @@ def alone(engine: Engine, **changes: Any) -> Voice:
     return Driver(engine).run([voice(**changes)])[0]
 
 
+@cache
+def expected_of(engine: Engine, adapter_slot: int = -1) -> Voice:
+    return alone(engine, adapter_slot=adapter_slot)
+
+
+def sung(driver: Driver, voices: list[Voice], index: int) -> Voice:
+    """Return one of the voices, once it has its tokens."""
+    return driver.run(voices, voices[index])[index]
+
+
 def assert_same(one: Voice, other: Voice) -> None:
     assert one.output == other.output
     assert one.logits.keys() == other.logits.keys()
@@ -84,35 +95,32 @@ def assert_same(one: Voice, other: Voice) -> None:
 
 @pytest.mark.parametrize("adapter_slot", [-1, 1])
 def test_company_changes_nothing(engine: Engine, adapter_slot: int) -> None:
-    expected = alone(engine, adapter_slot=adapter_slot)
     seed = 2 + adapter_slot
     among = [*crowd(seed), voice(adapter_slot=adapter_slot, first_step=seed)]
     among[3], among[-1] = among[-1], among[3]
-    assert_same(Driver(engine).run(among)[3], expected)
+    assert_same(sung(Driver(engine), among, 3), expected_of(engine, adapter_slot))
 
 
 def test_how_the_prompt_is_cut_changes_nothing(engine: Engine) -> None:
-    expected = alone(engine, adapter_slot=1)
     for chunk in (16, 37, 128, 149):
-        assert_same(alone(engine, adapter_slot=1, chunk=chunk), expected)
+        assert_same(alone(engine, adapter_slot=1, chunk=chunk), expected_of(engine, 1))
 
 
 def test_which_blocks_hold_the_cache_changes_nothing(engine: Engine) -> None:
     shuffled = Driver(engine, lambda blocks: random.Random(3).sample(blocks, len(blocks)))
-    assert_same(shuffled.run([*crowd(4, 3), voice()])[-1], alone(engine))
+    assert_same(sung(shuffled, [*crowd(4, 3), voice()], -1), expected_of(engine))
 
 
 def test_a_row_rebuilt_from_its_tokens_goes_on_as_if_nothing_had_happened(engine: Engine) -> None:
-    expected = alone(engine)
     broken_off = alone(engine, max_tokens=9)
-    rebuilt = Driver(engine).run([*crowd(6, 3), voice(output=list(broken_off.output), chunk=50)])[-1]
-    assert_same(rebuilt, expected)
+    rebuilt = sung(Driver(engine), [*crowd(6, 3), voice(output=list(broken_off.output), chunk=50)], -1)
+    assert_same(rebuilt, expected_of(engine))
 
 
 @pytest.mark.slow
 def test_token_by_token_is_as_good_as_all_at_once(engine: Engine) -> None:
     for adapter_slot in (-1, 0, 1):
-        assert_same(alone(engine, adapter_slot=adapter_slot, chunk=1), alone(engine, adapter_slot=adapter_slot))
+        assert_same(alone(engine, adapter_slot=adapter_slot, chunk=1), expected_of(engine, adapter_slot))
 
 
 @pytest.mark.slow
@@ -124,6 +132,6 @@ def test_a_larger_model_on_two_threads_is_as_steady(tmp_path: Path, dtype: str) 
     load_adapters(engine, tmp_path, dtype)
     expected = alone(engine, adapter_slot=1)
     for seed in range(3):
-        assert_same(Driver(engine).run([*crowd(seed, 20), voice(adapter_slot=1)])[-1], expected)
+        assert_same(sung(Driver(engine), [*crowd(seed, 20), voice(adapter_slot=1)], -1), expected)
         assert_same(alone(engine, adapter_slot=1, chunk=13 * (seed + 1)), expected)
     torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ SAMPLINGS = [
     SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.3),
     SamplingParams(temperature=1.0, presence_penalty=0.8, frequency_penalty=0.4),
 ]
+NUM_TOKENS = 20
 CASES = [("llama", "float32"), ("mistral", "float32"), ("llama", "bfloat16")]
 
 
@@ -85,7 +86,7 @@ def crowd() -> list[Voice]:
     return [
         Voice(
             prompt=tiny_models.random_prompt(length, seed=number),
-            max_tokens=30,
+            max_tokens=NUM_TOKENS,
             adapter_slot=dice.choice([-1, 0]),
             sampling=sampling,
             seed=number,
@@ -101,17 +102,24 @@ def chosen(voice: Voice) -> bytes:
     return b"".join(result.logprobs.chosen for result in voice.results if result.logprobs)
 
 
+@pytest.fixture(scope="module")
+def plain(engine: Engine) -> Sequence[Voice]:
+    """The crowd, decoded without drafts."""
+    return Driver(engine).run(crowd())
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_any_draft_gives_the_tokens_and_the_log_probabilities_of_plain_decoding(engine: Engine, seed: int) -> None:
-    plain = Driver(engine).run(crowd())
+def test_any_draft_gives_the_tokens_and_the_log_probabilities_of_plain_decoding(
+    engine: Engine, plain: Sequence[Voice], seed: int
+) -> None:
     driver = Drafting(engine, [voice.output for voice in plain], seed)
 
     drafted = driver.run(crowd())
 
     assert driver.num_accepted > 50
     for one, other in zip(plain, drafted, strict=True):
-        assert other.output[:30] == one.output
-        assert chosen(other)[: 30 * 4] == chosen(one)
+        assert other.output[:NUM_TOKENS] == one.output
+        assert chosen(other)[: NUM_TOKENS * 4] == chosen(one)
 
 
 def test_a_followed_draft_leaves_the_cache_as_plain_decoding_would(engine: Engine) -> None:

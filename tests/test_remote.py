@@ -4,7 +4,6 @@ import asyncio
 import math
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from descant.actor.errors import ActorFailed, AskTimeout
 from descant.actor.frames import Kind, Start, encode_frame
 from descant.actor.inline import Inline
 from descant.actor.launcher import Launching
-from descant.actor.process import Heartbeat, InProcess
+from descant.actor.process import InProcess
 from descant.actor.remote import spawn_remote
 from descant.actor.remote_child import Uplink
 from descant.actor.supervision import RestartPolicy, Supervisor
@@ -219,25 +218,6 @@ async def test_an_ask_past_its_deadline_does_not_disturb_the_next(child):
 
     assert await child.ref.ask(ECHO, timeout=LONG) == fixture.Echoed(b"x")
     assert child.life == 1
-
-
-async def test_a_busy_child_answers_heartbeats_while_it_starts_and_while_it_works(nursery):
-    heartbeat = Heartbeat(interval_s=0.1, allowance_s=1.0)
-    child = nursery.spawn("make_slowly", b"1.2", placement=nursery.in_process(heartbeat=heartbeat))
-
-    await child.ref.ask(fixture.Spin(1.2), timeout=LONG)
-    assert child.life == 1
-
-
-@on_both_loops
-async def test_a_child_that_answers_no_heartbeat_is_killed(nursery, owner):
-    child = nursery.spawn(placement=nursery.in_process(heartbeat=Heartbeat(interval_s=0.1, allowance_s=1.0)))
-    await child.ref.ask(ECHO, timeout=LONG)
-
-    os.kill(child.pid, signal.SIGSTOP)
-    with pytest.raises(ActorFailed, match=r"no heartbeat for 1.0 s"):
-        await child.ref.ask(ECHO, timeout=LONG)
-    await owner.wait_for(lambda: owner.lives == [1, 2])
 
 
 async def test_only_lives_that_nobody_marked_productive_count(nursery, owner):

@@ -6,6 +6,7 @@ import asyncio
 import os
 import pathlib
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -14,6 +15,7 @@ import pytest
 import remote_fixture as fixture
 from descant.actor.endpoint import Program, Remote
 from descant.actor.errors import ActorFailed
+from descant.actor.process import InProcess
 from descant.actor.remote import spawn_remote
 from descant.actor.remote_child import NUM_SIDE_THREADS
 from descant.actor.supervision import Supervisor
@@ -30,11 +32,24 @@ def _child_finds_the_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent), prepend=os.pathsep)
 
 
-@pytest.fixture
-async def child() -> AsyncIterator[Remote[Any]]:
+@asynccontextmanager
+async def spawned(placement: InProcess) -> AsyncIterator[Remote[Any]]:
     async with Supervisor() as supervisor:
         program = Program(factory="remote_fixture:make", config=b"", replies=fixture.REPLIES, notices=fixture.Noticed)
-        yield spawn_remote(supervisor, "child", program)
+        yield spawn_remote(supervisor, "child", program, placement=placement)
+
+
+@pytest.fixture
+async def child() -> AsyncIterator[Remote[Any]]:
+    async with spawned(InProcess()) as child:
+        yield child
+
+
+@pytest.fixture
+async def impatient_child() -> AsyncIterator[Remote[Any]]:
+    """A child that is killed soon after it was told to stop."""
+    async with spawned(InProcess(exit_grace_s=0.1)) as child:
+        yield child
 
 
 async def test_the_main_thread_goes_on_and_the_answer_comes_when_it_is_done(child, tmp_path):
@@ -46,7 +61,8 @@ async def test_the_main_thread_goes_on_and_the_answer_comes_when_it_is_done(chil
     assert isinstance(await beside, fixture.Done)
 
 
-async def test_it_begins_and_ends_while_the_main_thread_is_busy(child, tmp_path):
+async def test_it_begins_and_ends_while_the_main_thread_is_busy(impatient_child, tmp_path):
+    child = impatient_child
     (tmp_path / "go").touch()
     busy = asyncio.create_task(child.ref.ask(fixture.Spin(1000), timeout=LONG))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
 
 def save_model(directory: Path, config: PretrainedConfig, seed: int = 0, **options: Any) -> Any:
     """Save a random float32 model and return it, ready for `reference_logits`. `options` go to `save_pretrained`."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,7 +67,7 @@ def save_adapter(directory: Path, model_dir: Path, seed: int = 0, **changes: Any
     from peft import LoraConfig, get_peft_model
 
     values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": EVERY_MODULE, "init_lora_weights": False}
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     adapted = get_peft_model(load_model(model_dir), LoraConfig(**values | changes))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -75,7 +78,15 @@ def save_adapter(directory: Path, model_dir: Path, seed: int = 0, **changes: Any
 
 
 def load_model(model_dir: Path) -> Any:
-    """The model in a directory, as Transformers loads it in float32."""
+    """Return a new copy of the model in a directory, as Transformers loads it in float32."""
+    digest = hashlib.sha256()
+    for path in sorted(model_dir.glob("*.*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return copy.deepcopy(_load_once(model_dir, digest.digest()))
+
+
+@lru_cache(4)
+def _load_once(model_dir: Path, digest: bytes) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation="eager", dtype=torch.float32).eval()
 
 
