@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from hypothesis import settings
 
+from descant.actors import gateway
 from descant.assembly import system
 from descant.scheduling import life
 from zygote import Zygote
@@ -21,6 +23,16 @@ life.CHECKS_IDLE = True
 
 # The models are tiny, so more threads would be slower. Processes started by tests inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What `just test` takes. `just test-all` runs the usual 100 examples of each property.
+settings.register_profile("quick", max_examples=50)
+
+# Finalizing an interpreter with torch and Transformers takes a second. The exit status of a worker means nothing.
+# What is registered first is called last.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)
+else:
+    atexit.register(gc.unfreeze)  # what pytest_collection_finish froze
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -39,7 +51,6 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)
     for logger in logging.getLogger().manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.propagate = True
@@ -75,6 +86,14 @@ def _probe_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(system, "_executor_program", make_program_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sweep_often() -> Iterator[None]:
+    """Let servers in this process look ten times a second for sessions that are over, instead of once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gateway, "SWEEP_S", 0.1)
         yield
 
 

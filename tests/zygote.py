@@ -70,7 +70,7 @@ def main(fd: int) -> None:
         while True:
             data, fds, _, _ = socket.recv_fds(control, 16, 1)
             if not data:
-                return
+                remote_child.exit_now()
             pid = os.fork()
             if not pid:
                 break

@@ -130,7 +130,8 @@ class Launcher(Actor[Launch]):
         if self._control is not None:
             self._control.close()
         if self._process is not None:
-            with anyio.move_on_after(EXIT_GRACE_S):
+            # Before it is ready it has no children and is deep in its imports.
+            with anyio.move_on_after(EXIT_GRACE_S if self._ready.is_set() else 0.0):
                 await self._process.wait()
             self._process.kill()
             await self._process.wait()
