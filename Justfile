@@ -29,7 +29,7 @@ serve *ARGS: venv
 
 # The tests, without the slow ones
 test *ARGS: setup
-    {{python}} -m pytest -n 2 -m "not slow and not gpu" {{ARGS}}
+    {{python}} -m pytest -n 2 --hypothesis-profile quick -m "not slow and not gpu" {{ARGS}}
 
 # All tests a machine without a GPU can run
 test-all *ARGS: setup

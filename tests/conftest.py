@@ -12,13 +12,25 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 import pytest
+from hypothesis import settings
 
+from descant.actors import gateway
 from descant.assembly import executor_setup, system
 from descant.scheduling.policy import Policy
 from zygote import Zygote
 
 # The models are tiny, so more threads would be slower. Processes started by tests inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What `just test` takes. `just test-all` runs the usual 100 examples of each property.
+settings.register_profile("quick", max_examples=50)
+
+# Finalizing an interpreter with torch and Transformers takes a second. The exit status of a worker means nothing.
+# What is registered first is called last.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)
+else:
+    atexit.register(gc.unfreeze)  # what pytest_collection_finish froze
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -41,7 +53,6 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)
     for logger in logging.getLogger().manager.loggerDict.values():
         if isinstance(logger, logging.Logger):
             logger.propagate = True
@@ -97,6 +108,14 @@ def _probe_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executor_setup, "executor_config", make_config_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sweep_often() -> Iterator[None]:
+    """Let servers in this process look ten times a second for sessions that are over, instead of once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gateway, "SWEEP_S", 0.1)
         yield
 
 

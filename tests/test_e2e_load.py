@@ -78,16 +78,15 @@ async def test_a_client_that_does_not_read_delays_nobody_and_misses_nothing(
             await wait_until(lambda: [s.status for s in system.services.sequences] == ["parked"] * 2)
             before = {s.request_id: len(s.output_ids) for s in system.services.sequences}
 
-            others = await results(
-                [client.generate("x", seed=seed % 2, max_tokens=NUM_LATE_TOKENS) for seed in range(4)]
-            )
+            others = [client.generate("x", seed=seed % 2, max_tokens=NUM_LATE_TOKENS) for seed in range(4)]
+            finished = await results(others)
 
             assert {s.request_id: len(s.output_ids) for s in system.services.sequences} == before
             assert max(before.values()) < NUM_LATE_TOKENS
             messages = [message for _ in range(2) for message in await late.until("done")]
         for seed in range(2):
             said = tokens_of(message for message in messages if message.get("request_id") == str(seed))
-            assert said == others[seed].token_ids
+            assert said == finished[seed].token_ids
 
 
 def _small_socket(port: int) -> socket.socket:

@@ -68,12 +68,12 @@ async def test_a_signal_drains_and_ends_with_status_zero_and_no_children(
 ) -> None:
     with _served(tmp_path, "--engine", "dummy") as served:
         async with connect(served.uri) as client:
-            stream = client.generate("x", max_tokens=50)
+            stream = client.generate("x", max_tokens=20)
             await wait_until(lambda: stream.seed is not None)
             served.process.send_signal(signum)
             result = await stream.result()
 
-        assert len(result.token_ids) == 50
+        assert len(result.token_ids) == 20
         assert len(served.children) == 1
         assert await served.wait() == 0
         assert not any(is_alive(child) for child in served.children)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -100,20 +101,27 @@ def owner() -> Owner:
     return Owner()
 
 
+@asynccontextmanager
+async def open_nursery(owner: Owner, kind: str) -> AsyncIterator[Nursery]:
+    """Start children from nothing ("executed"), or let a launcher fork them ("forked")."""
+    async with Supervisor(on_escalate=lambda _, error: owner.note(owner.escalations, error)) as supervisor:
+        if kind == "forked":
+            yield Nursery(supervisor, owner, Launching(supervisor, ["remote_fixture"]))
+        else:
+            yield Nursery(supervisor, owner)
+
+
 @pytest.fixture(params=["executed", "forked"])
 async def nursery(owner: Owner, request: pytest.FixtureRequest) -> AsyncIterator[Nursery]:
-    """Children that are started from nothing, or forked by a launcher."""
-    async with Supervisor(on_escalate=lambda _, error: owner.note(owner.escalations, error)) as supervisor:
-        if request.param == "executed":
-            yield Nursery(supervisor, owner)
-        else:
-            yield Nursery(supervisor, owner, Launching(supervisor, ["remote_fixture"]))
+    async with open_nursery(owner, request.param) as nursery:
+        yield nursery
 
 
-@pytest.fixture(params=["process", "inline"])
-async def remote(nursery: Nursery, request: pytest.FixtureRequest) -> Remote[Any]:
+@pytest.fixture(params=["executed", "forked", "inline"])
+async def remote(owner: Owner, request: pytest.FixtureRequest) -> AsyncIterator[Remote[Any]]:
     """A child, or the same handler on this loop."""
-    return nursery.spawn(placement=Inline() if request.param == "inline" else nursery.in_process())
+    async with open_nursery(owner, request.param) as nursery:
+        yield nursery.spawn(placement=Inline() if request.param == "inline" else nursery.in_process())
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def main(fd: int) -> None:
         while True:
             data, fds, _, _ = socket.recv_fds(control, 1 << 17, 1)
             if not data:
-                return
+                remote_child.exit_now()
             pid = os.fork()
             if not pid:
                 break
