@@ -67,7 +67,7 @@ SHAPES = st.dictionaries(
 
 
 @given(SHAPES, st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_saved_version_read_again_is_the_same_version(
     root: Path, shapes: dict[int, tuple[int, float]], seed: int
 ) -> None:

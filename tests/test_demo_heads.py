@@ -22,7 +22,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 VOICES = ("upper", "reverse", "rot13", "pig-latin")
 FOLDERS = {"base": DEMO / "heads", **{voice: DEMO / "adapters" / voice for voice in VOICES}}
 NUM_HEADS, HIDDEN_SIZE, END = 4, 128, 257
-NUM_TEXTS = 30  # some 1,500 positions
+NUM_TEXTS = 60  # some 3,000 positions
 
 Read = Callable[[str], list[tuple[Tensor, list[int]]]]
 
