@@ -8,17 +8,18 @@ in test_launcher.py and test_e2e_process.py start launchers from nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 
+import msgspec
+
 from descant.actor import launcher, launcher_child, remote_child
 from descant.actor.child_process import ChildProcess, execute_module
+from descant.actor.launcher_child import PACKET_BYTES, Fork, Forked, Forker, LauncherNote
 from descant.assembly.system import CHILD_MODULES
 
 
@@ -35,9 +36,14 @@ class Zygote:
             return await execute_module(module, args, fds)
         if self._socket is None:
             self._socket = self._start()
-        socket.send_fds(self._socket, [json.dumps(dict(os.environ)).encode()], fds)
-        pid, pidfds, _, _ = socket.recv_fds(self._socket, 16, 1)
-        child = launcher.ForkedChild(int(pid), pidfds[0])
+        request = Fork(0, json.dumps(dict(os.environ)))
+        socket.send_fds(self._socket, [msgspec.msgpack.encode(request)], fds)
+        while True:
+            data, pidfds, _, _ = socket.recv_fds(self._socket, PACKET_BYTES, 1)
+            note = msgspec.msgpack.decode(data, type=LauncherNote)
+            if isinstance(note, Forked):
+                break
+        child = launcher.ForkedChild(note.pid, pidfds[0])
         child.on_status(0)  # the exit status of a launcher means nothing
         return child
 
@@ -57,32 +63,15 @@ class Zygote:
         return ours
 
 
-def _reap(*_: object) -> None:
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
 def main(fd: int) -> None:
-    """Fork a launcher for each packet, until the test run is gone."""
+    """Fork a launcher on each request, whose `factory` is the environment of the test, until the test run is gone."""
     launcher_child.preload(list(CHILD_MODULES))
-    signal.signal(signal.SIGCHLD, _reap)
-    with socket.socket(fileno=fd) as control:
-        while True:
-            data, fds, _, _ = socket.recv_fds(control, 1 << 17, 1)
-            if not data:
-                remote_child.exit_now()
-            pid = os.fork()
-            if not pid:
-                break
-            os.close(fds[0])
-            pidfd = os.pidfd_open(pid)
-            socket.send_fds(control, [str(pid).encode()], [pidfd])
-            os.close(pidfd)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.environ.clear()
-    os.environ.update(json.loads(data))  # that of the test: libraries read some of it late
-    launcher_child.serve(socket.socket(fileno=fds[0]))
+    forked = Forker(socket.socket(fileno=fd)).serve()
+    if forked is not None:
+        environment, (launcher_fd,) = forked
+        os.environ.clear()
+        os.environ.update(json.loads(environment))  # libraries read some of it late
+        launcher_child.serve(socket.socket(fileno=launcher_fd))
     remote_child.exit_now()
 
 

@@ -223,7 +223,7 @@ class Launching:
     @property
     def pid(self) -> int | None:
         """Process id of the launcher; None between lives."""
-        return None if self._actor is None or self._launcher.is_stopped else self._actor.pid
+        return None if self._actor is None or self._actor.has_ended else self._actor.pid
 
     def _new_life(self) -> Launcher:
         self._actor = Launcher(self._modules)

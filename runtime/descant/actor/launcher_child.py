@@ -125,8 +125,7 @@ def preload(modules: list[str]) -> None:
     Raises:
         RuntimeError: an import started a thread, so forking is not safe.
     """
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
-        signal.signal(ignored, signal.SIG_IGN)
+    remote_child.ignore_signals()
     num_threads = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's OpenBLAS starts its threads when it is loaded
     for module in modules:

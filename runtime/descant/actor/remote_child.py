@@ -281,10 +281,15 @@ def find_factory(path: str) -> Factory:
     return getattr(importlib.import_module(module), name)
 
 
+def ignore_signals() -> None:
+    """Ignore SIGINT and SIGTERM: the parent decides when to stop."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+
+
 def run(path: str, fd: int, pulse_fd: int) -> NoReturn:
     """Run the factory at `path` on the two sockets until the parent stops the child or is gone, then exit."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to stop
-        signal.signal(ignored, signal.SIG_IGN)
+    ignore_signals()
     for own in (fd, pulse_fd):
         os.set_inheritable(own, False)  # a process that this one starts must not hide its end of file
     pulse = socket.socket(fileno=pulse_fd)
