@@ -86,12 +86,3 @@ def test_move_kv_reads_all_before_it_writes_any():
         assert same_bits(cache[0, :, 1], old[0, :, 2])
         assert same_bits(cache[0, :, 3], old[2, :, 1])
         assert same_bits(cache[1:], old[1:])
-
-
-def test_copy_blocks_reads_all_before_it_writes_any():
-    cache, _ = caches()
-    before = cache.clone()
-
-    kernels.copy_blocks(cache, torch.tensor([0, 1, 5]), torch.tensor([1, 0, 2]))
-
-    assert same_bits(cache, before[[1, 0, 5, 3, 4, 5]])

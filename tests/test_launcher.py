@@ -68,6 +68,13 @@ def sockets_of(pid: int | None) -> set[str]:
     return {link for link in links if link.startswith("socket:")}
 
 
+def socket_flags_of(pid: int | None) -> list[int]:
+    directory = pathlib.Path(f"/proc/{pid}")
+    numbers = [fd.name for fd in (directory / "fd").iterdir() if os.readlink(fd).startswith("socket:")]
+    infos = [(directory / "fdinfo" / number).read_text().splitlines() for number in numbers]
+    return [int(line.split()[1], 8) for lines in infos for line in lines if line.startswith("flags:")]
+
+
 async def test_a_child_is_forked_by_the_launcher(house: House) -> None:
     child = house.spawn()
     await ask(child)
@@ -85,6 +92,15 @@ async def test_a_forked_child_holds_no_descriptor_of_the_launcher_or_of_its_sibl
 
     assert [len(own) for own in sockets] == [2, 2, 2]
     assert len(set.union(*sockets)) == 6
+
+
+async def test_a_process_that_a_child_starts_inherits_neither_of_its_sockets(house: House) -> None:
+    child = house.spawn()
+    await ask(child)
+
+    flags = socket_flags_of(child.pid)
+    assert len(flags) == 2
+    assert all(value & os.O_CLOEXEC for value in flags)
 
 
 async def test_children_outlive_the_launcher_and_the_next_is_forked_by_its_successor(house: House) -> None:

@@ -2,10 +2,10 @@
 
 CPU tensors go to the `cpu` modules (fast, and every row bitwise independent of the rest of its batch). CUDA tensors go
 to the Triton kernel where one exists, and else to `reference`, the specification of the ops in plain torch.
-`copy_blocks` and `gumbel_noise` are the same torch code on every device.
+`gumbel_noise` is the same torch code on every device.
 
 Shape letters: T packed tokens of all sequences, S sequences, G segments, R rank, H hidden size, I intermediate size,
-Hq and Hkv heads, D head size, V vocabulary, N rows of logits, M positions or blocks to move. Ops allocate their result
+Hq and Hkv heads, D head size, V vocabulary, N rows of logits, M positions to move. Ops allocate their result
 unless marked "in place".
 The caller guarantees shapes and dtypes. A wrong one is a bug, caught by `assert` at best.
 """
@@ -33,7 +33,6 @@ __all__ = [
     "Segments",
     "Walk",
     "add_lora",
-    "copy_blocks",
     "gelu_mul",
     "gumbel_noise",
     "linear",
@@ -154,15 +153,6 @@ def move_kv(k_cache: Tensor, v_cache: Tensor, src_slots: Tensor, dst_slots: Tens
       k_cache, v_cache: `[num_blocks, Hkv, block_size, D]`. src_slots, dst_slots: `[M]` int64; no destination twice.
     """
     _implementation("kv", k_cache).move_kv(k_cache, v_cache, src_slots, dst_slots)
-
-
-def copy_blocks(cache: Tensor, src_blocks: Tensor, dst_blocks: Tensor) -> None:
-    """Copy whole blocks, as if all were read before any is written. In place on the cache.
-
-    Args:
-      cache: `[num_blocks, ...]`. src_blocks, dst_blocks: `[M]` int64; no destination twice.
-    """
-    cache.index_copy_(0, dst_blocks, cache.index_select(0, src_blocks))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
