@@ -100,6 +100,7 @@ def test_health_names_the_children(tmp_path: Path, checkpoint: Checkpoint) -> No
 
         pids = {health["executor_pid"], health["worker_pid"], health["launcher_pid"]}
         assert pids == set(served.children)
+        assert {health["executor_pid"], health["worker_pid"]} == set(children_of(health["launcher_pid"]))
 
 
 def test_a_start_that_is_piped_names_each_stage_in_a_line(tmp_path: Path, checkpoint: Checkpoint) -> None:
