@@ -1,12 +1,12 @@
-"""From `kill -9` of the executor to the next token of every stream.
+"""Measures the time from `kill -9` of the executor to the next token of every stream.
 
     python benchmarks/kills.py [--shape demo|qwen] [--kills 50] [--streams 8]
 
 `demo` is the demo model with its adapters, `qwen` a random bfloat16 checkpoint of Qwen2.5-0.5B's shape.
 
 Three series: the executor killed, the executor and the launcher killed together, the launcher killed alone. Every
-answer is compared with the one of an undisturbed run. The floor is `import torch` in a new process, which a new
-executor would need without the launcher.
+answer is compared with the one of an undisturbed run. Times are also given as multiples of `import torch` in a new
+process, which a new executor would need without the launcher.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NUM_LAUNCHER_KILLS = 20
 
 
 class Choir:
-    """Streams of every voice that start again when they end."""
+    """One stream per voice (an adapter's name; None: the base model), requested again whenever it ends."""
 
     def __init__(self, client: Client, voices: list[str | None]) -> None:
         self._client = client
@@ -56,7 +56,7 @@ class Choir:
         self.expected = [(await stream.result()).token_ids for stream in streams]
 
     async def sing(self, index: int) -> None:
-        """Ask for one voice's answer again and again, and compare it."""
+        """Request the answer of one voice repeatedly, and count the answers that are wrong or lost."""
         while True:
             try:
                 answer = (await self._start(index).result()).token_ids
@@ -125,7 +125,7 @@ async def measure(choir: Choir, system: System, kill: Callable[[System], None]) 
     model, killed_s = system.services.model, time.perf_counter()
     lives, is_killed = model.num_lives, kill is not kill_launcher
     kill(system)
-    while is_killed and model.num_lives == lives:  # noqa: ASYNC110 - what arrives before was computed before
+    while is_killed and model.num_lives == lives:  # noqa: ASYNC110 - tokens until then are of the killed life
         await anyio.sleep(0.001)
     await choir.until_all_have(list(choir.num_tokens))
     return time.perf_counter() - killed_s

@@ -76,7 +76,10 @@ def _zygote() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def every_idle_moment_shows_what_was_not_given_back() -> Iterator[None]:
-    """Check, whenever a policy of this process has nothing to run, that nothing is in use, once per step."""
+    """Check that no block and no adapter place is in use whenever a policy of this process has nothing to run.
+
+    Blocks are checked once per step, adapter places each time.
+    """
     plan = Policy.plan
     checked: WeakKeyDictionary[ExecutorLife, int] = WeakKeyDictionary()
 
@@ -113,7 +116,7 @@ def _probe_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _sweep_often() -> Iterator[None]:
-    """Let servers in this process look ten times a second for sessions that are over, instead of once."""
+    """Let servers in this process look for expired sessions every 0.1 s instead of every second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gateway, "SWEEP_S", 0.1)
         yield
@@ -129,7 +132,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture
 def small_send_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernel hold little of what the server's clients do not read."""
+    """Give the server's connections send buffers of 4 KiB, so that the kernel holds few unread bytes of a client."""
     open_listener = system.open_listener
 
     def open_small_listener(host: str, port: int) -> socket.socket:

@@ -30,7 +30,7 @@ RANK = {unit: rank for rank, row in enumerate(LAYERS) for unit in row}
 
 
 def modules() -> dict[str, Path]:
-    """Return every module below `descant` by its dotted name within it; the package's own face is ""."""
+    """Return every module below `descant` by its dotted name within it; the package itself is ""."""
     found: dict[str, Path] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = [part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__"]

@@ -1,4 +1,4 @@
-"""How often docstrings say who or what in place of a noun: `python tests/prose.py` lists the files, the worst first."""
+"""Counts words such as who and what in docstrings: `python tests/prose.py` lists the files, the highest count first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
 
 
 class Prose(NamedTuple):
-    """The docstrings of a file: words, and how many of them are riddles."""
+    """Numbers of words in the docstrings of a file: all words, and those of `RIDDLES`."""
 
     path: Path
     num_words: int
@@ -28,7 +28,7 @@ class Prose(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Riddles per 1,000 words."""
+        """Words of `RIDDLES` per 1,000 words."""
         return 1000 * self.num_riddles / max(self.num_words, 1)
 
 
@@ -49,17 +49,17 @@ def prose_of(path: Path) -> Prose:
 
 
 def all_prose() -> list[Prose]:
-    """Return the counts of every source file, the one with most riddles first."""
+    """Return the counts of every source file, the highest count of `RIDDLES` first."""
     return sorted(map(prose_of, SOURCES), key=lambda prose: (-prose.num_riddles, str(prose.path)))
 
 
 def total_rate(files: list[Prose]) -> float:
-    """Return riddles per 1,000 words over all files."""
+    """Return words of `RIDDLES` per 1,000 words over all files."""
     return 1000 * sum(file.num_riddles for file in files) / sum(file.num_words for file in files)
 
 
 def main() -> None:
-    """Print the rate of all files together, then each file with a riddle in it."""
+    """Print the rate of all files together, then each file with a word of `RIDDLES`."""
     files = all_prose()
     print(f"{total_rate(files):.1f} per 1,000 docstring words")
     for file in files:

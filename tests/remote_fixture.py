@@ -63,7 +63,7 @@ class Echoed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Reply to all other messages. `signals` are those that the process ignores."""
+    """Reply to all other messages. `ignored` are the signals that the process ignores."""
 
     pid: int
     ignored: list[str]

@@ -1,4 +1,4 @@
-"""A remote actor: real child processes, what they answer, how they die and how they come back."""
+"""Remote actors in real child processes: replies, failures and restarts."""
 
 import asyncio
 import math
@@ -46,7 +46,7 @@ def _child_finds_the_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Owner:
-    """Keeps what the callbacks said; `changed` is replaced by each of them."""
+    """Records the arguments of the callbacks. Each callback sets `changed` and replaces it by a new event."""
 
     def __init__(self) -> None:
         self.lives: list[int] = []
@@ -307,7 +307,10 @@ def open_fds() -> list[str]:
 
 
 def start_by_hand(*messages: Any) -> tuple[subprocess.Popen[bytes], socket.socket, socket.socket]:
-    """Return a child that goes on to handle the messages, and our ends of its two sockets."""
+    """Start a child without a supervisor and wait for its first reply. Return it and our ends of its two sockets.
+
+    It handles `messages` after that.
+    """
     ours, theirs = socket.socketpair()
     pulse, their_pulse = socket.socketpair()
     with theirs, their_pulse:

@@ -32,7 +32,7 @@ Spawn = Callable[[str, bytes], list[Remote[Any]]]
 
 @pytest.fixture
 async def spawn(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Spawn]:
-    """Start the same child twice, from nothing and by a fork, as these tests mostly wait."""
+    """Start the same child from nothing and by a fork, both in one test, because these tests mostly wait."""
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent), prepend=os.pathsep)
     async with Supervisor() as supervisor:
         starts = {"executed": execute, "forked": Launching(supervisor, ["remote_fixture"])}

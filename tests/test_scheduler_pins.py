@@ -78,7 +78,7 @@ async def test_the_registry_is_told_which_pins_have_no_room_whenever_that_change
         await scheduler.tell(up(1024))
         assert await registry.refusals(1) == [("large",)]
 
-        await scheduler.tell(PinVersions((SMALL, LARGE)))  # as a registry tells it that was started again
+        await scheduler.tell(PinVersions((SMALL, LARGE)))  # as a registry does after its restart
         await scheduler.tell(PinVersions((SMALL,)))
         assert await registry.refusals(3) == [("large",), ("large",), ()]
 

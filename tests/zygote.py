@@ -1,4 +1,4 @@
-"""One process per test run that has imported torch. The launcher of every server is forked from it.
+"""A process with torch imported, one per test process. The launchers of its servers are forked from it.
 
     python tests/zygote.py FD
 
@@ -64,7 +64,10 @@ class Zygote:
 
 
 def main(fd: int) -> None:
-    """Fork a launcher on each request, whose `factory` is the environment of the test, until the test run is gone."""
+    """Fork a launcher on each `Fork` until the test process has closed its socket.
+
+    The field `factory` of a `Fork` carries the launcher's environment, as JSON.
+    """
     launcher_child.preload(list(CHILD_MODULES))
     forked = Forker(socket.socket(fileno=fd)).serve()
     if forked is not None:

@@ -43,7 +43,7 @@ class Adapter:
     `fork`, `merge_and_save` and `destroy`, which cannot safely be repeated, raise `ConnectionLost`. All methods except
     `load`, which makes the name again, raise `AdapterNotFound` if the name no longer exists; all of them do on this
     handle once `destroy` was answered. Methods that change a shared adapter raise `AdapterForbidden` unless the client
-    is an administrator.
+    is an administrator. `fork` and `load` also raise the errors that `AdapterCatalog` lists for names.
     """
 
     def __init__(self, info: AdapterInfo, connection: Connection) -> None:
@@ -131,6 +131,8 @@ class Adapter:
 
         Raises:
             AdapterForbidden: the server may not write there for this client.
+            AdapterInvalid: it changes no module and has no draft heads.
+            InvalidRequest: the path holds anything but a saved adapter, or cannot be written.
         """
         return await self._update(SaveAdapter(self._connection.new_request_id(), self.require_name(), _absolute(path)))
 
@@ -139,6 +141,8 @@ class Adapter:
 
         Raises:
             AdapterForbidden: the server may not write there for this client.
+            AdapterInvalid: it changes no module, or a merged weight leaves the range of the checkpoint's dtype.
+            InvalidRequest: the path holds files, or cannot be written.
         """
         return await self._update(MergeAndSave(self._connection.new_request_id(), self.require_name(), _absolute(path)))
 
@@ -188,6 +192,10 @@ class AdapterCatalog:
     A name belongs to the principal that made it. `shared` names can be used by all principals and changed by
     administrators. Cancelling a method does not undo it. If the server restarts meanwhile, `create` and `merge` raise
     `ConnectionLost`; `open` then shows whether the adapter was made. Paths are as in `reference`.
+
+    Methods that make a name or replace its version raise `InvalidRequest` if the name is not valid or its owner has too
+    many, `AdapterForbidden` if it is shared and this client is no administrator, `StoreFull` if the version has no room
+    in the store.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -224,6 +232,8 @@ class AdapterCatalog:
             AdapterExists: the name is taken.
             AdapterInvalid: a target matches no linear module, or the rank or alpha is out of range.
             AdapterUnsupported: a target matches the input embedding.
+            AdapterTooLarge: it takes more bytes on the device than the server allows.
+            InvalidRequest: alpha is not finite, or the rank is no rank of the protocol.
         """
         targets = None if target_modules is None else list(target_modules)
         change = CreateAdapter(self._connection.new_request_id(), name, rank, alpha, targets, shared)
@@ -261,7 +271,8 @@ class AdapterCatalog:
         `lifecycle.Combination` documents the keywords.
 
         Raises:
-            AdapterInvalid: the ranks of the members do not fit this type.
+            AdapterInvalid: the ranks of the members do not fit this type, or a value of the result is out of range.
+            AdapterTooLarge: the result takes more bytes on the device than the server allows.
             AdapterNotFound, AdapterForbidden: as `load`, for a member.
             AdapterUnsupported: a member's reference or files need a feature that the server does not support.
             InvalidRequest: a keyword that this type needs is missing, or one that it does not take is given.

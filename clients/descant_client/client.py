@@ -139,13 +139,14 @@ async def connect(
     """Connect to a server at `ws://host:port` (or `wss`, `http`, `https`) for the length of an `async with`.
 
     A dropped connection is opened again, for up to `reconnect_s` seconds, and every stream continues where it was.
-    After that, all requests, later ones included, fail with `ConnectionLost`. Leaving the block cancels open streams at
-    the server.
+    After that, all requests, later ones included, fail with `ConnectionLost`, or with `Unauthorized` if the server no
+    longer accepts `token`. Leaving the block cancels open streams at the server.
 
     Raises:
         InvalidRequest: `uri` is not a server's address.
         ConnectionLost: no server answers. The first attempt is not repeated.
         Unauthorized: the server refuses `token`.
+        DescantError: another refusal of the server, such as `Overloaded` or `ModelInvalid`.
     """
     subprotocols = (JSON_SUBPROTOCOL,) if encoding == "json" else SUBPROTOCOLS
     try:

@@ -193,7 +193,7 @@ class Connection:
             return
         match message:
             case None | Hello():
-                return  # a message type of a newer server: no answer depends on it
+                return  # a message type of a newer server, or a second hello: no answer depends on either
             case Error(request_id=None):
                 self._on_connection_error(from_wire(message.code, message.message, message.data))
             case _ if receiver := self._receivers.get(message.request_id or ""):

@@ -22,7 +22,8 @@
     ├── ModelInvalid            model_invalid        500
     ├── ConnectionLost          connection_lost      503   raised by the client, never sent
     ├── ConfigInvalid           config_invalid       500   raised where settings are read, never sent
-    └── ActorError              `descant.actor.errors`: inside the server, never sent
+    ├── ActorError              `descant.actor.errors`: inside the server, never sent
+    └── CannotFork              likewise
 
 The server sends every other error of the tree. An `ActorError`, or an exception outside the tree, reaches a client as
 `InternalError`. `ModelInvalid` is sent to requests if the executor cannot load the model. `ConfigInvalid` is for the
@@ -120,7 +121,7 @@ class AdapterNotFound(AdapterError):
 
 
 class AdapterForbidden(AdapterError):
-    """The caller may not read the reference, or may not write to the path."""
+    """The caller may not read the reference, write to the path, or change a shared adapter."""
 
     reason: str
 
@@ -220,7 +221,7 @@ class Draining(DescantError):
 
 
 class ExecutorFailed(DescantError):
-    """This request cannot be run: it ends the executor even when it is alone in a step."""
+    """The request ends the executor even when it is alone in a step, or the executor was given up for all requests."""
 
     reason: str
 

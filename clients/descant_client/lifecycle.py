@@ -43,9 +43,9 @@ class Combination(Strict, frozen=True):
     """How to combine weighted members into one adapter, with the names of PEFT's `add_weighted_adapter`.
 
     `cat` is the exact weighted sum. `rank` and `clamp` are for the `svd` types only: `rank` is the rank of the result
-    (default: the largest rank of the members), `clamp` the quantile to which values of singular vectors are clamped.
-    `density` is the share of values that `ties`, `dare` and `magnitude_prune` keep; these types require it. `seed` is
-    for the random choice of the values that `dare` drops.
+    (default: the largest rank of the members), `clamp` the quantile, above 0.5, to which values of singular vectors are
+    clamped. `density` is the share of values that `ties`, `dare` and `magnitude_prune` keep; these types require it.
+    `majority_sign_method` is for types with `ties`. `seed` is for the random choice of the values that `dare` drops.
     """
 
     type: CombinationType = "cat"

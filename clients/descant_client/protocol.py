@@ -1,10 +1,10 @@
 """The wire: the messages between a client and the server over one WebSocket.
 
 One tagged message per frame. The subprotocol chosen in the handshake fixes the encoding: `descant.v1.json` (text
-frames) or `descant.v1.msgpack` (binary frames). The first message is the server's `hello`. Many streams share a
-connection and are told apart by `request_id`, which the client chooses, unique within its session. The server refuses
-unknown fields by name. A client ignores unknown fields and messages, so that it works with a newer server. The
-messages that change adapters are in `lifecycle`.
+frames) or `descant.v1.msgpack` (binary frames). The first message is the server's `hello`, or an `error` in its place,
+after which the server closes the socket. Many streams share a connection and are told apart by `request_id`, which the
+client chooses, unique within its session. The server refuses unknown fields by name. A client ignores unknown fields
+and messages, so that it works with a newer server. The messages that change adapters are in `lifecycle`.
 """
 
 from __future__ import annotations
@@ -195,7 +195,11 @@ class Accepted(ServerMessageBase, frozen=True):
 
 
 class Progress(ServerMessageBase, frozen=True):
-    """The stage of a request that waits before its first token: `preparing_adapter`."""
+    """The stage of a request that takes long.
+
+    It is `preparing_adapter` for a generation before its first token, and `loading`, `merging`, `saving` or `changing`
+    for a change to an adapter.
+    """
 
     request_id: str
     stage: str  # not a closed set: a newer server may have more stages

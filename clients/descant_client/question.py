@@ -16,7 +16,7 @@ Answer = TypeVar("Answer")
 
 
 class Question(Generic[Answer]):
-    """A request that changes nothing at the server, so that it can be sent again after a reconnect."""
+    """A request with one answer, sent again after a reconnect. It must change nothing; for changes use `Operation`."""
 
     def __init__(self, question: ListAdapters | OpenAdapter | ListModels | AdapterChange, kind: type[Answer]) -> None:
         self._question = question

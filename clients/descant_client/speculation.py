@@ -22,10 +22,10 @@ class Speculation(Strict, frozen=True):
     """Sources of drafts, and limits of the draft verified in one step.
 
     With `ngram`, drafts are tokens that followed an earlier occurrence of the text's last `max_ngram` to `min_ngram`
-    tokens (four lengths of a wide range). With `heads`, draft heads propose: those of the adapter that `heads` names,
-    else those of the request's adapter; for the base, those that the server's configuration names. Each step verifies
-    as much of its draft as pays, by the acceptance of earlier drafts and the measured cost of steps. With `always`,
-    every draft is verified whole, regardless of cost.
+    tokens (of more than four lengths, four spread over the range). With `heads`, drafts come from draft heads: those of
+    the adapter that `heads` names, else those of the request's adapter; for the base, those that the server's
+    configuration names. Each step verifies the part of its draft that is expected to save time, by the acceptance of
+    earlier drafts and the measured cost of steps. With `always`, every draft is verified whole, regardless of cost.
     """
 
     ngram: bool = True

@@ -17,7 +17,7 @@ class Timings(Wire, frozen=True):
     num_preemptions: int = 0
     is_cold: bool = False  # whether it waited for its adapter to be placed on the device
     num_drafts: int = 0  # steps that verified a draft
-    num_drafted: int = 0  # tokens drafted in them, one after the other
+    num_drafted: int = 0  # tokens on the longest path of each of these drafts
     num_accepted: int = 0  # drafted tokens that were accepted: the number of steps saved
 
     @property

@@ -4,9 +4,10 @@ A row's bits depend on its neighbors if the product uses another kernel for anot
 to counts at which the kernels were measured to agree; `probe` repeats the measurement at start.
 
 - oneDNN with its own weight layout: float32 everywhere, bfloat16 on CPUs that compute in it.
-- FBGEMM with float16 weights and float32 rows: models in bfloat16 or float16 on other CPUs. It reads two bytes per
+- FBGEMM with float16 weights and float32 rows: float16 on all CPUs, bfloat16 on the other ones. It reads two bytes per
   weight and computes in float32; a plain product in these dtypes is an order of magnitude slower.
-- The plain product where neither exists, or where a bfloat16 weight would lose precision as float16.
+- The plain product where neither exists, where no row step makes FBGEMM row-invariant, or where a bfloat16 weight would
+  lose precision as float16.
 """
 
 import functools

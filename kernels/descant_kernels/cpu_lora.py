@@ -24,7 +24,7 @@ from descant_kernels.batch import LoraTables, Segments
 from descant_kernels.pair import ALIGNMENT, PairLayout
 
 TILE = 64
-"""Maximum rows of one call: long segments then share their tables."""
+"""Maximum rows of one `embedding_bag`. The full tiles of a long segment have equal origins, so they share one table."""
 
 TABLE_BYTES = 64 * 2**20
 """Maximum bytes of index tables that are kept."""
@@ -46,7 +46,8 @@ class Slice:
 class Sums:
     """Runs to sum, of `width` elements each and numbered from the start of a view of the arena, with their weights.
 
-    The weights of all sums, one after the other, are rows of a matrix `chunk` wide; `sources` lists these rows.
+    The weights are x (shrink) or h (expand), seen as a matrix `chunk` wide. `sources` lists its rows in the order of
+    the terms.
     """
 
     width: int

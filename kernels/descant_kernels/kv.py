@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAM_SIZE = 1024
-"""Components of the heads that one program rotates."""
+"""Components of the heads that one program rotates, and maximum elements of a position that one program moves."""
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _rope_write_kv_kernel(
     BLOCK_HALF: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Rotate and store. Programs (token, 0 .. n) take HEADS key-value heads each, the others HEADS query heads."""
+    """Rotate and store. Grid: (tokens, KV_PROGRAMS + query programs), each for HEADS heads, key-value heads first."""
     KV_PROGRAMS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)

@@ -58,7 +58,7 @@ PART_SIZE = 512
 MAX_PARTS = 8
 """Maximum parts of one reduction. h has a plane for each."""
 MAX_SPLIT_ROWS = 512
-"""Maximum rows of a batch that is cut into small tiles. Its reduction parts are always spread over programs."""
+"""Maximum rows of a batch that is always cut into small tiles and has its reduction parts spread over programs."""
 FEW_PROGRAMS = 100
 """Number of programs below which parts are spread in larger batches too: less than one per multiprocessor."""
 MAX_RANK_PROGRAMS = 8

@@ -1,4 +1,4 @@
-"""Descant: one base model in any number of voices. Importing this package imports nothing heavy."""
+"""Descant: a server for one base language model with many LoRA adapters. Importing it imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class ServerConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8080
     max_frame_bytes: Positive = 4 * MiB
-    max_sessions: Positive = 1024  # of one principal; beyond, its oldest one without a connection is dropped
+    max_sessions: Positive = 1024  # of one principal; beyond, the one without a connection for longest is dropped
     max_streams: Positive = 1024  # unfinished streams per session
     max_choices: Positive = 16  # `n` of one request
     stream_buffer_bytes: Positive = 64 * 1024  # unsent output of a stream, beyond which its sequences are parked

@@ -18,11 +18,13 @@ async def local(
 ) -> AsyncIterator[Client]:
     """Serve `model` (a directory or Hub id; None: the demo model) to this program alone and yield a client.
 
-    `adapters` maps names to references. The server runs in this event loop and in two child processes. It listens on a
-    free loopback port and ends with the block. Its data are deleted.
+    `adapters` maps names to references. The server runs in this event loop and in child processes: executor, worker,
+    and their launcher where processes can fork. It listens on a free loopback port and ends with the block. Its data
+    are deleted.
 
     Raises:
         ModelInvalid, SourceUnavailable: the model cannot be served.
+        ConfigInvalid: a name or a reference in `adapters` is invalid.
     """
     entries = [AdapterEntry(name=name, ref=ref) for name, ref in (adapters or {}).items()]
     with tempfile.TemporaryDirectory(prefix="descant-") as data_dir:

@@ -110,7 +110,11 @@ RegistryMessage = ResolveAdapters | ListRegistered | ChangeAdapter | VersionFail
 
 
 class Submit(Ask[None], frozen=True):
-    """Run these sequences, the choices of one request. Refused with InvalidRequest if they can never fit."""
+    """Run these sequences, the choices of one request.
+
+    Refused with InvalidRequest, AdapterTooLarge or UnsupportedRequest if they can never fit, with Overloaded if
+    too many sequences of the principal wait.
+    """
 
     sequences: tuple[Sequence, ...]
 

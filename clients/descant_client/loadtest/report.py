@@ -117,7 +117,7 @@ def encode_report(report: Report, *, with_records: bool) -> bytes:
 
 
 def decode_report(data: bytes) -> Report:
-    """Read a report from JSON. Raises msgspec.ValidationError."""
+    """Read a report from JSON. Raises msgspec.DecodeError; its subclass ValidationError for JSON that is no report."""
     return msgspec.json.decode(data, type=Report)
 
 

@@ -1,4 +1,4 @@
-"""The registry of the dummy engine: every adapter exists, every operation succeeds and changes only names.
+"""The registry of the dummy engine: every adapter exists, and changes apply to names only, with the catalog's rules.
 
 Accepts: ResolveAdapters, ListRegistered, ChangeAdapter, VersionFailed, VersionUnused, PinsRefused. Asks: no actor.
 Owns: the names that were made, for this life only.

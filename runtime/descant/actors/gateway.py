@@ -52,11 +52,11 @@ class Health(msgspec.Struct, frozen=True):
     sessions: int
     sequences: int
     drafts: int  # verified drafts
-    drafted_tokens: int  # tokens on the longest ways through them
+    drafted_tokens: int  # tokens on the longest paths through their trees
     accepted_tokens: int  # tokens of them that were accepted, each of which saved a step
     executor_pid: int | None  # None between two lives
     worker_pid: int | None  # likewise, and with the dummy engine
-    launcher_pid: int | None  # likewise, and where children start from nothing
+    launcher_pid: int | None  # likewise, and without a launcher
     actors: list[ActorStats]
 
 

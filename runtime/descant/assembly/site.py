@@ -1,4 +1,4 @@
-"""`Site`: what every part of a server is started with."""
+"""`Site`: the values that the start of executor and registry needs."""
 
 from __future__ import annotations
 

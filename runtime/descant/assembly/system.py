@@ -51,7 +51,7 @@ from descant_client.task_groups import first_leaf
 logger = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 24 * 3600.0
-# What the launcher imports for executor and worker.
+# Modules that the launcher imports for executor and worker.
 CHILD_MODULES = ("descant.actors.executor", "descant.engine.runner", "descant.actors.worker")
 DRAIN_POLL_S = 0.05
 LAUNCHER = "launcher"
@@ -66,7 +66,7 @@ class System:
         self.executor_factory = executor_factory
         self.services: Services
         self.executor: Remote[Any]
-        self.launcher: Launching | None = None  # None: children start from nothing
+        self.launcher: Launching | None = None  # None: each child runs a new interpreter
         self.gateway: Ref[Drain]
         self.port = config.server.port  # the actual one if 0 was asked for
         self.failed = anyio.Event()  # set when an actor was given up: the server must drain and end

@@ -75,7 +75,8 @@ class Changes:
         """Carry out a change. Return the adapter's entry afterwards, None if it is destroyed.
 
         Raises:
-            InvalidRequest, AdapterError, DeadlineExceeded: refused or failed; nothing has changed.
+            InvalidRequest, AdapterError, DeadlineExceeded, ModelInvalid, InternalError: refused or failed; nothing has
+            changed.
         """
         match change:
             case CreateAdapter():

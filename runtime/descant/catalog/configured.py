@@ -2,7 +2,8 @@
 
 Configured adapters are shared names. Their content is read again after each start, at first use. Content that a client
 put under a configured name stays as long as the configured reference is the same as then. Pins and the enabled flag
-belong to the name and always stay. A configured name that a client destroyed is registered again at the next start.
+belong to the name and stay while it is configured. A configured name that a client destroyed is registered again at the
+next start. A name that is no longer configured is removed, unless a client has put other content under it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class SingleFlight(Generic[ResultT]):
         self._start_soon = start_soon
         self._max_results = max_results
         self._results: OrderedDict[str, ResultT] = OrderedDict()  # the least recently used first
-        self._flights: dict[str, dict[str, _Flight[ResultT]]] = {}  # by key and label; results of others are not kept
+        # By key and label. The result of a flight that `put` has removed from here is not kept.
+        self._flights: dict[str, dict[str, _Flight[ResultT]]] = {}
 
     async def run(
         self,

@@ -39,8 +39,8 @@ NUM_TRIES = 3  # to make a version whose file is deleted at the same time
 class Versions:
     """Makes, caches and deletes versions, for one life of the registry.
 
-    `is_named` returns whether some name stands for a version. `on_forget` is called with the digest of each deleted
-    version that no name stands for any more. `start_soon` starts tasks of the actor.
+    `is_named` returns whether some name stands for a version. `on_forget` is called with the digest of each version
+    that is deleted because its last name was removed or changed. `start_soon` starts tasks of the actor.
     """
 
     def __init__(
@@ -128,7 +128,8 @@ class Versions:
         """Have the worker make a version, and hold it by the lease.
 
         Raises:
-            StoreFull: there is no room for it. DeadlineExceeded, AdapterInvalid, DescantError: as `WorkerAsks.ask`.
+            StoreFull: there is no room for it. InternalError: its file was deleted at each of `NUM_TRIES` tries.
+            DeadlineExceeded, AdapterInvalid, DescantError: as `WorkerAsks.ask`.
         """
         version = await self._make(message)
         self.hold(version, lease)
@@ -192,7 +193,7 @@ class Versions:
         self._on_forget(digest)
 
     async def on_unused(self, digest: str) -> None:
-        """Delete the version if no name stands for it any more. Called when its last lease is released."""
+        """Delete the version if it lost its last name while it was in use. Called when its last lease is released."""
         if digest in self._doomed:
             self._doomed.discard(digest)
             await self.on_unnamed(digest)

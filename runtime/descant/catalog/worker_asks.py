@@ -1,8 +1,8 @@
 """`WorkerAsks`: concurrent asks to the worker, with a crash blamed on the message that caused it.
 
 A crash of the worker fails everything in flight there. Each version that was being made is then asked for once more,
-alone, so a second crash is its own fault. Exports may take an hour, so versions never wait for them: exports have slots
-of their own, one for each principal, and run beside others after a crash, too.
+alone, so a second crash is its own fault. Exports may take an hour, so versions never wait for them: exports have
+`MAX_EXPORTS` slots of their own, at most one for each principal, and run beside others after a crash, too.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class WorkerAsks:
         """Have a version made, and return the worker's reply.
 
         Raises:
-            AdapterInvalid: the worker crashes of it. DeadlineExceeded: it takes longer than `timeout_s`, not counting
-            the wait for a turn. DescantError: a refusal of the worker.
+            AdapterInvalid: the worker crashed twice, the second time with no other version in flight. DeadlineExceeded:
+            it takes longer than `timeout_s`, not counting the wait for a turn. DescantError: a refusal of the worker.
         """
         try:
             async with self._beside_others():
@@ -96,7 +96,7 @@ class WorkerAsks:
 
     @asynccontextmanager
     async def _by_itself(self) -> AsyncIterator[None]:
-        """Run a suspect of `_beside_others` with no other version in flight. Exports that crashed start after it."""
+        """Run a suspect of `_beside_others` with no other version in flight. No export starts until it has ended."""
         try:
             async with self._alone:
                 async with self._turn_over:

@@ -1,4 +1,4 @@
-"""The command line. Importing it needs neither torch nor the server's other dependencies."""
+"""The command line. Importing it needs no torch and, of the server's other dependencies, only platformdirs."""
 
 from descant.cli.app import main
 

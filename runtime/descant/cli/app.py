@@ -1,7 +1,7 @@
 """The command line: `descant serve | chat | generate | adapter … | loadtest | demo | key | doctor`.
 
 Groups of commands in files of their own, such as `cli.adapters`, are added at the end. Importing this module needs
-neither torch nor the server's other dependencies; a command imports its own.
+no torch and, of the server's other dependencies, only platformdirs (in `config`); a command imports its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`DefaultHeads`: the draft heads that the configuration names for requests for the base alone.
 
-They only make answers come sooner. If their adapter cannot be had, such requests run without it.
+They only make answers faster. If their adapter cannot be resolved, such requests run without draft heads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DefaultHeads:
 
     @property
     def is_available(self) -> bool:
-        """Whether heads are configured and the last failure is at least `RETRY_S` ago."""
+        """Whether heads are configured and the last recorded failure is at least `RETRY_S` ago."""
         return self._name is not None and self._now() >= self._retry_at_s
 
     def question(self, lease: Lease) -> ResolveAdapters:
@@ -39,7 +39,7 @@ class DefaultHeads:
         return ResolveAdapters((), Principal(SHARED), lease, heads=self._name)
 
     def on_failed(self, error: DescantError) -> None:
-        """Record that the registry answered with an error. Logs the first of several at once."""
+        """Record that the heads could not be resolved. Further failures within `RETRY_S` are not logged."""
         if self._now() < self._retry_at_s:
             return  # another request has reported it
         self._retry_at_s = self._now() + RETRY_S

@@ -16,7 +16,7 @@ from descant_client.protocol import Generate
 
 
 class TimeLimits(NamedTuple):
-    """Limits of one request, in seconds of `time.monotonic`, the scheduler's clock. None: no limit."""
+    """Arrival of one request on the scheduler's clock (`time.monotonic`), and its limits in seconds. None: no limit."""
 
     received_s: float
     queue_timeout_s: float | None

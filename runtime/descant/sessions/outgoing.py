@@ -19,7 +19,7 @@ class Outgoing(ABC):
 
     is_kept: ClassVar[bool]  # stays with its session until it is released, as its request cannot be repeated
     orphaned: ClassVar[str]  # reason for the client if the gateway crashes before the request is submitted
-    is_submitted = False  # ends by itself, even if the gateway crashes
+    is_submitted = False  # whether the scheduler has its sequences; it then ends even if the gateway crashes
 
     def __init__(self, request_id: str, key: str, on_change: Callable[[Outgoing], None]) -> None:
         self.request_id = request_id

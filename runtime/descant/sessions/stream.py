@@ -1,7 +1,7 @@
 """`OutgoingStream`: the output of one request on its way to one session.
 
 It is the sink of the request's sequences and has no buffer of its own. Unsent output is the part of each sequence's
-tokens behind a cursor. So a slow reader gets larger deltas, and resuming only moves the cursor.
+tokens from a cursor on. So a slow reader gets larger deltas, and resuming only moves the cursor.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class OutgoingStream(Outgoing):
         self._on_change(self)
 
     def put(self, sequence: TokenSequence, num_new: int) -> bool:
-        """Buffer the last `num_new` tokens of a sequence without blocking.
+        """Record that a sequence has `num_new` more tokens, without waiting.
 
         Return False when the unsent output exceeds the buffer budget; the scheduler then parks the sequence.
         """
@@ -146,7 +146,7 @@ class OutgoingStream(Outgoing):
         return unparked
 
     def resume(self, have: Mapping[int, int]) -> None:
-        """Move each choice's cursor behind the tokens that the client has.
+        """Move each choice's cursor to the first token that the client does not have.
 
         Raises:
             InvalidRequest: the client claims more tokens than there are.
@@ -162,7 +162,7 @@ class OutgoingStream(Outgoing):
 
     def _num_unsent(self) -> int:
         num_unsent = 0
-        for choice in self._choices:  # a plain loop: called three times for every token
+        for choice in self._choices:  # a plain loop: called twice for every token
             num_unsent += choice.num_unsent
         return num_unsent
 

@@ -16,7 +16,7 @@ from descant_client.errors import AdapterUnsupported, InvalidRequest
 Source = Literal["name", "local", "hub", "s3", "pbase"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_LENGTH = 4096
-MAX_SHOWN = 200  # characters of the input that an error repeats
+MAX_SHOWN = 200  # characters of an invalid name that the error of `check_name` repeats
 SERVED: tuple[Source, ...] = ("name", "local")
 
 
